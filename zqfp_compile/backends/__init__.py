@@ -1,0 +1,1 @@
+"""Runtimes: ONNX Runtime, TensorRT and TensorRT-RTX, each imported only when used."""

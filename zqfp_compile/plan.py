@@ -1,0 +1,115 @@
+"""What the passes learn about a model, in frozen values: the graph itself is never a scratch pad."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """How a linear's weight W[N, K] is obtained from an initializer.
+
+    Attributes:
+        initializer: Name of the initializer at the root of the chain.
+        transposed: True when the stored tensor (after the chain) is [K, N], as MatMul wants it; False for [N, K].
+        scale: Factor on the weight (Gemm ``alpha``).
+    """
+
+    initializer: str
+    transposed: bool
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One recognised linear layer ``y = x @ W^T (+ bias)``.
+
+    Attributes:
+        name: Layer name, from ``pkg.torch.onnx.name_scopes`` or the node name; unique in the model.
+        node: Name of the MatMul/Gemm node; unique in the graph.
+        activation: Name of the value x, [..., K].
+        output: Name of the value y, [..., N]; the rewrite keeps it.
+        weight: Where W comes from.
+        bias: Name of the Gemm ``C`` initializer [N] or [1, N], or ``None``. A following Add stays in the graph.
+        bias_scale: Factor on the bias (Gemm ``beta``).
+        k: Input features.
+        n: Output features.
+        dtype: Element type of x and y in the graph (FLOAT, FLOAT16 or BFLOAT16).
+        is_lm_head: Whether y (through Cast/Add/Mul at most) is the logits output.
+    """
+
+    name: str
+    node: str
+    activation: str
+    output: str
+    weight: WeightSource
+    bias: str | None
+    bias_scale: float
+    k: int
+    n: int
+    dtype: ir.DataType
+    is_lm_head: bool = False
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A linear-like node that is not rewritten, and why."""
+
+    name: str
+    reason: str
+    k: int | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class LinearTensors:
+    """ONNX-ready tensors of one quantised weight; they may live on disk (``ir.ExternalTensor``).
+
+    Attributes:
+        codes: INT4 [N, Kp] (Kp is K rounded up to the group size); for ``fp8`` weights FLOAT8E4M3FN [N, K].
+        group_scales: FLOAT8E4M3FN [N, Kp / g]; FLOAT when the constraint is ``none``; ``None`` for ``fp8``.
+        row_scales: FLOAT [N], positive.
+        lorc_v: [K, r] in the layer's dtype, or ``None``.
+        lorc_u: [r, N] in the layer's dtype, or ``None``.
+    """
+
+    codes: ir.TensorProtocol
+    group_scales: ir.TensorProtocol | None
+    row_scales: ir.TensorProtocol
+    lorc_v: ir.TensorProtocol | None = None
+    lorc_u: ir.TensorProtocol | None = None
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Everything the rewrite passes need and the report prints.
+
+    Attributes:
+        linears: Layers to rewrite, in graph order.
+        skipped: Linear-like nodes left alone.
+        weight_format: ``e2m1``, ``e3m0``, ``int4``, ``fp8`` or ``none``.
+        activation_format: ``e4m3``, ``e5m2``, ``int8`` or ``none``.
+        per_token: Dynamic per-token activation scales instead of static per-tensor ones.
+        group_size: Weights per group scale along K.
+        scale_constraint: ``none``, ``m1``, ``m2`` or ``e4m3``.
+        activation_scales: Static scale per activation value name (empty when ``per_token``).
+        tensors: Quantised tensors per layer name (filled by the quantize step).
+    """
+
+    linears: tuple[LinearSite, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    weight_format: str = "e2m1"
+    activation_format: str = "e4m3"
+    per_token: bool = False
+    group_size: int = 64
+    scale_constraint: str = "e4m3"
+    activation_scales: Mapping[str, float] = field(default_factory=dict)
+    tensors: Mapping[str, LinearTensors] = field(default_factory=dict)
+
+    def replace(self, **changes: object) -> QuantPlan:
+        """Return a copy with fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

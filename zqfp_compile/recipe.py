@@ -1,0 +1,243 @@
+"""The recipe: every option of a compile in one frozen, serialisable value.
+
+The command line, ``--recipe FILE.yaml`` and the Python API all produce a :class:`Recipe`; the effective one is
+written to the output folder so that a run can be repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from zqfp_compile.errors import UsageError
+
+Target = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "none"]
+Weights = Literal["fp4", "int4", "fp8", "none"]
+Fp4Format = Literal["e2m1", "e3m0"]
+Activations = Literal["fp8", "fp8-e5m2", "int8", "none"]
+ActivationScale = Literal["tensor", "token"]
+ScaleConstraint = Literal["none", "m1", "m2", "e4m3"]
+WeightLowering = Literal["auto", "int4", "fp8", "plugin"]
+Emit = Literal["fp4", "engine-onnx"]
+
+MAX_LORC_RANK = 512
+GROUP_SIZES = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of one compile. Field names are the command-line flags with ``-`` replaced by ``_``.
+
+    Attributes:
+        target: Engine to build; ``auto`` picks the best one that can build here.
+        weights: Storage of the linear layers' weights; ``none`` leaves them as they are (A8 only).
+        fp4_format: The 4-bit code book when ``weights="fp4"``.
+        activations: Quantisation of the linear layers' inputs.
+        activation_scale: ``tensor`` is static and calibrated, ``token`` is dynamic.
+        group_size: Weights along K that share one group scale.
+        scale_constraint: How group scales are restricted (DESIGN section 2; ZeroQuant-FP section 4).
+        lorc_rank: Rank of the low-rank error compensation; 0 turns it off.
+        weight_lowering: How the engine holds the weights.
+        emit: Extra files to write.
+        calibration: Text or ``.npz`` used for calibration; ``None`` uses built-in text.
+        calibration_samples: Number of calibration windows.
+        calibration_length: Tokens per calibration window.
+        eval_text: Text for the perplexity in the report; ``None`` uses built-in text.
+        eval_tokens: At most this many tokens are scored.
+        eval_length: Tokens per evaluation window.
+        evaluate: Whether to run the accuracy evaluation and the certificate's output comparison.
+        include: Layer-name regexes; only matching linears are rewritten.
+        exclude: Layer-name regexes; matching linears are left alone.
+        quantize_lm_head: Also rewrite the output projection to the vocabulary.
+        min_shapes, opt_shapes, max_shapes: Optimisation-profile overrides, input name to dimensions.
+        compute_capability: Builder's target architecture such as ``"89"``; ``None`` is the builder's default.
+        timing_cache: File that keeps builder timings between runs.
+        max_perplexity_increase: Gate, in percent of the original's perplexity.
+        builder_timeout: Seconds the engine builder may take.
+        builder_memory_gb: Address-space limit of the engine builder, in GiB; ``None`` is no limit.
+        seed: Seed of everything random.
+    """
+
+    target: Target = "auto"
+    weights: Weights = "fp4"
+    fp4_format: Fp4Format = "e2m1"
+    activations: Activations = "fp8"
+    activation_scale: ActivationScale = "tensor"
+    group_size: int = 64
+    scale_constraint: ScaleConstraint = "e4m3"
+    lorc_rank: int = 16
+    weight_lowering: WeightLowering = "auto"
+    emit: tuple[Emit, ...] = ()
+    calibration: str | None = None
+    calibration_samples: int = 8
+    calibration_length: int = 512
+    eval_text: str | None = None
+    eval_tokens: int = 20480
+    eval_length: int = 1024
+    evaluate: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    quantize_lm_head: bool = False
+    min_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    opt_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    max_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    compute_capability: str | None = None
+    timing_cache: str | None = None
+    max_perplexity_increase: float | None = None
+    builder_timeout: int = 3600
+    builder_memory_gb: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for spec in dataclasses.fields(self):
+            value = _coerce(spec.name, getattr(self, spec.name), hints[spec.name])
+            object.__setattr__(self, spec.name, value)
+        _check_ranges(self)
+        _check_combinations(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain YAML/JSON types, one key per option in declaration order."""
+        return {
+            spec.name: _plain(getattr(self, spec.name)) for spec in dataclasses.fields(self)
+        }
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML text that :meth:`from_yaml` reads back to an equal recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Build a recipe from plain values.
+
+        Keys may use ``-`` or ``_``.
+
+        Raises:
+            UsageError: On an unknown key or a wrong value.
+        """
+        known = {spec.name for spec in dataclasses.fields(cls)}
+        normal = {str(key).replace("-", "_"): value for key, value in values.items()}
+        unknown = sorted(set(normal) - known)
+        if unknown:
+            raise UsageError(
+                f"recipe: unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}"
+            )
+        return cls(**normal)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a recipe file.
+
+        Raises:
+            UsageError: When the file cannot be read, is no YAML mapping, or holds a wrong option.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"recipe {path}: cannot be read ({reason}); give a YAML file") from error
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise UsageError(f"recipe {path}: holds a {type(values).__name__}; write 'option: value' lines")
+        return cls.from_dict(values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, dict):
+        return {key: list(dims) for key, dims in value.items()}
+    return value
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """Check one field against its annotation, turning lists into tuples."""
+    origin = typing.get_origin(hint)
+    flag = name.replace("_", "-")
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise UsageError(f"--{flag}: {value!r} is not one of {', '.join(map(str, choices))}")
+        return value
+    if origin is types.UnionType:
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return None if value is None else _coerce(name, value, inner[0])
+    if origin is tuple:
+        items = (value,) if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise UsageError(f"--{flag}: {value!r} is not a list")
+        return tuple(_coerce(name, item, typing.get_args(hint)[0]) for item in items)
+    if origin is dict:
+        return _coerce_shapes(flag, value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UsageError(f"--{flag}: {value!r} is not a valid {hint.__name__}")
+    return value
+
+
+def _coerce_shapes(flag: str, value: Any) -> dict[str, tuple[int, ...]]:
+    """Accept ``{"input_ids": [1, 8]}`` or the trtexec form ``"input_ids:1x8,other:1x4"``."""
+    if isinstance(value, str):
+        pairs = [item.rpartition(":") for item in value.split(",") if item]
+        if not all(separator and re.fullmatch(r"\d+(x\d+)*", dims) for _, separator, dims in pairs):
+            raise UsageError(f"--{flag}: {value!r} is not of the form NAME:1x128,OTHER:1x64")
+        return {name: tuple(map(int, dims.split("x"))) for name, _, dims in pairs}
+    if not isinstance(value, dict):
+        raise UsageError(f"--{flag}: {value!r} is not of the form NAME:1x128,OTHER:1x64")
+    result = {}
+    for name, dims in value.items():
+        if not isinstance(dims, (list, tuple)) or not all(type(d) is int and d >= 0 for d in dims):
+            raise UsageError(f"--{flag}: dimensions of {name!r} are {dims!r}; write a list such as [1, 128]")
+        result[str(name)] = tuple(dims)
+    return result
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    if recipe.group_size not in GROUP_SIZES:
+        raise UsageError(f"--group-size: {recipe.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
+    if not 0 <= recipe.lorc_rank <= MAX_LORC_RANK:
+        raise UsageError(f"--lorc-rank: {recipe.lorc_rank} is outside 0..{MAX_LORC_RANK}")
+    at_least = {
+        "calibration_samples": 1,
+        "calibration_length": 2,
+        "eval_tokens": 2,
+        "eval_length": 2,
+        "builder_timeout": 1,
+        "max_perplexity_increase": 0,
+        "seed": 0,
+    }
+    for name, low in at_least.items():
+        value = getattr(recipe, name)
+        if value is not None and not value >= low:
+            raise UsageError(f"--{name.replace('_', '-')}: {value} is below {low}")
+    for flag, patterns in (("include", recipe.include), ("exclude", recipe.exclude)):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"--{flag}: {pattern!r} is not a regular expression ({error})") from error
+
+
+def _check_combinations(recipe: Recipe) -> None:
+    engine = recipe.target in ("tensorrt", "tensorrt-rtx")
+    if engine and recipe.weights in ("fp4", "int4") and recipe.scale_constraint == "none":
+        raise UsageError(
+            "--scale-constraint none is a reference without FP8 tensor-core form; "
+            "use m1, m2 or e4m3, or --target onnxruntime"
+        )
+    if engine and recipe.activations in ("fp8-e5m2", "int8"):
+        raise UsageError(
+            f"--activations {recipe.activations} has no FP8 tensor-core form with these weights; "
+            "use fp8, or --target onnxruntime"
+        )
+    if recipe.max_perplexity_increase is not None and not recipe.evaluate:
+        raise UsageError("--max-perplexity-increase needs the evaluation; drop --no-evaluate")

@@ -1,0 +1,37 @@
+"""Pass names and where their classes live. Nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+
+from zqfp_compile.errors import UsageError
+from zqfp_compile.pass_base import Pass
+
+PASSES: dict[str, str] = {
+    "strip-metadata": "passes.strip_metadata:StripMetadata",
+    "raise-opset": "passes.raise_opset:RaiseOpset",
+    "select-linears": "passes.select_linears:SelectLinears",
+    "quantize-activations": "passes.quantize_activations:QuantizeActivations",
+    "quantize-weights": "passes.quantize_weights:QuantizeWeights",
+    "add-lorc": "passes.add_lorc:AddLoRC",
+    "remove-unused": "passes.remove_unused:RemoveUnused",
+    "lower-weights-fp8": "passes.lower_weights_fp8:LowerWeightsFp8",
+    "lower-weights-fp4": "passes.lower_weights_fp4:LowerWeightsFp4",
+    "inline-functions": "passes.inline_functions:InlineFunctions",
+}
+
+
+def create_pass(name: str, **options: object) -> Pass:
+    """Import and construct the pass called ``name``.
+
+    Raises:
+        UsageError: When no pass has that name.
+    """
+    if name not in PASSES:
+        raise UsageError(f"no pass is called {name!r}; the passes are {', '.join(PASSES)}")
+    module, _, class_name = PASSES[name].partition(":")
+    cls = getattr(importlib.import_module(module), class_name)
+    instance = cls(**options)
+    if not isinstance(instance, Pass):
+        raise TypeError(f"{PASSES[name]} is not a Pass")
+    return instance
