@@ -1,0 +1,1 @@
+"""What the quantizer needs to know about activations: interfaces, samples, statistics."""

@@ -1,0 +1,209 @@
+"""Activation statistics of one model: largest magnitudes, and sample rows for the per-layer checks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from zqfp_compile.backends.ort import create_session
+from zqfp_compile.errors import ModelError, UsageError
+
+Progress = Callable[[int, int, str], None]
+Float32 = npt.NDArray[np.float32]
+
+_FORMAT_MAX = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
+# Where in a run the sample rows come from: an extra input, fractions of the run's rows.
+_PICK = "zqfp_pick"
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """What calibration measured.
+
+    Attributes:
+        ranges: Largest magnitude per activation over all runs.
+        rows: Sample rows per activation, float32 [m, K], spread over all runs.
+        tokens: Tokens that went through the model.
+        seconds: Wall time including opening the model.
+    """
+
+    ranges: Mapping[str, float]
+    rows: Mapping[str, Float32]
+    tokens: int
+    seconds: float
+
+
+def collect(
+    model: ir.Model,
+    activations: Sequence[str],
+    feeds: Sequence[Mapping[str, npt.NDArray[Any]]],
+    *,
+    rows_per_activation: int = 64,
+    seed: int = 0,
+    progress: Progress = lambda done, total, detail: None,
+) -> CalibrationResult:
+    """Run ``model`` in ONNX Runtime and measure activations.
+
+    The measuring happens in a copy of the graph: a maximum and a few rows leave the session, never a whole
+    activation, and everything that no activation needs (lm_head, cache outputs) is cut off first.
+
+    Args:
+        model: The model; external data stays where it is.
+        activations: Names of float values [..., K].
+        feeds: Inputs of each run.
+        rows_per_activation: Rows kept per activation over all runs (each run gives the same number).
+        seed: Seed of the choice of rows.
+        progress: Called with (runs done, runs, text).
+
+    Raises:
+        ModelError: When an activation is NaN or infinite, or ONNX Runtime cannot run the model.
+        UsageError: When there is nothing to run.
+    """
+    if not feeds:
+        raise UsageError("calibration has no samples; pass a longer --calibration text")
+    begin = time.perf_counter()
+    names = list(dict.fromkeys(activations))
+    if not names:
+        return CalibrationResult({}, {}, 0, 0.0)
+    session = _open(_measuring_model(model, names))
+    wanted = {arg.name for arg in session.get_inputs()}
+    random = np.random.default_rng(seed)
+    per_run = -(-rows_per_activation // len(feeds))
+    ranges = dict.fromkeys(names, 0.0)
+    rows: dict[str, list[Float32]] = {name: [] for name in names}
+    for index, feed in enumerate(feeds):
+        progress(index, len(feeds), "calibration runs")
+        # Below 1 by enough that float32 rounding never reaches the row after the last.
+        pick = np.sort(random.uniform(0.0, 0.999, per_run)).astype(np.float32)
+        outputs = _run(
+            session, {name: value for name, value in {**feed, _PICK: pick}.items() if name in wanted}
+        )
+        for name, peak, sample in zip(names, outputs[::2], outputs[1::2], strict=True):
+            ranges[name] = max(ranges[name], _finite(float(peak), name))
+            rows[name].append(sample)
+    progress(len(feeds), len(feeds), "calibration runs")
+    tokens = sum(int(feed["input_ids"].size) for feed in feeds if "input_ids" in feed)
+    stacked = {name: np.concatenate(parts) for name, parts in rows.items()}
+    return CalibrationResult(ranges, stacked, tokens, time.perf_counter() - begin)
+
+
+def activation_scale(amax: float, activation_format: str) -> float:
+    """Return the static scale ``a`` with which ``x / a`` fills the format: ``amax / max``, a float32 value.
+
+    An activation that was always zero gets 1.0: any positive scale represents it, and engines want > 0.
+
+    Args:
+        amax: Largest magnitude seen.
+        activation_format: ``e4m3`` (448), ``e5m2`` (57344) or ``int8`` (127).
+    """
+    scale = np.float32(amax / _FORMAT_MAX[activation_format])
+    return float(scale) if scale >= np.finfo(np.float32).tiny else 1.0
+
+
+def activation_scales(
+    ranges: Mapping[str, float], activation_format: str
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Return the scale per activation, and one warning per activation the calibration never excited."""
+    scales = {name: activation_scale(amax, activation_format) for name, amax in ranges.items()}
+    dead = [name for name, amax in ranges.items() if amax < np.finfo(np.float32).tiny]
+    warnings = tuple(
+        f"activation {name} was zero on every calibration sample, its scale is a guess (1.0); "
+        "calibrate with text that uses it"
+        for name in dead
+    )
+    return scales, warnings
+
+
+def _measuring_model(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """Return a copy whose outputs are, per activation, the largest magnitude and some rows."""
+    copy = model.clone()
+    values = {value.name: value for value in _all_values(copy.graph)}
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ModelError(
+            f"the graph has no value {missing[0]!r} to calibrate; compile the original export again"
+        )
+    graph = copy.graph
+    pick = ir.Value(name=_PICK, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["zqfp_rows"]))
+    graph.inputs.append(pick)
+    graph.outputs.clear()
+    for index, name in enumerate(names):
+        for kind, value in zip(("max", "rows"), _measure(graph, values[name], pick), strict=True):
+            value.name = f"zqfp_{kind}_{index}"
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            graph.outputs.append(value)
+    RemoveUnusedNodesPass()(copy)
+    return copy
+
+
+def _measure(graph: ir.Graph, x: ir.Value, pick: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def add(op: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        node = ir.node(op, inputs, attributes=attributes or None)
+        graph.append(node)
+        return node.outputs[0]
+
+    as_float = add("Cast", x, to=ir.DataType.FLOAT)
+    peak = add("ReduceMax", add("Abs", as_float), keepdims=0)
+    flat = add("Flatten", as_float, axis=-1)
+    zero = add("Constant", value=ir.tensor(np.zeros(1, np.int64)))
+    count = add("Cast", add("Gather", add("Shape", flat), zero), to=ir.DataType.FLOAT)
+    rows = add("Cast", add("Mul", pick, count), to=ir.DataType.INT64)
+    return peak, add("Gather", flat, rows)
+
+
+def _all_values(graph: ir.Graph) -> list[ir.Value]:
+    return [*graph.inputs, *(output for node in graph for output in node.outputs)]
+
+
+def _open(model: ir.Model) -> Any:
+    """Open the in-memory model beside its external data."""
+    folders = {
+        Path(value.const_value.base_dir)
+        for value in model.graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    if len(folders) > 1:
+        raise ModelError(
+            f"weights lie in {len(folders)} folders ({', '.join(map(str, sorted(folders)))}); "
+            "save the model with its data in one"
+        )
+    content = ir.to_proto(model).SerializeToString()
+    try:
+        return create_session(content, external_data=next(iter(folders)).resolve() if folders else None)
+    except Exception as error:
+        raise _ort_error("open", error) from error
+
+
+def _run(session: Any, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    try:
+        outputs: list[npt.NDArray[Any]] = session.run(None, dict(feed))
+    except Exception as error:
+        raise _ort_error("run", error) from error
+    return outputs
+
+
+def _ort_error(action: str, error: Exception) -> Exception:
+    """Turn ONNX Runtime's exceptions into one line; let everything else through."""
+    if not type(error).__module__.startswith("onnxruntime"):
+        return error
+    reason = " ".join(str(error).split())
+    return ModelError(
+        f"calibration: ONNX Runtime cannot {action} the model ({reason}); check it with onnx.checker"
+    )
+
+
+def _finite(value: float, name: str) -> float:
+    if not np.isfinite(value):
+        raise ModelError(
+            f"activation {name} reaches {value} on the calibration samples; "
+            "the model overflows before quantisation: export it in float32 or bfloat16"
+        )
+    return value
