@@ -1,0 +1,103 @@
+"""Disk space and durability: a full disk becomes one clear line, a finished file survives a power cut."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zqfp_compile.errors import MissingDependencyError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def ensure_free_space(path: Path, needed_bytes: int) -> None:
+    """Check that ``needed_bytes`` fit on the disk that holds ``path`` (which need not exist yet).
+
+    Raises:
+        MissingDependencyError: When they do not.
+    """
+    free = _free_bytes(path)
+    if free < needed_bytes:
+        raise MissingDependencyError(
+            f"{path}: {format_bytes(needed_bytes)} of disk are needed and {format_bytes(free)} are free; "
+            "free some space or choose another folder with --output"
+        )
+
+
+@contextmanager
+def full_disk_errors(path: Path) -> Iterator[None]:
+    """Turn "disk full" from any library writing ``path`` into a diagnosed error.
+
+    Raises:
+        MissingDependencyError: In place of an ``OSError`` that says the disk, the quota or the file is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        diagnosed = diagnose_full_disk(error, path)
+        if diagnosed is None:
+            raise
+        raise diagnosed from error
+
+
+def diagnose_full_disk(
+    error: BaseException | None, path: Path, written: Path | None = None
+) -> MissingDependencyError | None:
+    """Return the error to show when ``error`` is, or was caused by, a full disk; else ``None``.
+
+    Args:
+        error: What a writer raised.
+        path: The file or folder the user knows.
+        written: What was being written when it is not ``path``; its size is the least the disk must hold.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and _is_full(error):
+            return MissingDependencyError(
+                f"{path}: the disk is full ({error.strerror or error}) with "
+                f"{format_bytes(_size_of(written or path))} written and {format_bytes(_free_bytes(path))} free; "
+                "free some space, raise the quota or choose another folder with --output"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _is_full(error: OSError) -> bool:
+    # numpy's tofile reports a short write without an errno.
+    return error.errno in _FULL or (error.errno is None and "requested and" in str(error))
+
+
+def _free_bytes(path: Path) -> int:
+    folder = path.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _size_of(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file())
+
+
+def format_bytes(count: int) -> str:
+    """Return ``count`` as text with a binary unit, such as ``1.5 GiB``."""
+    size = float(count)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder entry to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
