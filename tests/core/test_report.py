@@ -1,0 +1,426 @@
+"""report.json and report.html say what was measured, null where nothing was, and escape a model's names."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from zqfp_compile.recipe import Recipe
+from zqfp_compile.report import html, json_report, plots
+from zqfp_compile.report.model import (
+    CalibrationReport,
+    CertificateReport,
+    EngineProfile,
+    EngineReport,
+    LayerReport,
+    LintReport,
+    LogitsReport,
+    Perplexity,
+    Report,
+    SizeReport,
+)
+
+KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+KINDS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+def layers(blocks: int = 30) -> tuple[LayerReport, ...]:
+    made = [
+        LayerReport(f"model.layers.{b}.{kind}", 576, 1536, True, None, 30.0 - i - b / 10, 4.27)
+        for b in range(blocks)
+        for i, kind in enumerate(KINDS)
+    ]
+    return (*made, LayerReport("lm_head", 576, 49152, False, "output projection"))
+
+
+def full_report(**changes: object) -> Report:
+    shapes = {"input_ids": ((1, 1), (1, 128), (1, 2048))}
+    values: dict[str, object] = {
+        "model": "model.onnx",
+        "recipe": Recipe().to_dict(),
+        "layers": layers(),
+        "perplexity": Perplexity(20.0, 21.0, "built-in text", 20480),
+        "logits": LogitsReport(21.5, 0.994, 0.06, 0.871),
+        "bits_per_weight": 4.27,
+        "bits_per_weight_with_lorc": 4.94,
+        "size": SizeReport(538_000_000, 269_000_000, 123_740_000),
+        "engine": EngineReport(
+            "tensorrt-rtx",
+            "TensorRT-RTX imports here",
+            "tensorrt-rtx.engine",
+            194_300_000,
+            (EngineProfile("prefill", shapes, 210, 120), EngineProfile("decode", shapes, 210, 121)),
+            210,
+            120,
+            LintReport(True),
+        ),
+        "certificate": CertificateReport(210, 0),
+        "calibration": CalibrationReport("built-in text", 4096),
+        "warnings": ("random tokens",),
+        "seconds": {"load": 0.42, "engine": 245.0},
+        "peak_rss_bytes": 3 * 2**30,
+        "versions": {"onnx": "1.23.2"},
+        **changes,
+    }
+    return Report(**values)  # type: ignore[arg-type]
+
+
+def histogram(name: str = "model.layers.0.mlp.down_proj") -> plots.Histogram:
+    weight = np.random.default_rng(0).normal(size=(32, 128)).astype(np.float32)
+    scales = np.abs(weight.reshape(32, 2, 64)).max(-1) / 7
+    codes = np.rint(weight.reshape(32, 2, 64) / scales[..., None]).astype(np.int8)
+    decoded = (codes * scales[..., None]).astype(np.float32).reshape(weight.shape)
+    return plots.layer_histogram(name, weight, decoded, scales, codes.reshape(32, 128))
+
+
+class Page(HTMLParser):
+    """Collects tags, text and attributes, and fails on a tag closed out of order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def cells(self) -> list[str]:
+        return [str(attrs["class"]) for tag, attrs in self.tags if tag == "rect" and "rx" in attrs]
+
+
+# --- JSON
+
+
+def test_json_has_the_promised_keys_and_values(tmp_path):
+    json_report.write_json(full_report(), tmp_path / "report.json")
+    text = (tmp_path / "report.json").read_text()
+    data = json.loads(text)
+    assert text.endswith("}\n")
+    assert data["schema_version"] == 1
+    assert data["model"] == "model.onnx"
+    assert data["recipe"] == Recipe().to_dict()
+    assert data["perplexity"] == {
+        "original": 20.0,
+        "compiled": 21.0,
+        "text": "built-in text",
+        "tokens": 20480,
+        "increase_percent": pytest.approx(5.0),
+    }
+    assert data["logits"] == {"sqnr_db": 21.5, "cosine": 0.994, "kl": 0.06, "top1_agreement": 0.871}
+    assert data["size"]["ratio"] == pytest.approx(0.46)
+    assert data["layers"][0] == {
+        "name": "model.layers.0.self_attn.q_proj",
+        "k": 576,
+        "n": 1536,
+        "rewritten": True,
+        "reason": None,
+        "sqnr_db": 30.0,
+        "bits": 4.27,
+    }
+    assert data["layers"][-1]["reason"] == "output projection"
+    assert data["engine"]["profiles"][1]["fp8_gemms"] == 121
+    assert data["engine"]["profiles"][0]["shapes"]["input_ids"] == [[1, 1], [1, 128], [1, 2048]]
+    assert data["engine"]["lint"] == {"ok": True, "problems": []}
+    assert data["certificate"] == {"layers_checked": 210, "mismatches": 0, "problems": [], "ok": True}
+    assert data["seconds"] == {"load": 0.42, "engine": 245.0}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", data["created"])
+
+
+def test_what_was_not_measured_is_null():
+    data = Report("model.onnx", {}).to_dict()
+    nothing = ("perplexity", "logits", "engine", "certificate", "calibration", "peak_rss_bytes")
+    assert [data[key] for key in nothing] == [None] * len(nothing)
+    assert data["size"] == {
+        "original_bytes": None,
+        "original_fp16_bytes": None,
+        "compiled_bytes": None,
+        "ratio": None,
+    }
+
+
+def test_nan_infinity_and_numpy_scalars_become_json(tmp_path):
+    report = full_report(
+        logits=LogitsReport(float("inf"), float("nan"), np.float32(0.5), np.float64(0.25)),  # type: ignore[arg-type]
+        perplexity=Perplexity(None, 20.0, "text", 3),
+        peak_rss_bytes=np.int64(7),
+    )
+    json_report.write_json(report, tmp_path / "report.json")
+    data = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert data["logits"] == {"sqnr_db": None, "cosine": None, "kl": 0.5, "top1_agreement": 0.25}
+    assert data["perplexity"]["increase_percent"] is None
+    assert data["peak_rss_bytes"] == 7
+
+
+def test_keys_come_in_the_same_order_every_time():
+    first, second = full_report().to_dict(), Report("other.onnx", {}).to_dict()
+    assert list(first) == list(second)
+
+
+def test_a_path_that_is_no_utf8_is_still_written(tmp_path):
+    report = Report("caf\udce9.onnx", {})
+    json_report.write_json(report, tmp_path / "report.json")
+    html.write_html(report, tmp_path / "report.html")
+    assert json.loads((tmp_path / "report.json").read_text())["model"] == "caf\udce9.onnx"
+    assert "caf" in (tmp_path / "report.html").read_text()
+
+
+def test_a_certificate_that_checked_nothing_is_not_ok():
+    assert not CertificateReport(0, 0).ok
+    assert not CertificateReport(5, 1).ok
+    assert CertificateReport(5, 0).ok
+
+
+def test_worst_layers_are_the_lowest_measured_ones():
+    report = full_report(
+        layers=(
+            LayerReport("a", 1, 1, True, sqnr_db=20.0),
+            LayerReport("b", 1, 1, True, sqnr_db=None),
+            LayerReport("c", 1, 1, True, sqnr_db=float("nan")),
+            LayerReport("d", 1, 1, True, sqnr_db=-3.0),
+            LayerReport("e", 1, 1, False, "why", sqnr_db=-9.0),
+        )
+    )
+    assert [layer.name for layer in report.worst_layers(3)] == ["d", "a"]
+
+
+# --- HTML
+
+
+def test_page_shows_the_numbers_with_units():
+    text = Page(html.render_html(full_report(), [histogram()])).text
+    for part in (
+        "20.00 → 21.00",
+        "+5.0% on 20,480 tokens of built-in text",
+        "123.7 MB",
+        "46.0% of 269.0 MB in 16 bits",
+        "4.27",
+        "4.94 with LoRC",
+        "210 of 211",
+        "FP8 in 210 of 210 linears; lint passed",
+        "210 layers checked, 0 mismatches",
+        "21.5 dB",
+        "87.1%",
+        "4 min 05 s",
+        "3.00 GiB",
+        "1x2048",
+        "lm_head 576 × 49152 output projection",
+        "scale-constraint e4m3",
+        "random tokens",
+    ):
+        assert part in text, part
+
+
+def test_page_is_one_file_without_scripts_or_links():
+    page = html.render_html(full_report(), [histogram()])
+    assert not [tag for tag, _ in Page(page).tags if tag in ("script", "link", "img", "iframe", "object")]
+    assert "http" not in page.replace("http-equiv", "")
+    assert "prefers-color-scheme: dark" in page
+    assert len(page) < 1_000_000  # the bound of the brief for 210 layers
+
+
+def test_every_layer_is_a_cell_and_the_worst_are_marked():
+    cells = Page(html.render_html(full_report())).cells()
+    assert len(cells) == 210
+    assert sum("worst" in cell for cell in cells) == html.WORST_LAYERS
+    assert {cell.split()[0] for cell in cells} == {f"s{i}" for i in range(plots.SHADES)}
+
+
+EVIL = "</svg><script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+
+
+def test_untrusted_names_are_escaped_everywhere():
+    report = full_report(
+        model=EVIL,
+        layers=(
+            LayerReport(f"model.layers.0.{EVIL}", 8, 8, True, None, 20.0, 4.0),
+            LayerReport(f"other.layers.0.{EVIL}", 8, 8, True, None, 21.0, 4.0),
+            LayerReport(EVIL, 8, 8, False, EVIL),
+        ),
+        warnings=(EVIL,),
+        recipe={EVIL: [EVIL], "min_shapes": {EVIL: [1]}},
+        engine=EngineReport(
+            EVIL,
+            EVIL,
+            EVIL,
+            1,
+            (EngineProfile(EVIL, {EVIL: ((1,), (1,), (1,))}),),
+            0,
+            0,
+            LintReport(False, (EVIL,)),
+        ),
+        certificate=CertificateReport(1, 1, (EVIL,)),
+        perplexity=Perplexity(1.0, 1.0, EVIL, 1),
+        calibration=CalibrationReport(EVIL, 1),
+        seconds={EVIL: 1.0},
+        versions={EVIL: EVIL},
+    )
+    page = Page(html.render_html(report, [histogram(EVIL)]))
+    assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    assert page.text.count("alert(1)") >= 15
+
+
+def test_page_works_with_every_part_missing(tmp_path):
+    html.write_html(Report("model.onnx", {}), tmp_path / "report.html")
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "not built in this run" in text
+    assert "errors were not measured" in text
+    assert "None" not in text.replace("None: every", "")
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize("part", ["perplexity", "logits", "engine", "certificate", "calibration"])
+def test_page_works_with_one_part_missing(part):
+    Page(html.render_html(full_report(**{part: None})))
+
+
+def test_failures_are_alerts_at_the_top():
+    report = full_report(
+        certificate=CertificateReport(210, 3, ("layer x differs by 0.1",)),
+        engine=EngineReport("tensorrt-rtx", "why", "e", 1, lint=LintReport(False, ("a half output",))),
+    )
+    page = Page(html.render_html(report))
+    assert sum(attrs.get("role") == "alert" for _, attrs in page.tags) == 3
+    start = page.text[: page.text.index("Bits per weight")]
+    assert "The certificate failed: 3 of 210" in start
+    assert "a half output" in start
+
+
+# --- the heat map and histograms
+
+
+def rows_of(*names: str) -> list[str]:
+    made = [LayerReport(name, 1, 1, True, sqnr_db=20.0 + i) for i, name in enumerate(names)]
+    heat = plots.heat_map(made, ())
+    assert heat is not None
+    return [row.label for row in heat.rows]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"), ["up_proj"]),
+        (("/model/layers.0/mlp/up_proj/MatMul", "/model/layers.1/mlp/up_proj/MatMul_3"), ["up_proj"]),
+        (("h.0.attn.c_proj", "h.0.mlp.c_proj"), ["attn.c_proj", "mlp.c_proj"]),
+        (("encoder.layers.0.fc1", "decoder.layers.0.fc1"), ["encoder.layers.*.fc1", "decoder.layers.*.fc1"]),
+        (("m.layers.0.experts.0.w1", "m.layers.0.experts.1.w1"), ["w1"]),
+        (("m.layers.0.q_proj", "lm_head"), ["q_proj", "lm_head"]),
+        (("node_MatMul_4", "node_MatMul_9"), ["layers in graph order"]),
+    ],
+)
+def test_rows_of_the_heat_map(names, expected):
+    assert rows_of(*names) == expected
+
+
+def test_a_cell_of_experts_shows_the_worst():
+    made = [LayerReport(f"m.layers.0.experts.{i}.w1", 1, 1, True, sqnr_db=20.0 + i) for i in range(3)]
+    heat = plots.heat_map(made, ())
+    assert heat is not None
+    assert "experts.0.w1: 20.0 dB (lowest of 3)" in heat.rows[0].svg
+
+
+def test_shades_run_from_best_to_worst():
+    assert [plots.shade(v, 10, 24) for v in (24, 23, 17, 10)] == [0, 0, 3, plots.SHADES - 1]
+    assert plots.shade(5.0, 5.0, 5.0) == 0
+
+
+def test_histogram_counts_every_weight_scale_and_code():
+    item = histogram()
+    assert sum(item.original) == sum(item.decoded) == 32 * 128
+    assert sum(count for _, count in item.exponents) == 64
+    assert sum(count for _, count in item.codes) == 32 * 128
+    assert len(item.codes) == 15
+    # 4-bit rounding of a normal distribution with per-group maximum: about 6.02 * 4 - 7 dB.
+    assert item.weight_sqnr_db == pytest.approx(19.0, abs=2.0)
+
+
+def test_exponents_of_powers_of_two_are_exact():
+    scales = np.array([[2.0**-5, 1.0, 1.875, 2.0, 64.0]], np.float32)
+    item = plots.layer_histogram("x", np.zeros((1, 4), np.float32), np.zeros((1, 4), np.float32), scales)
+    assert dict(item.exponents) == {e: {-5: 1, 0: 2, 1: 1, 6: 1}.get(e, 0) for e in range(-5, 7)}
+    assert item.weight_sqnr_db is None
+    Page(str(plots.weight_plot(item)))
+
+
+def test_histogram_rejects_two_shapes():
+    with pytest.raises(ValueError, match="decoded is"):
+        plots.layer_histogram("x", np.zeros((1, 4), np.float32), np.zeros((4, 1), np.float32), None)
+
+
+# --- units
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "–"),
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (144_200_000, "144.2 MB"),
+        (999_960_000, "1.00 GB"),
+    ],
+)
+def test_sizes_are_decimal(value, expected):
+    assert html.format_bytes(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(2**30, "1.00 GiB"), (int(1.5 * 2**20), "1.50 MiB"), (None, "–")]
+)
+def test_memory_is_binary(value, expected):
+    assert html.format_memory(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.424, "0.42 s"),
+        (37.14, "37.1 s"),
+        (99.96, "1 min 40 s"),
+        (245, "4 min 05 s"),
+        (7320, "2 h 02 min"),
+        (None, "–"),
+    ],
+)
+def test_times(value, expected):
+    assert html.format_seconds(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "expected"),
+    [
+        (4.267, 2, "4.27"),
+        (0.0000123, 4, "1.2e-05"),
+        (0.0, 2, "0.00"),
+        (float("nan"), 2, "–"),
+        (12345.6, 1, "12,345.6"),
+    ],
+)
+def test_numbers(value, digits, expected):
+    assert html.format_number(value, digits) == expected

@@ -1,0 +1,281 @@
+"""The report as frozen values. A value nobody measured is ``None`` (null in JSON), never a made-up number."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of both models on the same tokens, in ONNX Runtime.
+
+    Attributes:
+        original: Perplexity of the model that was given.
+        compiled: Perplexity of the artifact.
+        text: What the text was, for a reader ("built-in text", a file name).
+        tokens: Tokens scored.
+    """
+
+    original: float | None
+    compiled: float | None
+    text: str
+    tokens: int
+
+    @property
+    def increase_percent(self) -> float | None:
+        """By how many percent the compiled model's perplexity is above the original's."""
+        if self.original is None or self.compiled is None or not self.original > 0:
+            return None
+        return 100.0 * (self.compiled / self.original - 1.0)
+
+
+@dataclass(frozen=True)
+class LogitsReport:
+    """Logits of the compiled model against the original's on the same tokens.
+
+    Attributes:
+        sqnr_db: Signal to quantisation-noise ratio, dB.
+        cosine: Cosine similarity, -1..1.
+        kl: Mean KL divergence per token, nats.
+        top1_agreement: Fraction (0..1) of tokens whose most likely next token is the same.
+    """
+
+    sqnr_db: float | None = None
+    cosine: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """Bytes of weights and graph, external data included.
+
+    Attributes:
+        original_bytes: The model that was given, as it was given.
+        original_fp16_bytes: The same weights if every float tensor were stored in 16 bits.
+        compiled_bytes: ``model.zqfp.onnx`` and its data.
+    """
+
+    original_bytes: int | None = None
+    original_fp16_bytes: int | None = None
+    compiled_bytes: int | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Compiled bytes over the original's bytes in 16 bits."""
+        if not self.original_fp16_bytes or self.compiled_bytes is None:
+            return None
+        return self.compiled_bytes / self.original_fp16_bytes
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer, rewritten or not.
+
+    Attributes:
+        name: Layer name, as in the plan.
+        k: Input features.
+        n: Output features.
+        rewritten: Whether the artifact holds it quantised.
+        reason: Why it was left alone; ``None`` when rewritten.
+        sqnr_db: SQNR of the layer's output on identical input, dB.
+        bits: Stored bits per weight: codes, group and row scales, without LoRC factors.
+    """
+
+    name: str
+    k: int | None
+    n: int | None
+    rewritten: bool
+    reason: str | None = None
+    sqnr_db: float | None = None
+    bits: float | None = None
+
+
+@dataclass(frozen=True)
+class EngineProfile:
+    """One optimisation profile.
+
+    Attributes:
+        name: ``prefill`` or ``decode``, for a reader.
+        shapes: Input name to its (min, opt, max) dimensions.
+        fp8_linears: Planned linears this profile runs as FP8 GEMMs.
+        fp8_gemms: FP8 GEMM layers in this profile (merged linears share one).
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(
+        default_factory=dict
+    )
+    fp8_linears: int | None = None
+    fp8_gemms: int | None = None
+
+
+@dataclass(frozen=True)
+class LintReport:
+    """Verdict of the plan lint.
+
+    Attributes:
+        ok: Whether every check held.
+        problems: One sentence per finding.
+    """
+
+    ok: bool
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """The engine, or why there is none.
+
+    Attributes:
+        target: ``tensorrt``, ``tensorrt-rtx``, ``onnxruntime`` or ``none``.
+        reason: Why this target was taken.
+        path: File name inside the output folder.
+        bytes: Its size.
+        profiles: Optimisation profiles.
+        fp8_linears: Planned linears covered by FP8 GEMMs in every profile.
+        fp8_gemms: FP8 GEMM layers, of the profile that has the fewest.
+        lint: Plan lint; ``None`` when there was no plan to check.
+    """
+
+    target: str
+    reason: str
+    path: str | None = None
+    bytes: int | None = None
+    profiles: tuple[EngineProfile, ...] = ()
+    fp8_linears: int | None = None
+    fp8_gemms: int | None = None
+    lint: LintReport | None = None
+
+
+@dataclass(frozen=True)
+class CertificateReport:
+    """Rewritten linears compared with the numpy reference on identical input.
+
+    Attributes:
+        layers_checked: Layers compared; zero is a failure.
+        mismatches: Layers that differ.
+        problems: One sentence per mismatch.
+    """
+
+    layers_checked: int
+    mismatches: int
+    problems: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Something was compared and nothing differed."""
+        return self.layers_checked > 0 and self.mismatches == 0
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What the activations were calibrated on."""
+
+    description: str
+    tokens: int
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).replace(microsecond=0).isoformat()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything ``report.json`` and ``report.html`` say about one compile.
+
+    Attributes:
+        model: Path of the model that was given.
+        recipe: The effective recipe, ``Recipe.to_dict()``.
+        layers: Every linear layer in graph order.
+        perplexity: ``None`` without evaluation.
+        logits: ``None`` without evaluation.
+        bits_per_weight: Codes, group and row scales over the rewritten weights.
+        bits_per_weight_with_lorc: The same with the LoRC factors.
+        size: Bytes before and after.
+        engine: ``None`` when the run did not get to engines.
+        certificate: ``None`` when it was not run.
+        calibration: ``None`` when nothing had to be calibrated.
+        warnings: What a reader must know before trusting the numbers.
+        seconds: Wall time per step, in run order.
+        peak_rss_bytes: Peak resident memory of the process.
+        versions: Package name to version.
+        created: UTC time, ISO 8601.
+    """
+
+    model: str
+    recipe: Mapping[str, Any]
+    layers: tuple[LayerReport, ...] = ()
+    perplexity: Perplexity | None = None
+    logits: LogitsReport | None = None
+    bits_per_weight: float | None = None
+    bits_per_weight_with_lorc: float | None = None
+    size: SizeReport = field(default_factory=SizeReport)
+    engine: EngineReport | None = None
+    certificate: CertificateReport | None = None
+    calibration: CalibrationReport | None = None
+    warnings: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str = field(default_factory=_now)
+
+    @property
+    def rewritten(self) -> tuple[LayerReport, ...]:
+        """The layers that were rewritten."""
+        return tuple(layer for layer in self.layers if layer.rewritten)
+
+    @property
+    def skipped(self) -> tuple[LayerReport, ...]:
+        """The layers that were left alone."""
+        return tuple(layer for layer in self.layers if not layer.rewritten)
+
+    def worst_layers(self, count: int) -> tuple[LayerReport, ...]:
+        """Return up to ``count`` rewritten layers with the lowest measured SQNR, worst first."""
+        scored = [(_finite(layer.sqnr_db), layer) for layer in self.rewritten]
+        ranked = sorted((pair for pair in scored if pair[0] is not None), key=lambda pair: pair[0] or 0.0)
+        return tuple(layer for _, layer in ranked[:count])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON types only; NaN and infinities become ``None``. Keys keep declaration order."""
+        plain: dict[str, Any] = _plain({"schema_version": SCHEMA_VERSION, **_fields(self)})
+        return plain
+
+
+# Values derived from fields that belong in the JSON too.
+_DERIVED = {Perplexity: "increase_percent", SizeReport: "ratio", CertificateReport: "ok"}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    result = {spec.name: getattr(value, spec.name) for spec in dataclasses.fields(value)}
+    derived = _DERIVED.get(type(value))
+    if derived:
+        result[derived] = getattr(value, derived)
+    return result
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    """Turn dataclasses, mappings, sequences and numpy scalars into JSON types."""
+    if dataclasses.is_dataclass(value):
+        return _plain(_fields(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, (bool, int, float, str)):
+        value = value.item()
+    if isinstance(value, float):
+        # float(): numpy.float64 is a float, but its repr is not JSON's.
+        return _finite(float(value))
+    return value
