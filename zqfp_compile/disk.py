@@ -58,9 +58,10 @@ def diagnose_full_disk(
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, OSError) and _is_full(error):
+            size, free = _size_of(written or path), _free_bytes(path)
             return MissingDependencyError(
-                f"{path}: the disk is full ({error.strerror or error}) with "
-                f"{format_bytes(_size_of(written or path))} written and {format_bytes(_free_bytes(path))} free; "
+                f"{path}: the disk is full ({error.strerror or error}) with {format_bytes(size)} written "
+                f"and {format_bytes(free)} free; "
                 "free some space, raise the quota or choose another folder with --output"
             )
         error = error.__cause__ or error.__context__

@@ -45,8 +45,8 @@ class TensorStore:
 
         Args:
             name: Name of the tensor.
-            array: The values, any shape, in any numpy or ``ml_dtypes`` type: INT4 may come as int8, FLOAT8E4M3FN
-                as float32. Nothing is rounded here, so what was validated is what is stored.
+            array: The values, any shape, in any numpy or ``ml_dtypes`` type: INT4 may come as int8,
+                FLOAT8E4M3FN as float32. Nothing is rounded here: what was validated is what is stored.
             dtype: Element type to store; types below 8 bits are packed, low bits first (ONNX, TensorProto).
 
         Returns:
