@@ -15,13 +15,15 @@ class WeightSource:
 
     Attributes:
         initializer: Name of the initializer at the root of the chain.
-        transposed: True when the stored tensor (after the chain) is [K, N], as MatMul wants it; False for [N, K].
+        transposed: True when the stored tensor is [K, N], the transpose of W; False when it is [N, K].
         scale: Factor on the weight (Gemm ``alpha``).
+        casts: Types the weight is rounded to on the way, in order; exact upcasts to FLOAT are left out.
     """
 
     initializer: str
     transposed: bool
     scale: float = 1.0
+    casts: tuple[ir.DataType, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class LinearSite:
         activation: Name of the value x, [..., K].
         output: Name of the value y, [..., N]; the rewrite keeps it.
         weight: Where W comes from.
-        bias: Name of the Gemm ``C`` initializer [N] or [1, N], or ``None``. A following Add stays in the graph.
+        bias: Name of the Gemm ``C`` initializer, [N] or broadcasting to it, or ``None``. A following Add stays.
         bias_scale: Factor on the bias (Gemm ``beta``).
         k: Input features.
         n: Output features.
