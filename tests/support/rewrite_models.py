@@ -1,0 +1,214 @@
+"""A small block with two linears of one activation, and plans with random legal tensors for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from passes.add_lorc import AddLoRC
+from passes.quantize_activations import QuantizeActivations
+from passes.quantize_weights import QuantizeWeights
+from passes.remove_unused import RemoveUnused
+from zqfp_compile.formats.codebook import CODE_BOOKS
+from zqfp_compile.formats.minifloat import MINI_FLOATS
+from zqfp_compile.formats.quantized import QuantizedWeight
+from zqfp_compile.formats.scales import legal_scales
+from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan, WeightSource
+
+NUMPY = {
+    ir.DataType.FLOAT: np.dtype(np.float32),
+    ir.DataType.FLOAT16: np.dtype(np.float16),
+    ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+LARGEST = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
+STATIC_SCALE = 0.011  # activations of up to 3 use an eighth of E4M3's range, and INT8 saturates now and then
+BETA = 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant of the operator."""
+
+    weight_format: str = "e2m1"
+    constraint: str = "e4m3"
+    activation: str = "e4m3"
+    per_token: bool = False
+    dtype: ir.DataType = ir.DataType.FLOAT
+    lorc: bool = False
+    k: int = 64
+    n: int = 48
+    group_size: int = 16
+    seed: int = 0
+
+    def __str__(self) -> str:
+        scale = "token" if self.per_token else "tensor"
+        parts = [self.weight_format, self.constraint, self.activation, scale, self.dtype.name.lower()]
+        return "-".join([*parts, "lorc" if self.lorc else "plain", f"k{self.k}"])
+
+
+def float_model(case: Case) -> ir.Model:
+    """``q = x @ Wq`` (MatMul) and ``v = x @ Wv^T + beta * C`` (Gemm, transB), x [batch, K]."""
+    rng = np.random.default_rng(case.seed)
+    numpy_type = NUMPY[case.dtype]
+
+    def const(name: str, *shape: int) -> ir.Value:
+        array = rng.standard_normal(shape).astype(np.float32).astype(numpy_type)
+        tensor = ir.Tensor(array, dtype=case.dtype, name=name)
+        return ir.Value(name=name, type=ir.TensorType(case.dtype), shape=ir.Shape(shape), const_value=tensor)
+
+    def value(name: str, *shape: int | str) -> ir.Value:
+        return ir.Value(name=name, type=ir.TensorType(case.dtype), shape=ir.Shape(shape))
+
+    x = value("x", "batch", case.k)
+    wq, wv, bias = const("wq", case.k, case.n), const("wv", case.n, case.k), const("c", 1, case.n)
+    scopes = {"pkg.torch.onnx.name_scopes": "['', 'attn.q']"}
+    q = ir.Node(
+        "", "MatMul", [x, wq], name="node_q", outputs=[value("q", "batch", case.n)], metadata_props=scopes
+    )
+    attrs = [ir.AttrInt64("transB", 1), ir.AttrFloat32("beta", BETA)]
+    v = ir.Node("", "Gemm", [x, wv, bias], attrs, name="node_v", outputs=[value("v", "batch", case.n)])
+    graph = ir.Graph(
+        [x],
+        [*q.outputs, *v.outputs],
+        nodes=[q, v],
+        initializers=[wq, wv, bias],
+        opset_imports={"": 21},
+        name="g",
+    )
+    return ir.Model(graph, ir_version=10)
+
+
+def make_plan(case: Case) -> QuantPlan:
+    """The plan of :func:`float_model`, its tensors random but legal under the constraint."""
+    rng = np.random.default_rng(case.seed + 1)
+    sources = {"q": WeightSource("wq", True), "v": WeightSource("wv", False)}
+    linears = tuple(
+        LinearSite(
+            name=f"attn.{key}",
+            node=f"node_{key}",
+            activation="x",
+            output=key,
+            weight=source,
+            bias="c" if key == "v" else None,
+            bias_scale=BETA if key == "v" else 1.0,
+            k=case.k,
+            n=case.n,
+            dtype=case.dtype,
+        )
+        for key, source in sources.items()
+    )
+    return QuantPlan(
+        linears=linears,
+        weight_format=case.weight_format,
+        activation_format=case.activation,
+        per_token=case.per_token,
+        group_size=case.group_size,
+        scale_constraint=case.constraint,
+        activation_scales={} if case.per_token or case.activation == "none" else {"x": static_scale(case)},
+        tensors={site.name: layer_tensors(case, rng) for site in linears},
+    )
+
+
+def static_scale(case: Case) -> float:
+    return 0.02 if case.activation == "int8" else STATIC_SCALE
+
+
+def layer_tensors(case: Case, rng: np.random.Generator) -> LinearTensors:
+    weight = random_weight(case, rng)
+    fp8 = case.weight_format == "fp8"
+    scale_type = ir.DataType.FLOAT if case.constraint == "none" else ir.DataType.FLOAT8E4M3FN
+    scales = weight.group_scales
+    lorc = [None, None]
+    if case.lorc:
+        lorc = [rng.standard_normal(shape).astype(np.float32) * 0.1 for shape in ((case.k, 4), (4, case.n))]
+        lorc = [ir.Tensor(a.astype(NUMPY[case.dtype]), dtype=case.dtype) for a in lorc]
+    return LinearTensors(
+        codes=ir.Tensor(weight.codes if fp8 else weight.codes.astype(ml_dtypes.int4)),
+        group_scales=None
+        if scales is None
+        else ir.Tensor(scales.astype(scale_type.numpy()), dtype=scale_type),
+        row_scales=ir.Tensor(weight.row_scales),
+        lorc_v=lorc[0],
+        lorc_u=lorc[1],
+    )
+
+
+def random_weight(case: Case, rng: np.random.Generator) -> QuantizedWeight:
+    """Every code, legal scale and row scale is possible, far beyond what a real weight needs."""
+    n, k = case.n, case.k
+    rows = np.exp2(rng.uniform(-9, -5, n)).astype(np.float32)
+    if case.constraint == "none":
+        rows = np.ones(n, np.float32)
+    elif case.constraint == "m1":
+        rows = np.exp2(np.round(np.log2(rows)))
+    if case.weight_format == "fp8":
+        codes = rng.uniform(-448, 448, (n, k)).astype(ml_dtypes.float8_e4m3fn)
+        return QuantizedWeight(codes, None, rows, k, "fp8", case.group_size, case.constraint)
+    groups = -(-k // case.group_size)
+    codes = rng.integers(-7, 8, (n, groups * case.group_size)).astype(np.int8)
+    codes[:, k:] = 0
+    if case.constraint == "none":
+        scales = rng.uniform(0.001, 0.1, (n, groups)).astype(np.float32)
+    else:
+        scales = rng.choice(legal_scales(case.constraint, CODE_BOOKS[case.weight_format]), (n, groups))
+    return QuantizedWeight(codes, scales, rows, k, case.weight_format, case.group_size, case.constraint)
+
+
+def decoded(plan: QuantPlan, layer: str) -> QuantizedWeight:
+    """The layer's weight, read back from the plan's tensors."""
+    tensors = plan.tensors[layer]
+    site = next(site for site in plan.linears if site.name == layer)
+    codes = tensors.codes.numpy()
+    scales = tensors.group_scales
+    return QuantizedWeight(
+        codes if plan.weight_format == "fp8" else codes.astype(np.int8),
+        None if scales is None else scales.numpy().astype(np.float32),
+        tensors.row_scales.numpy(),
+        site.k,
+        plan.weight_format,
+        plan.group_size,
+        plan.scale_constraint,
+    )
+
+
+def artifact(case: Case) -> tuple[ir.Model, QuantPlan]:
+    """The model after the rewrite passes."""
+    model, plan = float_model(case), make_plan(case)
+    for pass_ in (QuantizeActivations(plan), QuantizeWeights(plan), AddLoRC(plan), RemoveUnused()):
+        pass_.call(model)
+    return model, plan
+
+
+def quantized_activation(case: Case, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x8 and a of DESIGN section 2, in float32 as the graph computes them, returned as float64."""
+    if case.activation == "none":
+        return x.astype(np.float64), np.float64(1)
+    x32 = x.astype(np.float32)
+    if case.per_token:
+        amax = np.abs(x32).max(axis=-1, keepdims=True)
+        a = np.maximum(amax, np.float32(1e-30)) / np.float32(LARGEST[case.activation])
+    else:
+        a = np.array(static_scale(case), np.float32)
+    scaled = x32 / a
+    if case.activation == "int8":
+        return np.clip(np.rint(scaled), -128, 127).astype(np.float64), a.astype(np.float64)
+    return MINI_FLOATS[case.activation].round(scaled).astype(np.float64), a.astype(np.float64)
+
+
+def reference(case: Case, plan: QuantPlan, model: ir.Model, layer: str, x: np.ndarray) -> np.ndarray:
+    """y = a R (x8 @ w8^T) + (x @ V) @ U + beta C in float64; ``model`` is the float model with the bias."""
+    weight, tensors = decoded(plan, layer), plan.tensors[layer]
+    x8, a = quantized_activation(case, x)
+    y = a * (x8 @ weight.fp8_weight().astype(np.float64).T) * weight.row_scales.astype(np.float64)
+    if tensors.lorc_v is not None and tensors.lorc_u is not None:
+        v, u = (t.numpy().astype(np.float64) for t in (tensors.lorc_v, tensors.lorc_u))
+        y = y + (x.astype(np.float64) @ v) @ u
+    site = next(site for site in plan.linears if site.name == layer)
+    if site.bias is not None:
+        bias = model.graph.initializers[site.bias].const_value
+        assert bias is not None
+        y = y + site.bias_scale * bias.numpy().astype(np.float64).reshape(-1)
+    return y
