@@ -156,10 +156,7 @@ def _in_functions(model: ir.Model, constant: set[ir.Value]) -> Iterator[tuple[ir
                 fixed.update(formal for formal, actual in arguments if actual in constant)
         for node in function:
             if recognise(node, fixed) is not None:
-                yield (
-                    node,
-                    f"inside the function {function.domain}::{function.name}; inline it before compiling",
-                )
+                yield node, f"inside the function {place}; inline it before compiling"
 
 
 def _site(layer: _Layer, form: LinearForm) -> LinearSite:

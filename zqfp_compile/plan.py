@@ -36,7 +36,7 @@ class LinearSite:
         activation: Name of the value x, [..., K].
         output: Name of the value y, [..., N]; the rewrite keeps it.
         weight: Where W comes from.
-        bias: Name of the Gemm ``C`` initializer, [N] or broadcasting to it, or ``None``. A following Add stays.
+        bias: Name of the Gemm ``C`` initializer, [N] or broadcasting to it, or ``None``; an Add stays.
         bias_scale: Factor on the bias (Gemm ``beta``).
         k: Input features.
         n: Output features.
