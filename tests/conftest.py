@@ -1,0 +1,83 @@
+"""Fixtures for every suite: the repository, exported tiny models (cached in build/), SmolLM2."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOLLM2 = ROOT / "build" / "models" / "smollm2-135m" / "model.onnx"
+OPTIMUM = ROOT / "build" / "models" / "optimum"
+
+TinyModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The folder of setup.cfg."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def models_folder() -> Path:
+    """models/ with its scripts importable (``import tiny_models``)."""
+    folder = ROOT / "models"
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return folder
+
+
+def tiny_key() -> str:
+    """A digest that changes with the export scripts and with the libraries that shape the graph."""
+    digest = hashlib.sha256()
+    for script in ("tiny.py", "tiny_models.py", "causal_lm_export.py"):
+        digest.update((ROOT / "models" / script).read_bytes())
+    for package in ("torch", "transformers", "onnxscript", "onnx", "onnx-ir", "tokenizers"):
+        digest.update(importlib.metadata.version(package).encode())
+    return digest.hexdigest()[:12]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(models_folder: Path) -> TinyModel:
+    """``tiny_model(family, exporter="torch", dtype="float32")`` -> path of a tiny ``model.onnx``.
+
+    Families: llama, qwen2, opt, gpt2. Dtypes: float32, float16, with "torch" bfloat16. The folder also
+    holds tokenizer.json and config.json; treat it as read-only. "optimum" skips where it is not built.
+    """
+    cache = ROOT / "build" / "models" / "tiny" / tiny_key()
+
+    def exported(family: str, exporter: str = "torch", dtype: str = "float32") -> Path:
+        if exporter == "optimum":
+            return _optimum_model(OPTIMUM / f"{family}-{dtype}" / "model.onnx")
+        path = cache / f"{family}-{dtype}" / "model.onnx"
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / f"{family}-{dtype}.lock").open("w") as lock:  # pytest-xdist workers share the cache
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                from tiny import build_tiny
+
+                build_tiny(family, dtype, path.parent)
+        return path
+
+    return exported
+
+
+def _optimum_model(path: Path) -> Path:
+    if not path.exists():
+        pytest.skip(f"{path.relative_to(ROOT)} is not built: run `make optimum-models`")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The exported SmolLM2-135M ``model.onnx`` (float16); skips where it is not exported."""
+    if not SMOLLM2.exists():
+        command = "python models/export_smollm2.py --output build/models/smollm2-135m"
+        pytest.skip(f"{SMOLLM2.relative_to(ROOT)} is not exported: run `{command}`")
+    return SMOLLM2
