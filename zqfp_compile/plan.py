@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
+
+from zqfp_compile.formats.quantized import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -115,3 +118,21 @@ class QuantPlan:
     def replace(self, **changes: object) -> QuantPlan:
         """Return a copy with fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def quantized_weight(self, site: LinearSite) -> QuantizedWeight:
+        """Read a layer's stored tensors back as the numpy reference.
+
+        Raises:
+            ValueError: When the tensors break the format's rules (DESIGN section 2).
+        """
+        tensors = self.tensors[site.name]
+        codes, scales = tensors.codes.numpy(), tensors.group_scales
+        return QuantizedWeight(
+            codes=codes if self.weight_format == "fp8" else codes.astype(np.int8),
+            group_scales=None if scales is None else scales.numpy().astype(np.float32),
+            row_scales=tensors.row_scales.numpy(),
+            k=site.k,
+            weight_format=self.weight_format,
+            group_size=self.group_size,
+            scale_constraint=self.scale_constraint,
+        )

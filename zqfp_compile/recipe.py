@@ -1,7 +1,7 @@
 """The recipe: every option of a compile in one frozen, serialisable value.
 
-The command line, ``--recipe FILE.yaml`` and the Python API all produce a :class:`Recipe`; the effective one is
-written to the output folder so that a run can be repeated.
+The command line, ``--recipe FILE.yaml`` and the Python API all produce a :class:`Recipe`; the effective one
+is written to the output folder so that a run can be repeated.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain YAML/JSON types, one key per option in declaration order."""
-        return {
-            spec.name: _plain(getattr(self, spec.name)) for spec in dataclasses.fields(self)
-        }
+        return {spec.name: _plain(getattr(self, spec.name)) for spec in dataclasses.fields(self)}
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML text that :meth:`from_yaml` reads back to an equal recipe."""
@@ -203,7 +201,8 @@ def _coerce_shapes(flag: str, value: Any) -> dict[str, tuple[int, ...]]:
 
 def _check_ranges(recipe: Recipe) -> None:
     if recipe.group_size not in GROUP_SIZES:
-        raise UsageError(f"--group-size: {recipe.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise UsageError(f"--group-size: {recipe.group_size} is not one of {sizes}")
     if not 0 <= recipe.lorc_rank <= MAX_LORC_RANK:
         raise UsageError(f"--lorc-rank: {recipe.lorc_rank} is outside 0..{MAX_LORC_RANK}")
     at_least = {

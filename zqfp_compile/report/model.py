@@ -194,6 +194,7 @@ class Report:
     Attributes:
         model: Path of the model that was given.
         recipe: The effective recipe, ``Recipe.to_dict()``.
+        source_sha256: SHA-256 of the ``.onnx`` file that was given (external data not included).
         layers: Every linear layer in graph order.
         perplexity: ``None`` without evaluation.
         logits: ``None`` without evaluation.
@@ -212,6 +213,7 @@ class Report:
 
     model: str
     recipe: Mapping[str, Any]
+    source_sha256: str | None = None
     layers: tuple[LayerReport, ...] = ()
     perplexity: Perplexity | None = None
     logits: LogitsReport | None = None
@@ -242,6 +244,37 @@ class Report:
         scored = [(_finite(layer.sqnr_db), layer) for layer in self.rewritten]
         ranked = sorted((pair for pair in scored if pair[0] is not None), key=lambda pair: pair[0] or 0.0)
         return tuple(layer for _, layer in ranked[:count])
+
+    def summary_lines(self) -> list[str]:
+        """Return the few lines a person wants after a compile."""
+        lines = [f"rewritten: {len(self.rewritten)} of {len(self.layers)} linear layers"]
+        if self.bits_per_weight is not None:
+            lines[0] += (
+                f", {self.bits_per_weight:.2f} bits per weight ({self.bits_per_weight_with_lorc:.2f} with LoRC)"
+            )
+        if self.size.ratio is not None and self.size.compiled_bytes is not None:
+            lines.append(
+                f"size: {self.size.compiled_bytes / 1e6:.1f} MB, {100 * self.size.ratio:.1f}% of the fp16 weights"
+            )
+        if self.perplexity is not None and self.perplexity.increase_percent is not None:
+            lines.append(
+                f"perplexity: {self.perplexity.original:.3f} -> {self.perplexity.compiled:.3f} "
+                f"({self.perplexity.increase_percent:+.2f}%) on {self.perplexity.tokens} tokens of "
+                f"{self.perplexity.text}"
+            )
+        if self.certificate is not None:
+            lines.append(
+                f"certificate: {self.certificate.layers_checked} layers checked, "
+                f"{self.certificate.mismatches} mismatches"
+            )
+        if self.engine is not None and self.engine.path is not None and self.engine.bytes is not None:
+            lines.append(f"engine: {self.engine.path}, {self.engine.bytes / 1e6:.1f} MB")
+            for profile in self.engine.profiles:
+                lines.append(
+                    f"  {profile.name}: {profile.fp8_linears} of {len(self.rewritten)} linears run in "
+                    f"{profile.fp8_gemms} FP8 GEMMs"
+                )
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types only; NaN and infinities become ``None``. Keys keep declaration order."""

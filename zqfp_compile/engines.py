@@ -1,0 +1,171 @@
+"""From the artifact to what runs: lowered ONNX files and the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from zqfp_compile.backends.profiles import Profile, default_profiles
+from zqfp_compile.backends.target import TargetChoice
+from zqfp_compile.backends.tensorrt import EngineResult, build_engine
+from zqfp_compile.calibrate.causal_lm import InputSpec
+from zqfp_compile.errors import BuilderError, MissingDependencyError, UsageError
+from zqfp_compile.model_io import load_model, save_model
+from zqfp_compile.output_folder import OutputFolder
+from zqfp_compile.pass_runner import PassRunner
+from zqfp_compile.plan import QuantPlan
+from zqfp_compile.progress import StepTimer
+from zqfp_compile.recipe import Recipe
+from zqfp_compile.report.model import EngineProfile, EngineReport, LintReport
+
+_BUILDERS = ("tensorrt", "tensorrt-rtx")
+_ORT_MODEL = "onnxruntime.onnx"
+_ENGINE_ONNX = "engine.onnx"
+_FP4_ONNX = "model.fp4.onnx"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where lowered models come from and go to.
+
+    Attributes:
+        folder: The output folder being made.
+        artifact: The artifact in it.
+        plan: What was quantised, with its tensors.
+        runner: Runs the lowering passes.
+        timer: Times the steps.
+    """
+
+    folder: OutputFolder
+    artifact: Path
+    plan: QuantPlan
+    runner: PassRunner
+    timer: StepTimer
+
+
+def check_options(recipe: Recipe, choice: TargetChoice) -> None:
+    """Refuse what cannot be lowered, before any work is done.
+
+    Raises:
+        MissingDependencyError: ``--weight-lowering plugin`` without the plugin.
+        UsageError: ``--emit fp4`` for weights that are not E2M1.
+    """
+    if recipe.weight_lowering == "plugin":
+        raise MissingDependencyError(
+            "--weight-lowering plugin: the W4A8 kernel library is not part of this version; use fp8 or int4"
+        )
+    e2m1 = recipe.weights == "fp4" and recipe.fp4_format == "e2m1"
+    if "fp4" in recipe.emit and not e2m1:
+        raise UsageError("--emit fp4: only e2m1 weights have a FLOAT4E2M1 form; use --weights fp4")
+    if choice.target in _BUILDERS:
+        # An explicit target was checked with the recipe; "auto" is settled only here.
+        Recipe.from_dict({**recipe.to_dict(), "target": choice.target})
+
+
+def runnable_model(place: Workplace, choice: TargetChoice) -> Path:
+    """Return the model ONNX Runtime should run: FP8 weights, so that loading decodes nothing (made once)."""
+    if place.plan.weight_format == "none":
+        return place.artifact
+    folder = place.folder.path if choice.target == "onnxruntime" else place.folder.scratch
+    path = folder / _ORT_MODEL
+    if not path.exists():
+        _lower(place, path, "lower-weights-fp8")
+    return path
+
+
+def build(
+    place: Workplace, recipe: Recipe, choice: TargetChoice, inputs: Sequence[InputSpec]
+) -> EngineReport:
+    """Build the engine and write the extra files of ``--emit``.
+
+    Args:
+        place: Where everything is.
+        recipe: Options.
+        choice: The settled target.
+        inputs: Graph inputs of the model.
+
+    Raises:
+        BuilderError: When the builder fails or the plan fails the lint.
+    """
+    if "fp4" in recipe.emit:
+        _lower(place, place.folder.path / _FP4_ONNX, "lower-weights-fp4")
+    engine_onnx = _engine_onnx(place, recipe, choice)
+    if choice.target == "none":
+        return EngineReport("none", choice.reason)
+    if choice.target == "onnxruntime":
+        path = runnable_model(place, choice)
+        size = sum(file.stat().st_size for file in place.folder.path.glob(f"{path.name}*"))
+        return EngineReport(choice.target, choice.reason, path.name, size)
+    if engine_onnx is None:
+        raise RuntimeError("no engine-ready ONNX was made for a builder target")
+    return _build_engine(place, recipe, choice, engine_onnx, inputs)
+
+
+def _engine_onnx(place: Workplace, recipe: Recipe, choice: TargetChoice) -> Path | None:
+    """Make the engine-ready ONNX where it is asked for or needed."""
+    emitted = "engine-onnx" in recipe.emit
+    if not emitted and choice.target not in _BUILDERS:
+        return None
+    if not emitted and recipe.weight_lowering != "int4":
+        return runnable_model(place, choice)
+    path = (place.folder.path if emitted else place.folder.scratch) / _ENGINE_ONNX
+    name = "inline-functions" if recipe.weight_lowering == "int4" else "lower-weights-fp8"
+    _lower(place, path, name)
+    return path
+
+
+def _lower(place: Workplace, path: Path, name: str) -> None:
+    options = {} if name == "inline-functions" else {"plan": place.plan}
+    model = load_model(place.artifact)
+    place.runner.run(model, name, "engine", **options)
+    place.runner.run(model, "remove-unused", "engine")
+    with place.timer.step(f"save {path.name}"):
+        save_model(model, path, progress=place.timer.reporter.update)
+
+
+def _build_engine(
+    place: Workplace, recipe: Recipe, choice: TargetChoice, onnx: Path, inputs: Sequence[InputSpec]
+) -> EngineReport:
+    plan = place.plan
+    profiles = default_profiles(
+        [(spec.name, spec.dims) for spec in inputs],
+        min_shapes=recipe.min_shapes,
+        opt_shapes=recipe.opt_shapes,
+        max_shapes=recipe.max_shapes,
+    )
+    fp8 = plan.weight_format != "none" and plan.activation_format == "e4m3"
+    with place.timer.step("engine"):
+        result = build_engine(
+            onnx,
+            place.folder.path / f"{choice.target}.engine",
+            target=choice.target,
+            profiles=profiles,
+            compute_capability=recipe.compute_capability,
+            timing_cache=None if recipe.timing_cache is None else Path(recipe.timing_cache),
+            linears=[f"{site.name}/MatMul" for site in plan.linears] if fp8 else [],
+            timeout_s=recipe.builder_timeout,
+            memory_gb=recipe.builder_memory_gb,
+            on_progress=lambda text: place.timer.reporter.update(0, None, text),
+        )
+    if not result.lint.ok:
+        more = f" (and {len(result.lint.problems) - 1} more)" if len(result.lint.problems) > 1 else ""
+        raise BuilderError(f"engine: {result.lint.problems[0]}{more}; the plan lint refuses this engine")
+    return _engine_report(result, choice, profiles)
+
+
+def _engine_report(result: EngineResult, choice: TargetChoice, profiles: Sequence[Profile]) -> EngineReport:
+    lint = result.lint
+    return EngineReport(
+        target=choice.target,
+        reason=choice.reason,
+        path=result.path.name,
+        bytes=result.bytes,
+        profiles=tuple(
+            EngineProfile(profile.name, profile.shapes, counts.fp8_linears, counts.fp8_gemms)
+            for profile, counts in zip(profiles, lint.profiles, strict=True)
+        ),
+        fp8_linears=lint.fp8_linears,
+        fp8_gemms=lint.fp8_gemms,
+        lint=LintReport(lint.ok, lint.problems),
+    )

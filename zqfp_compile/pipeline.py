@@ -1,0 +1,377 @@
+"""The compile, as a straight line of named steps. ``docs/architecture.md`` has the map."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from zqfp_compile import engines
+from zqfp_compile.backends.ort import import_onnxruntime
+from zqfp_compile.backends.target import TargetChoice, resolve_target
+from zqfp_compile.calibrate.causal_lm import CausalLm, find_vocab_size, graph_inputs
+from zqfp_compile.calibrate.samples import Samples, load_eval_tokens, load_samples
+from zqfp_compile.calibrate.statistics import activation_scales, collect
+from zqfp_compile.certificate import Certificate, certify
+from zqfp_compile.errors import AccuracyError, ModelError, UsageError
+from zqfp_compile.evaluate import Evaluation, evaluate
+from zqfp_compile.model_io import load_model, save_model
+from zqfp_compile.output_folder import OutputFolder
+from zqfp_compile.pass_runner import PassRunner
+from zqfp_compile.plan import QuantPlan
+from zqfp_compile.progress import Reporter, SilentReporter, StepTimer
+from zqfp_compile.quantize_model import quantize_model
+from zqfp_compile.recipe import Recipe
+from zqfp_compile.report.assemble import Facts, assemble, worst_histograms
+from zqfp_compile.report.html import write_html
+from zqfp_compile.report.json_report import write_json
+from zqfp_compile.report.model import EngineReport, Report
+from zqfp_compile.specs import Phase
+from zqfp_compile.tensor_store import TensorStore
+from zqfp_compile.weights import read_bias, read_weight
+
+ARTIFACT = "model.zqfp.onnx"
+_ACTIVATION_FORMATS = {"fp8": "e4m3", "fp8-e5m2": "e5m2", "int8": "int8", "none": "none"}
+_RANDOM_ROWS = 16
+
+Rows = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What a compile made.
+
+    Attributes:
+        folder: The output folder, complete and on disk.
+        report: Everything measured, as in ``report.json``.
+    """
+
+    folder: Path
+    report: Report
+
+    @property
+    def artifact(self) -> Path:
+        """The portable model ``model.zqfp.onnx``."""
+        return self.folder / ARTIFACT
+
+    @property
+    def engine(self) -> Path | None:
+        """The engine or the ORT-ready model; ``None`` for ``target="none"``."""
+        engine = self.report.engine
+        return None if engine is None or engine.path is None else self.folder / engine.path
+
+    def summary(self) -> list[str]:
+        """Return the lines the command line prints at the end."""
+        return [*self.report.summary_lines(), f"output: {self.folder}"]
+
+
+@dataclass
+class _Compilation:
+    """State of one run; each step reads what earlier steps left here."""
+
+    source: Path
+    recipe: Recipe
+    folder: OutputFolder
+    timer: StepTimer
+    runner: PassRunner
+    store: TensorStore
+    choice: TargetChoice
+    explain: bool
+    model: ir.Model
+    plan: QuantPlan = field(default_factory=QuantPlan)
+    samples: Samples | None = None
+    rows: Rows = field(default_factory=dict)
+    certificate: Certificate | None = None
+    evaluation: Evaluation | None = None
+    eval_description: str = ""
+    engine: EngineReport | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def reporter(self) -> Reporter:
+        return self.timer.reporter
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder.path / ARTIFACT
+
+    @property
+    def place(self) -> engines.Workplace:
+        return engines.Workplace(self.folder, self.artifact, self.plan, self.runner, self.timer)
+
+    def warn(self, lines: Sequence[str]) -> None:
+        self.warnings.extend(lines)
+        for line in lines:
+            self.reporter.warn(line)
+
+
+def compile_model(
+    path: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    output: str | Path | None = None,
+    reporter: Reporter | None = None,
+    dump_after: tuple[str, ...] = (),
+    explain: bool = False,
+) -> CompileResult:
+    """Compile an LLM in ONNX into a W4A8 floating-point model, an engine and a report.
+
+    Args:
+        path: The ONNX model; its external data lies beside it.
+        recipe: Options; ``None`` is the default recipe.
+        output: Output folder, by default ``<path without .onnx>.zqfp``. An earlier run's folder is replaced.
+        reporter: Told about progress; ``None`` is silent.
+        dump_after: Names of passes after which the model is written into ``<output>/dump``.
+        explain: Tell the reporter for each linear layer why it was or was not rewritten.
+
+    Raises:
+        UsageError: An option does not fit the model.
+        ModelError: The model cannot be compiled.
+        AccuracyError: The accuracy gate failed, or the certificate found a mismatch.
+        BuilderError: The engine could not be built or fails the plan lint.
+        MissingDependencyError: A library, a GPU, memory or disk space is missing.
+    """
+    source = Path(path)
+    recipe = recipe or Recipe()
+    choice = resolve_target(recipe.target)
+    engines.check_options(recipe, choice)
+    import_onnxruntime()  # calibration and certificate need it: say so before the work
+    final = Path(output) if output is not None else source.with_suffix(".zqfp")
+    timer = StepTimer(reporter or SilentReporter())
+    with timer.step("load"):
+        model = load_model(source)
+    with OutputFolder(final) as folder, TensorStore(folder.scratch) as store:
+        runner = PassRunner(timer, dump_after, folder.path / "dump")
+        run = _Compilation(source, recipe, folder, timer, runner, store, choice, explain, model)
+        for step in (_prepare, _select, _calibrate, _quantize, _rewrite, _certify, _evaluate, _build):
+            step(run)
+        report = _write_report(run)
+        with timer.step("write"):
+            folder.commit(_manifest(report))
+    return CompileResult(folder.final, report)
+
+
+def _prepare(run: _Compilation) -> None:
+    run.reporter.info(f"target {run.choice.target}: {run.choice.reason}")
+    run.runner.run(run.model, "strip-metadata", "exported")
+    run.runner.run(run.model, "raise-opset", "exported")
+
+
+def _select(run: _Compilation) -> None:
+    recipe = run.recipe
+    options = {
+        "include": recipe.include,
+        "exclude": recipe.exclude,
+        "quantize_lm_head": recipe.quantize_lm_head,
+    }
+    plan = run.runner.run(run.model, "select-linears", "exported", **options).plan
+    if plan is None:
+        raise RuntimeError("select-linears returned no plan")
+    weight_format = recipe.fp4_format if recipe.weights == "fp4" else recipe.weights
+    run.plan = plan.replace(
+        weight_format=weight_format,
+        activation_format=_ACTIVATION_FORMATS[recipe.activations],
+        per_token=recipe.activation_scale == "token",
+        group_size=recipe.group_size,
+        scale_constraint=recipe.scale_constraint,
+    )
+    if run.explain:
+        for site in plan.linears:
+            run.reporter.info(f"rewritten  {site.name} [{site.n}x{site.k}]")
+        for skipped in plan.skipped:
+            run.reporter.info(f"left alone {skipped.name}: {skipped.reason}")
+    if not plan.linears:
+        reasons = "; ".join(f"{item.name}: {item.reason}" for item in plan.skipped[:3])
+        raise ModelError(f"{run.source}: no linear layer can be rewritten ({reasons}); see --explain")
+
+
+def _calibrate(run: _Compilation) -> None:
+    """Run text through the original: activation ranges, and sample rows for the per-layer checks."""
+    recipe = run.recipe
+    activations = list(dict.fromkeys(site.activation for site in run.plan.linears))
+    static = run.plan.activation_format != "none" and not run.plan.per_token
+    if not static and not recipe.evaluate:
+        run.rows = _random_rows(run.plan, recipe.seed)
+        return
+    with run.timer.step("calibrate"):
+        run.samples = _load_samples(run)
+        result = collect(
+            run.model, activations, run.samples.feeds, seed=recipe.seed, progress=run.reporter.update
+        )
+    run.warn(run.samples.warnings)
+    run.rows = result.rows
+    if static:
+        scales, warnings = activation_scales(result.ranges, run.plan.activation_format)
+        run.warn(warnings)
+        run.plan = run.plan.replace(activation_scales=scales)
+
+
+def _load_samples(run: _Compilation) -> Samples:
+    recipe = run.recipe
+    from_npz = recipe.calibration is not None and recipe.calibration.endswith(".npz")
+    try:
+        interface = CausalLm.from_model(run.model)
+    except UsageError:
+        if not from_npz:
+            raise
+        interface = None
+    return load_samples(
+        recipe.calibration,
+        tokenizer_path=_tokenizer(run.source),
+        interface=interface,
+        inputs=graph_inputs(run.model),
+        samples=recipe.calibration_samples,
+        length=recipe.calibration_length,
+        seed=recipe.seed,
+        vocab_size=find_vocab_size(run.model),
+    )
+
+
+def _random_rows(plan: QuantPlan, seed: int) -> Rows:
+    random = np.random.default_rng(seed)
+    widths = {site.activation: site.k for site in plan.linears}
+    return {name: random.standard_normal((_RANDOM_ROWS, k), dtype=np.float32) for name, k in widths.items()}
+
+
+def _quantize(run: _Compilation) -> None:
+    if run.plan.weight_format == "none":
+        return
+    with run.timer.step("quantize"):
+        run.plan = quantize_model(
+            run.model,
+            run.plan,
+            run.store,
+            lorc_rank=run.recipe.lorc_rank,
+            seed=run.recipe.seed,
+            progress=run.reporter.update,
+        )
+
+
+def _rewrite(run: _Compilation) -> None:
+    """Make the artifact: rewrite a fresh copy, so that original weights stay readable for the checks."""
+    model = run.model.clone()
+    phase: Phase = "exported"
+    if run.plan.activation_format != "none":
+        run.runner.run(model, "quantize-activations", phase, plan=run.plan)
+    if run.plan.weight_format != "none":
+        phase = "quantized"
+        run.runner.run(model, "quantize-weights", phase, plan=run.plan)
+        if run.recipe.lorc_rank:
+            run.runner.run(model, "add-lorc", phase, plan=run.plan)
+    run.runner.run(model, "remove-unused", phase)
+    with run.timer.step("save"):
+        save_model(model, run.artifact, progress=run.reporter.update)
+        tokenizer = _tokenizer(run.source)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, run.folder.path / tokenizer.name)
+
+
+def _certify(run: _Compilation) -> None:
+    """Compare every rewritten linear, read back from disk, with the numpy reference."""
+    with run.timer.step("certificate"):
+        artifact = load_model(run.artifact)
+        run.certificate = certify(
+            artifact,
+            run.plan,
+            run.rows,
+            original,
+            original_bias=lambda site: read_bias(run.model, site),
+            progress=run.reporter.update,
+        )
+    if run.certificate.mismatches:
+        bad = [layer.name for layer in run.certificate.layers if not layer.ok]
+        raise AccuracyError(
+            f"certificate: {len(bad)} of {run.certificate.layers_checked} layers differ from the reference, "
+            f"first {bad[0]}; this is a bug in zqfp-compile or the runtime, please report it"
+        )
+
+
+def _evaluate(run: _Compilation) -> None:
+    recipe = run.recipe
+    if not recipe.evaluate:
+        return
+    try:
+        interface = CausalLm.from_model(run.model)
+    except UsageError as error:
+        run.warn([f"perplexity was not measured: {error}"])
+        return
+    runnable = engines.runnable_model(run.place, run.choice)
+    with run.timer.step("evaluate"):
+        text = load_eval_tokens(
+            recipe.eval_text,
+            tokenizer_path=_tokenizer(run.source),
+            interface=interface,
+            max_tokens=recipe.eval_tokens,
+            seed=recipe.seed,
+            vocab_size=find_vocab_size(run.model),
+        )
+        run.eval_description = text.description
+        run.evaluation = evaluate(
+            run.source,
+            runnable,
+            text.tokens,
+            length=recipe.eval_length,
+            progress=run.reporter.update,
+        )
+    run.warn(text.warnings)
+    _check_gate(run.evaluation, recipe)
+
+
+def _check_gate(evaluation: Evaluation, recipe: Recipe) -> None:
+    before, after = evaluation.perplexity_original, evaluation.perplexity_compiled
+    if recipe.max_perplexity_increase is None or after is None:
+        return
+    increase = 100.0 * (after / before - 1.0)
+    if not increase <= recipe.max_perplexity_increase:
+        raise AccuracyError(
+            f"perplexity rose by {increase:.2f}% ({before:.3f} -> {after:.3f}), the gate allows "
+            f"{recipe.max_perplexity_increase:g}%; try --lorc-rank 32, --activation-scale token or --exclude"
+        )
+
+
+def _build(run: _Compilation) -> None:
+    run.engine = engines.build(run.place, run.recipe, run.choice, graph_inputs(run.model))
+
+
+def _write_report(run: _Compilation) -> Report:
+    with run.timer.step("report"):
+        facts = Facts(
+            source=run.source,
+            recipe=run.recipe,
+            plan=run.plan,
+            model=run.model,
+            artifact=run.artifact,
+            samples=run.samples,
+            certificate=run.certificate,
+            evaluation=run.evaluation,
+            eval_description=run.eval_description,
+            engine=run.engine,
+            warnings=tuple(run.warnings),
+            seconds=run.timer.seconds,
+        )
+        report = assemble(facts)
+        write_json(report, run.folder.path / "report.json")
+        write_html(report, run.folder.path / "report.html", worst_histograms(report, facts))
+        (run.folder.path / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
+    return report
+
+
+def _manifest(report: Report) -> dict[str, object]:
+    return {
+        "schema_version": 1,
+        "source": report.model,
+        "source_sha256": report.source_sha256,
+        "created": report.created,
+        "versions": dict(report.versions),
+        "recipe": dict(report.recipe),
+    }
+
+
+def _tokenizer(source: Path) -> Path | None:
+    path = source.parent / "tokenizer.json"
+    return path if path.is_file() else None

@@ -1,0 +1,245 @@
+"""From what a run left behind to the report's values."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from zqfp_compile import __version__
+from zqfp_compile.calibrate.samples import Samples
+from zqfp_compile.certificate import Certificate
+from zqfp_compile.evaluate import Evaluation
+from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan
+from zqfp_compile.recipe import Recipe
+from zqfp_compile.report.model import (
+    CalibrationReport,
+    CertificateReport,
+    EngineReport,
+    LayerReport,
+    LogitsReport,
+    Perplexity,
+    Report,
+    SizeReport,
+)
+from zqfp_compile.report.plots import Histogram, layer_histogram
+from zqfp_compile.weights import read_weight
+
+WORST_LAYERS = 5
+_PACKAGES = (
+    "numpy",
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+)
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run left behind for the report.
+
+    Attributes:
+        source: The model that was given.
+        recipe: Effective options.
+        plan: What was quantised, with its tensors.
+        model: The original model, prepared; its weights are still readable.
+        artifact: The artifact's file.
+        samples: Calibration inputs, or ``None``.
+        certificate: Per-layer checks, or ``None``.
+        evaluation: Whole-model accuracy, or ``None``.
+        eval_description: What text the evaluation scored.
+        engine: The engine, or ``None``.
+        warnings: What a reader must know.
+        seconds: Wall time per step.
+    """
+
+    source: Path
+    recipe: Recipe
+    plan: QuantPlan
+    model: ir.Model
+    artifact: Path
+    samples: Samples | None
+    certificate: Certificate | None
+    evaluation: Evaluation | None
+    eval_description: str
+    engine: EngineReport | None
+    warnings: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+def assemble(facts: Facts) -> Report:
+    """Return the report of a run."""
+    bits, bits_with_lorc = _bits_per_weight(facts.plan)
+    return Report(
+        model=str(facts.source),
+        source_sha256=_sha256(facts.source),
+        recipe=facts.recipe.to_dict(),
+        layers=_layers(facts),
+        perplexity=_perplexity(facts),
+        logits=_logits(facts.evaluation),
+        bits_per_weight=bits,
+        bits_per_weight_with_lorc=bits_with_lorc,
+        size=_sizes(facts),
+        engine=facts.engine,
+        certificate=_certificate(facts.certificate),
+        calibration=None
+        if facts.samples is None
+        else CalibrationReport(facts.samples.description, facts.samples.tokens),
+        warnings=facts.warnings,
+        seconds=facts.seconds,
+        peak_rss_bytes=_peak_rss(),
+        versions=_versions(),
+    )
+
+
+def worst_histograms(report: Report, facts: Facts) -> list[Histogram]:
+    """Return the histograms of the layers with the lowest output SQNR."""
+    sites = {site.name: site for site in facts.plan.linears}
+    histograms = []
+    for layer in report.worst_layers(WORST_LAYERS):
+        if layer.name in facts.plan.tensors:
+            histograms.append(_histogram(sites[layer.name], facts))
+    return histograms
+
+
+def _histogram(site: LinearSite, facts: Facts) -> Histogram:
+    quantized = facts.plan.quantized_weight(site)
+    return layer_histogram(
+        site.name,
+        read_weight(facts.model, site.weight),
+        quantized.dequantize(),
+        quantized.group_scales,
+        quantized.codes if quantized.weight_format != "fp8" else None,
+    )
+
+
+def _layers(facts: Facts) -> tuple[LayerReport, ...]:
+    checks = {} if facts.certificate is None else {layer.name: layer for layer in facts.certificate.layers}
+    rewritten = [
+        LayerReport(
+            name=site.name,
+            k=site.k,
+            n=site.n,
+            rewritten=True,
+            sqnr_db=checks[site.name].sqnr_db if site.name in checks else None,
+            bits=_bits(facts.plan.tensors[site.name]) / (site.n * site.k)
+            if site.name in facts.plan.tensors
+            else None,
+        )
+        for site in facts.plan.linears
+    ]
+    skipped = [LayerReport(item.name, item.k, item.n, False, item.reason) for item in facts.plan.skipped]
+    return (*rewritten, *skipped)
+
+
+def _bits_per_weight(plan: QuantPlan) -> tuple[float | None, float | None]:
+    """Return stored bits per rewritten weight without and with LoRC factors; shared weights count once."""
+    unique = {id(plan.tensors[site.name]): site for site in plan.linears if site.name in plan.tensors}
+    weights = sum(site.n * site.k for site in unique.values())
+    if not weights:
+        return None, None
+    tensors = [plan.tensors[site.name] for site in unique.values()]
+    bits = sum(_bits(item) for item in tensors)
+    lorc = sum(8 * factor.nbytes for item in tensors for factor in (item.lorc_v, item.lorc_u) if factor)
+    return bits / weights, (bits + lorc) / weights
+
+
+def _bits(tensors: LinearTensors) -> int:
+    stored = (tensors.codes, tensors.group_scales, tensors.row_scales)
+    return sum(8 * tensor.nbytes for tensor in stored if tensor is not None)
+
+
+def _perplexity(facts: Facts) -> Perplexity | None:
+    evaluation = facts.evaluation
+    if evaluation is None:
+        return None
+    return Perplexity(
+        evaluation.perplexity_original,
+        evaluation.perplexity_compiled,
+        facts.eval_description,
+        evaluation.tokens_scored,
+    )
+
+
+def _logits(evaluation: Evaluation | None) -> LogitsReport | None:
+    if evaluation is None:
+        return None
+    return LogitsReport(
+        evaluation.logits_sqnr_db, evaluation.cosine, evaluation.kl, evaluation.top1_agreement
+    )
+
+
+def _certificate(certificate: Certificate | None) -> CertificateReport | None:
+    if certificate is None:
+        return None
+    problems = tuple(
+        f"{layer.name}: weight bit-equal {layer.weight_bit_equal}, error {layer.max_rel_error:.1e} "
+        f"(tolerance {layer.tolerance:.0e})"
+        for layer in certificate.layers
+        if not layer.ok
+    )
+    return CertificateReport(certificate.layers_checked, certificate.mismatches, problems)
+
+
+def _sizes(facts: Facts) -> SizeReport:
+    tensors = [value.const_value for value in facts.model.graph.initializers.values()]
+    floats = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    in_fp16 = sum(
+        2 * tensor.size if tensor.dtype in floats else tensor.nbytes
+        for tensor in tensors
+        if tensor is not None
+    )
+    return SizeReport(_bytes_on_disk(facts.source), in_fp16, _bytes_on_disk(facts.artifact))
+
+
+def _bytes_on_disk(model: Path) -> int:
+    """Return the size of an ONNX file and the external data it names."""
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+
+    proto = onnx.load(model, load_external_data=False)
+    names = {
+        entry.value
+        for tensor in proto.graph.initializer
+        if uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return model.stat().st_size + sum((model.parent / name).stat().st_size for name in names)
+
+
+def _peak_rss() -> int:
+    """Return the largest resident size of this process or of its builder, whichever is larger, in bytes."""
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * max(resource.getrusage(item).ru_maxrss for item in who)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"zqfp-compile": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
