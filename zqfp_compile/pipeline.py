@@ -279,7 +279,7 @@ def _certify(run: _Compilation) -> None:
             artifact,
             run.plan,
             run.rows,
-            original,
+            original_weight=lambda site: read_weight(run.model, site.weight),
             original_bias=lambda site: read_bias(run.model, site),
             progress=run.reporter.update,
         )

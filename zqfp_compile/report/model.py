@@ -249,13 +249,11 @@ class Report:
         """Return the few lines a person wants after a compile."""
         lines = [f"rewritten: {len(self.rewritten)} of {len(self.layers)} linear layers"]
         if self.bits_per_weight is not None:
-            lines[0] += (
-                f", {self.bits_per_weight:.2f} bits per weight ({self.bits_per_weight_with_lorc:.2f} with LoRC)"
-            )
+            with_lorc = self.bits_per_weight_with_lorc
+            lines[0] += f", {self.bits_per_weight:.2f} bits per weight ({with_lorc:.2f} with LoRC)"
         if self.size.ratio is not None and self.size.compiled_bytes is not None:
-            lines.append(
-                f"size: {self.size.compiled_bytes / 1e6:.1f} MB, {100 * self.size.ratio:.1f}% of the fp16 weights"
-            )
+            megabytes, percent = self.size.compiled_bytes / 1e6, 100 * self.size.ratio
+            lines.append(f"size: {megabytes:.1f} MB, {percent:.1f}% of the fp16 weights")
         if self.perplexity is not None and self.perplexity.increase_percent is not None:
             lines.append(
                 f"perplexity: {self.perplexity.original:.3f} -> {self.perplexity.compiled:.3f} "
