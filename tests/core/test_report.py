@@ -311,6 +311,11 @@ def test_failures_are_alerts_at_the_top():
     assert "a half output" in start
 
 
+def test_a_certificate_that_checked_nothing_is_an_alert():
+    text = Page(html.render_html(full_report(certificate=CertificateReport(0, 0)))).text
+    assert "The certificate failed: no layer was compared" in text
+
+
 # --- the heat map and histograms
 
 

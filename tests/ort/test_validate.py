@@ -243,13 +243,13 @@ def test_nan_in_one_model_only_always_fails(a, tmp_path, cli):
     broken = weights()
     broken["head"][3, 7] = np.nan
     save(tmp_path / "nan.onnx", lm_nodes(), broken)
-    code, out, err = cli(a, tmp_path / "nan.onnx", "--json", tmp_path / "r.json")
+    code, _, err = cli(a, tmp_path / "nan.onnx", "--json", tmp_path / "r.json")
     assert code == 4
     assert "NaN or infinite in one model only" in err
     text = (tmp_path / "r.json").read_text()
     row = json.loads(text, parse_constant=pytest.fail)["outputs"][0]
     assert (row["sqnr_db"], row["max_abs_error"], row["equal"]) == (None, None, False)
-    code, out, _ = cli(tmp_path / "nan.onnx", tmp_path / "nan.onnx")
+    code, _, _ = cli(tmp_path / "nan.onnx", tmp_path / "nan.onnx")
     assert code == 0  # the same NaN in both is no difference
 
 
