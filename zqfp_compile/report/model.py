@@ -249,8 +249,9 @@ class Report:
         """Return the few lines a person wants after a compile."""
         lines = [f"rewritten: {len(self.rewritten)} of {len(self.layers)} linear layers"]
         if self.bits_per_weight is not None:
-            with_lorc = self.bits_per_weight_with_lorc
-            lines[0] += f", {self.bits_per_weight:.2f} bits per weight ({with_lorc:.2f} with LoRC)"
+            lines[0] += f", {self.bits_per_weight:.2f} bits per weight"
+            if self.bits_per_weight_with_lorc is not None:
+                lines[0] += f" ({self.bits_per_weight_with_lorc:.2f} with LoRC)"
         if self.size.ratio is not None and self.size.compiled_bytes is not None:
             megabytes, percent = self.size.compiled_bytes / 1e6, 100 * self.size.ratio
             lines.append(f"size: {megabytes:.1f} MB, {percent:.1f}% of the fp16 weights")
