@@ -1,0 +1,1 @@
+"""Quantisation mathematics in torch (CPU or CUDA). No ONNX."""

@@ -1,0 +1,57 @@
+"""LoRC: low-rank compensation of a weight's quantisation error (ZeroQuant-V2, arXiv 2303.08302, section 5)."""
+
+from __future__ import annotations
+
+import torch
+
+# Below this size the exact decomposition takes milliseconds.
+EXACT_SIZE = 256
+# Quantisation errors are nearly white, the worst case of a range finder: these two reach 98% of the energy that the
+# exact factors capture (measured, 1536 x 576, ranks 8 to 64) in a twentieth of the time.
+OVERSAMPLING = 32
+POWER_ITERATIONS = 6
+
+
+def low_rank_factors(error: torch.Tensor, rank: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factor an error matrix so that ``y += (x @ V) @ U`` adds its best rank-r part back.
+
+    Small matrices are decomposed exactly; larger ones by a randomised range finder with power iterations (Halko,
+    Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1). The singular values are split evenly between the
+    factors, so that both fit float16.
+
+    Args:
+        error: W - W_hat, [N, K], any float dtype, CPU or CUDA.
+        rank: r, at least 1; cut to min(N, K).
+        seed: Of the random range finder; the result is a function of (error, rank, seed).
+
+    Returns:
+        ``V`` [K, r] and ``U`` [r, N], float32 on the error's device, with ``V @ U ~ error^T``.
+
+    Raises:
+        ValueError: When the rank is below 1 or the error is not a matrix.
+    """
+    if error.ndim != 2 or rank < 1:
+        raise ValueError(
+            f"rank {rank} of an error of shape {tuple(error.shape)}: need a matrix and a rank >= 1"
+        )
+    matrix = error.detach().to(torch.float32).t()
+    rank = min(rank, *matrix.shape)
+    if min(matrix.shape) <= max(EXACT_SIZE, 2 * (rank + OVERSAMPLING)):
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        left, values, right = _randomised_svd(matrix, rank + OVERSAMPLING, seed)
+    root = values[:rank].sqrt()
+    return (left[:, :rank] * root).contiguous(), (root[:, None] * right[:rank]).contiguous()
+
+
+def _randomised_svd(
+    matrix: torch.Tensor, width: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the leading ``width`` singular triples of a matrix, approximately."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(POWER_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ (matrix.t() @ basis)).Q
+    left, values, right = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
+    return basis @ left, values, right

@@ -1,0 +1,262 @@
+"""Round-to-nearest weight quantisation with an error search over group and row scales.
+
+The search compares *decoded* weights, the values the engine multiplies with, so the rounding of ``e2m1(c) * s``
+to E4M3 is inside the choice and not an afterthought.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from zqfp_compile.errors import ModelError
+from zqfp_compile.formats.codebook import CODE_BOOKS, CodeBook
+from zqfp_compile.formats.minifloat import E4M3FN
+from zqfp_compile.formats.quantized import QuantizedWeight
+from zqfp_compile.formats.scales import SCALE_CONSTRAINTS, top_scale
+from zqfp_compile.quantize.rounding import nearest_level, round_minifloat
+
+# Just under torch's parallel grain: every operation stays in one core's cache. Measured on two cores: larger,
+# threaded chunks win 1.5x when idle but lose 10x when another process makes the threads wait for each other.
+CPU_CHUNK = 32767
+CUDA_CHUNK = 1 << 22
+
+# Larger weights would overflow float32 when decoded; rows below the floor count as rows of zeros.
+LARGEST_WEIGHT = 2.0**126
+SMALLEST_ROW = 2.0**-100
+
+# Places above the smallest legal scale that does not saturate. Among powers of two the next larger scale has a
+# subset of the same values, so only the clipping one is worth trying.
+SCALE_STEPS = {"m1": (0, -1), "m2": (0, -1), "e4m3": (0, 1, -1, -2)}
+# Factors on the row scale: m2 has one free mantissa per row; for e4m3 they shift the grid by parts of a step.
+ROW_FACTORS = {
+    "m1": (1.0,),
+    "m2": tuple(2.0 ** (phase / 8) for phase in range(8)),
+    "e4m3": (1.0, 1.03, 1.06),
+}
+# Unconstrained scales, as fractions of the one that just fits; above 1.25 the top codes go unused.
+CLIP_FACTORS = (1.0, *(1.24 - 0.04 * step for step in range(6)), *(0.97 - 0.03 * step for step in range(8)))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What to quantise to."""
+
+    book: CodeBook
+    group_size: int
+    constraint: str
+    search: bool
+
+
+def quantize_weight(
+    weight: torch.Tensor,
+    *,
+    weight_format: str = "e2m1",
+    group_size: int = 64,
+    scale_constraint: str = "e4m3",
+    search: bool = True,
+    name: str = "weight",
+) -> QuantizedWeight:
+    """Quantise W[N, K] to the nearest values its format can take.
+
+    Args:
+        weight: [N, K], any float dtype, CPU or CUDA; K need not be a multiple of the group size.
+        weight_format: ``e2m1``, ``e3m0``, ``int4``, or ``fp8`` (E4M3 with R = max|row| / 448, no groups).
+        group_size: Weights along K per group scale.
+        scale_constraint: ``none``, ``m1``, ``m2`` or ``e4m3`` (DESIGN section 2); unused for ``fp8``.
+        search: Choose scales by the squared error of the decoded weight; otherwise each group takes the smallest
+            scale that does not saturate it (:func:`zqfp_compile.formats.scales.constrain_scales`).
+        name: The tensor's name, for errors.
+
+    Returns:
+        The quantised weight, in numpy. Rows of zeros (below 2^-100) have R = 1 and codes 0.
+
+    Raises:
+        ModelError: When the weight holds NaN, infinity or values beyond 2^126.
+        ValueError: On an unknown format or constraint, or a weight that is not a non-empty matrix.
+    """
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"{name}: shape {tuple(weight.shape)} is not a non-empty matrix")
+    if scale_constraint not in SCALE_CONSTRAINTS:
+        raise ValueError(f"unknown scale constraint {scale_constraint!r}")
+    weight = weight.detach()
+    check_finite(weight, name)
+    if weight_format == "fp8":
+        return _quantize_fp8(weight, group_size, scale_constraint)
+    if weight_format not in CODE_BOOKS:
+        raise ValueError(f"unknown weight format {weight_format!r}")
+    return _quantize_4bit(weight, _Rule(CODE_BOOKS[weight_format], group_size, scale_constraint, search))
+
+
+def check_finite(weight: torch.Tensor, name: str) -> None:
+    """Check that every value is finite and at most 2^126.
+
+    Raises:
+        ModelError: Naming the tensor and the number of bad values.
+    """
+    low, high = torch.aminmax(weight)
+    if float(low) >= -LARGEST_WEIGHT and float(high) <= LARGEST_WEIGHT:
+        return
+    bad = int((~(weight.double().abs() <= LARGEST_WEIGHT)).sum())
+    raise ModelError(
+        f"weight {name!r}: {bad} of {weight.numel()} values are NaN, infinite or beyond 2^126; "
+        "repair the weight, or leave the layer out with --exclude"
+    )
+
+
+def _quantize_fp8(weight: torch.Tensor, group_size: int, scale_constraint: str) -> QuantizedWeight:
+    n, k = weight.shape
+    codes = np.empty((n, k), dtype=E4M3FN.dtype)
+    row_scales = np.empty(n, dtype=np.float32)
+
+    def work(start: int, stop: int) -> None:
+        rows, factor = _normalise(weight[start:stop])
+        largest = rows.abs().amax(dim=1)
+        scale = torch.where(largest > 0, largest / E4M3FN.max_value, 1.0)
+        rounded = round_minifloat(rows / scale[:, None], E4M3FN).to(torch.float8_e4m3fn)
+        codes[start:stop] = rounded.view(torch.uint8).cpu().numpy().view(E4M3FN.dtype)
+        row_scales[start:stop] = (scale * factor).cpu().numpy()
+
+    _for_row_chunks(weight, k, work)
+    return QuantizedWeight(codes, None, row_scales, k, "fp8", group_size, scale_constraint)
+
+
+def _quantize_4bit(weight: torch.Tensor, rule: _Rule) -> QuantizedWeight:
+    n, k = weight.shape
+    groups = -(-k // rule.group_size)
+    padded = groups * rule.group_size
+    codes = np.empty((n, padded), dtype=np.int8)
+    group_scales = np.empty((n, groups), dtype=np.float32)
+    row_scales = np.empty(n, dtype=np.float32)
+
+    def work(start: int, stop: int) -> None:
+        values, factor = _normalise(weight[start:stop])
+        values = torch.nn.functional.pad(values, (0, padded - k))
+        signed, scales, rows = _quantize_rows(values, rule)
+        if rule.constraint == "none":
+            scales, factor = scales * factor[:, None], torch.ones_like(factor)
+        codes[start:stop] = signed.cpu().numpy()
+        group_scales[start:stop] = scales.cpu().numpy()
+        row_scales[start:stop] = (rows * factor).cpu().numpy()
+
+    _for_row_chunks(weight, padded, work)
+    return QuantizedWeight(
+        codes, group_scales, row_scales, k, rule.book.name, rule.group_size, rule.constraint
+    )
+
+
+def _for_row_chunks(weight: torch.Tensor, row_length: int, work: Callable[[int, int], None]) -> None:
+    """Call ``work(start, stop)`` for runs of rows of about one chunk; each call fills its own rows."""
+    step = max(1, (CUDA_CHUNK if weight.is_cuda else CPU_CHUNK) // row_length)
+    for start in range(0, len(weight), step):
+        work(start, min(start + step, len(weight)))
+
+
+def _normalise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale rows to maxima in [1, 2) by powers of two: exact, and squares neither overflow nor vanish.
+
+    Returns:
+        float32 rows [r, K], those below the floor being all zeros, and the factors [r] that undo the scaling.
+    """
+    rows = rows.to(torch.float32)
+    largest = rows.abs().amax(dim=1)
+    usable = largest >= SMALLEST_ROW
+    power = largest.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+    factor = torch.where(usable, power, 1.0)
+    return torch.where(usable[:, None], rows / factor[:, None], 0.0), factor
+
+
+def _quantize_rows(values: torch.Tensor, rule: _Rule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantise normalised, padded rows: float32 [r, Kp] -> int8 codes [r, Kp], s [r, G], R [r]."""
+    # The group goes first, so that a scale per group is a contiguous row to broadcast.
+    sizes = values.abs().view(-1, rule.group_size).t().contiguous()
+    ideal = sizes.amax(dim=0).view(len(values), -1) / rule.book.max_magnitude
+    scales, rows = _choose_scales(sizes, ideal, rule)
+    index = nearest_level(sizes, _levels(scales, rows, rule)).t().reshape(values.shape)
+    return index.copysign_(values).to(torch.int8), scales, rows
+
+
+def _levels(scales: torch.Tensor, rows: torch.Tensor, rule: _Rule) -> torch.Tensor:
+    """Return the eight magnitudes a decoded weight can take: s [r, G], R [r] -> float32 [8, r * G]."""
+    magnitudes = torch.tensor(rule.book.magnitudes, device=scales.device)
+    levels = magnitudes[:, None, None] * scales
+    if rule.constraint != "none":
+        levels = round_minifloat(levels, E4M3FN).mul_(rows[:, None])
+    return levels.view(len(magnitudes), -1)
+
+
+def _choose_scales(
+    sizes: torch.Tensor, ideal: torch.Tensor, rule: _Rule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return group scales s [r, G] and row scales R [r].
+
+    Args:
+        sizes: float32 [g, r * G], magnitudes of normalised weights.
+        ideal: float32 [r, G], the real scale at which each group just fits.
+        rule: What to quantise to.
+    """
+    candidates = _candidates(ideal, rule)
+    if not rule.search:
+        rows, (scales, *_) = candidates[0]
+        return scales, rows
+    best_error = torch.full_like(ideal[:, 0], torch.inf)
+    best_scales, best_rows = torch.empty_like(ideal), torch.empty_like(best_error)
+    for rows, choices in candidates:
+        lowest, scales = torch.full_like(ideal, torch.inf), choices[0]
+        for choice in choices:
+            error = _group_errors(sizes, _levels(choice, rows, rule)).view(ideal.shape)
+            scales = torch.where(error < lowest, choice, scales)
+            lowest = torch.minimum(error, lowest)
+        row_error = lowest.sum(dim=1)
+        better = row_error < best_error
+        best_error = torch.where(better, row_error, best_error)
+        best_scales = torch.where(better[:, None], scales, best_scales)
+        best_rows = torch.where(better, rows, best_rows)
+    return best_scales, best_rows
+
+
+def _group_errors(sizes: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Return the squared error of each group [M] when every size [g, M] takes the nearest of the levels [8, M]."""
+    nearest = sizes.clone()  # level 0 is zero
+    distance = torch.empty_like(sizes)
+    for level in levels[1:]:
+        torch.sub(sizes, level, out=distance)
+        torch.minimum(nearest, distance.abs_(), out=nearest)
+    return nearest.square_().sum(dim=0)
+
+
+def _candidates(ideal: torch.Tensor, rule: _Rule) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Return row scales R [r], each with the group scales [r, G] to try under it; the unsearched choice first."""
+    largest = ideal.amax(dim=1)
+    if rule.constraint == "none":
+        base = torch.where(ideal > 0, ideal, 1.0)
+        return [(torch.ones_like(largest), [base * factor for factor in CLIP_FACTORS])]
+    result = []
+    for factor in ROW_FACTORS[rule.constraint]:
+        rows = _row_scale(largest, rule) * factor
+        wanted = ideal / rows[:, None] * (1 - 1e-6)  # R carries a rounding error
+        steps = SCALE_STEPS[rule.constraint]
+        result.append((rows, [_legal_scale(wanted, step, rule) for step in steps]))
+    return result
+
+
+def _row_scale(largest: torch.Tensor, rule: _Rule) -> torch.Tensor:
+    """:func:`zqfp_compile.formats.scales.row_scale` in torch; rows of zeros get 1."""
+    scale = largest
+    if rule.constraint == "m1":  # 2^ceil(log2)
+        scale = (largest.view(torch.int32) + 0x7FFFFF).bitwise_and(0x7F800000).view(torch.float32)
+    return torch.where(largest > 0, scale / top_scale(rule.constraint, rule.book), 1.0)
+
+
+def _legal_scale(wanted: torch.Tensor, step: int, rule: _Rule) -> torch.Tensor:
+    """Return the legal scale ``step`` places above the smallest one >= ``wanted``, within the range.
+
+    Without their low mantissa bits, the bits of a float32 count the legal scales upwards.
+    """
+    dropped = 20 if rule.constraint == "e4m3" else 23
+    low, high = torch.tensor([rule.book.min_scale, rule.book.max_scale]).view(torch.int32).tolist()
+    place = ((wanted.view(torch.int32) + ((1 << dropped) - 1)) >> dropped) + step
+    return place.clamp(low >> dropped, high >> dropped).bitwise_left_shift(dropped).view(torch.float32)
