@@ -268,7 +268,7 @@ class Report:
             )
         if self.engine is not None and self.engine.path is not None and self.engine.bytes is not None:
             lines.append(f"engine: {self.engine.path}, {self.engine.bytes / 1e6:.1f} MB")
-            for profile in self.engine.profiles:
+            for profile in (item for item in self.engine.profiles if item.fp8_linears is not None):
                 lines.append(
                     f"  {profile.name}: {profile.fp8_linears} of {len(self.rewritten)} linears run in "
                     f"{profile.fp8_gemms} FP8 GEMMs"
