@@ -1,0 +1,273 @@
+"""The per-run certificate: every rewritten linear, alone in ONNX Runtime, against numpy on identical input.
+
+Whole-model logits cannot prove a rewrite right, because FP8 rounding amplifies noise (DESIGN section 9). One
+linear can: its decoded weight must equal the numpy reference bit for bit, and its output the equation of
+DESIGN section 2 within the rounding of one matrix product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from zqfp_compile.backends.ort import create_session
+from zqfp_compile.calibrate.widen import widen_bfloat16
+from zqfp_compile.errors import AccuracyError
+from zqfp_compile.formats.minifloat import MINI_FLOATS
+from zqfp_compile.formats.quantized import QuantizedWeight
+from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan
+from zqfp_compile.report.metrics import sqnr_db
+
+Progress = Callable[[int, int, str], None]
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+
+# Largest |y - reference| relative to the largest |reference|, by type of y. float32: a sum of K products in
+# any order, each rounded at 6e-8. float16: the product, the two LoRC products and the sums, each rounded to
+# 11 bits (5e-4).
+TOLERANCE = {ir.DataType.FLOAT: 1e-5, ir.DataType.FLOAT16: 2e-3}
+
+# Output channels of the reference in float64 at once.
+_BLOCK = 8192
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One linear's certificate.
+
+    Attributes:
+        name: Layer name.
+        k: Input features.
+        n: Output features.
+        weight_bit_equal: Whether ONNX Runtime decodes the weight to exactly the numpy reference.
+        max_rel_error: Largest |y - reference| over the largest |reference|, reference in float64.
+        tolerance: What ``max_rel_error`` may be.
+        sqnr_db: The original linear's output against the rewritten one's (with LoRC) on the same rows, dB.
+    """
+
+    name: str
+    k: int
+    n: int
+    weight_bit_equal: bool
+    max_rel_error: float
+    tolerance: float
+    sqnr_db: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the layer computes what it should."""
+        return self.weight_bit_equal and self.max_rel_error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """All layers' certificates.
+
+    Attributes:
+        layers: One per rewritten linear, in graph order.
+    """
+
+    layers: tuple[LayerCheck, ...]
+
+    @property
+    def layers_checked(self) -> int:
+        """Number of linears compared."""
+        return len(self.layers)
+
+    @property
+    def mismatches(self) -> int:
+        """Number of linears that failed."""
+        return sum(not layer.ok for layer in self.layers)
+
+
+def certify(
+    artifact: ir.Model,
+    plan: QuantPlan,
+    rows: Mapping[str, Float32],
+    original_weight: Callable[[LinearSite], Float32],
+    *,
+    original_bias: Callable[[LinearSite], Float32 | None],
+    progress: Progress = lambda done, total, detail: None,
+) -> Certificate:
+    """Check every linear of ``plan`` in the rewritten graph.
+
+    Args:
+        artifact: The rewritten model, with its functions.
+        plan: Layers, formats, activation scales and quantised tensors.
+        rows: Sample rows per activation name, float32 [m, K] holding values of the layer's type.
+        original_weight: Returns W[N, K] of a layer before quantisation.
+        original_bias: Returns the layer's own bias [N] before the rewrite, or ``None``; one that a following
+            Add holds is no part of the layer.
+        progress: Called with (layers done, layers, layer name).
+
+    Raises:
+        AccuracyError: When there is nothing to compare, or a layer cannot be compared.
+    """
+    checks = []
+    for index, site in enumerate(plan.linears):
+        progress(index, len(plan.linears), site.name)
+        x = rows.get(site.activation)
+        if x is None or x.size == 0:
+            raise AccuracyError(
+                f"certificate: layer {site.name!r} has no sample rows; calibrate on more text"
+            )
+        checks.append(_check_layer(artifact, plan, site, x, original_weight(site), original_bias(site)))
+    progress(len(plan.linears), len(plan.linears), "")
+    if not checks:
+        raise AccuracyError("certificate: no linear was compared; the run proves nothing about the model")
+    return Certificate(tuple(checks))
+
+
+def _check_layer(
+    artifact: ir.Model,
+    plan: QuantPlan,
+    site: LinearSite,
+    rows: Float32,
+    original: Float32,
+    bias: Float32 | None,
+) -> LayerCheck:
+    alone, node = _extract(artifact, site)
+    x = rows.astype(site.dtype.numpy())
+    output, decoded = _run(alone, site, x)
+    expected = original if node is None else _reference_weight(plan, site)
+    # Without a W4A8Linear (activations quantised only) the weight is the original initializer itself.
+    equal = (decoded is None) if node is None else decoded is not None and np.array_equal(decoded, expected)
+    reference = _reference_output(plan, site, x.astype(np.float32), expected, bias)
+    exact = x.astype(np.float32) @ original.T
+    if bias is not None:
+        exact += bias
+    return LayerCheck(
+        name=site.name,
+        k=site.k,
+        n=site.n,
+        weight_bit_equal=bool(equal),
+        max_rel_error=_relative_error(output, reference),
+        tolerance=TOLERANCE[_computed_type(site)],
+        sqnr_db=sqnr_db(exact, output),
+    )
+
+
+def _extract(artifact: ir.Model, site: LinearSite) -> tuple[ir.Model, ir.Node | None]:
+    """Return a model from the layer's activation to its output, with ``w_hat`` as a second output.
+
+    The second result is the layer's ``W4A8Linear`` in the copy, ``None`` when its weight is not quantised.
+    """
+    try:
+        graph = ir.convenience.extract(artifact.graph, [site.activation], [site.output])
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise AccuracyError(
+            f"certificate: layer {site.name!r} is not in the compiled graph ({reason})"
+        ) from error
+    functions = []
+    linear = next((node for node in graph if node.op_type == "W4A8Linear"), None)
+    if linear is not None:
+        function = artifact.functions[linear.op_identifier()].clone()
+        w_hat = next((v for node in function for v in node.outputs if v.name == "w_hat"), None)
+        if w_hat is not None:
+            function.outputs.append(w_hat)
+            linear.resize_outputs(2)
+            decoded = linear.outputs[1]
+            decoded.name, decoded.dtype = "w_hat", ir.DataType.FLOAT
+            graph.outputs.append(decoded)
+        functions.append(function)
+    model = ir.Model(graph, ir_version=artifact.ir_version, functions=functions)
+    ir.external_data.load_to_model(model)
+    return model, linear
+
+
+def _run(model: ir.Model, site: LinearSite, x: npt.NDArray[Any]) -> tuple[Float32, Float32 | None]:
+    if site.dtype == ir.DataType.BFLOAT16:
+        widen_bfloat16(model)
+        x = x.astype(np.float32)
+    try:
+        session = create_session(ir.to_proto(model).SerializeToString())
+        outputs = session.run(None, {site.activation: _batched(x, model)})
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        reason = " ".join(str(error).split())
+        raise AccuracyError(f"certificate: layer {site.name!r} does not run ({reason})") from error
+    y = outputs[0].reshape(-1, site.n).astype(np.float32)
+    return y, outputs[1] if len(outputs) > 1 else None
+
+
+def _batched(x: npt.NDArray[Any], model: ir.Model) -> npt.NDArray[Any]:
+    """Give the rows [m, K] the rank of the layer's activation."""
+    shape = model.graph.inputs[0].shape
+    rank = 2 if shape is None else len(shape)
+    return x.reshape((1,) * (rank - 2) + x.shape)
+
+
+def _reference_weight(plan: QuantPlan, site: LinearSite) -> Float32:
+    tensors: LinearTensors = plan.tensors[site.name]
+    codes = tensors.codes.numpy()
+    scales = None if tensors.group_scales is None else tensors.group_scales.numpy().astype(np.float32)
+    try:
+        return QuantizedWeight(
+            codes=codes if plan.weight_format == "fp8" else codes.astype(np.int8),
+            group_scales=scales,
+            row_scales=tensors.row_scales.numpy(),
+            k=site.k,
+            weight_format=plan.weight_format,
+            group_size=plan.group_size,
+            scale_constraint=plan.scale_constraint,
+        ).dequantize()
+    except ValueError as error:
+        raise AccuracyError(f"certificate: layer {site.name!r} has illegal tensors: {error}") from error
+
+
+def _reference_output(
+    plan: QuantPlan, site: LinearSite, x: Float32, weight: Float32, bias: Float32 | None
+) -> Float64:
+    """The equation of DESIGN section 2 in float64, on x float32 [m, K]."""
+    quantized = _quantize_activation(plan, site, x)
+    if plan.activation_format == "none" and site.dtype == ir.DataType.FLOAT16:
+        weight = weight.astype(np.float16)  # unquantised activations multiply in the layer's type
+    blocks = range(0, site.n, _BLOCK)
+    y = np.concatenate([quantized @ weight[i : i + _BLOCK].T.astype(np.float64) for i in blocks], axis=1)
+    tensors = plan.tensors.get(site.name)
+    if tensors is not None and tensors.lorc_v is not None and tensors.lorc_u is not None:
+        v, u = (factor.numpy().astype(np.float64) for factor in (tensors.lorc_v, tensors.lorc_u))
+        y += (x.astype(np.float64) @ v) @ u
+    return y if bias is None else y + bias
+
+
+def _quantize_activation(plan: QuantPlan, site: LinearSite, x: Float32) -> Float64:
+    """Return ``a * x8``, float64 [m, K]."""
+    if plan.activation_format == "none":
+        return x.astype(np.float64)
+    if plan.per_token:
+        largest = np.float32(127.0 if plan.activation_format == "int8" else _format_max(plan))
+        scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.float32(1e-30)) / largest
+    else:
+        scale = np.array(plan.activation_scales[site.activation], np.float32)
+    if plan.activation_format == "int8":
+        x8 = np.clip(np.rint(x / scale), -128, 127)
+    else:
+        x8 = MINI_FLOATS[plan.activation_format].round(x / scale)
+    result: Float64 = x8.astype(np.float64) * scale.astype(np.float64)
+    return result
+
+
+def _format_max(plan: QuantPlan) -> float:
+    return MINI_FLOATS[plan.activation_format].max_value
+
+
+def _computed_type(site: LinearSite) -> ir.DataType:
+    """ONNX Runtime computes bfloat16 layers in float32 here (see :mod:`zqfp_compile.calibrate.widen`)."""
+    return ir.DataType.FLOAT if site.dtype == ir.DataType.BFLOAT16 else site.dtype
+
+
+def _relative_error(value: Float32, reference: Float64) -> float:
+    if not np.isfinite(value).all():
+        return math.inf
+    error = float(np.abs(value - reference).max())
+    largest = float(np.abs(reference).max())
+    return 0.0 if error == 0.0 else math.inf if largest == 0.0 else error / largest
