@@ -40,19 +40,41 @@ def check_model(model: onnx.ModelProto, folder: Path) -> bool:
     Raises:
         ModelError: On the first thing wrong: one line with what, where and what to do.
     """
+    _check_text(model)
     _check_versions(model)
     if not model.graph.node:
         raise ModelError("the graph has no nodes, so there is nothing to compile; export the model again")
     if not model.graph.output:
         raise ModelError("the graph has no outputs; export the model again")
-    _check_functions(model)
     checker = _StructureChecker(TensorChecker(folder))
     checker.check(_graph_body(model.graph, "the graph", False), [])
     for function in model.functions:
         where = f"function {_show_id(_function_id(function))}"
         body = _Body(where, list(function.input), [], function.node, list(function.output), None, True)
         checker.check(body, [])
+    _check_functions(model)
     return checker.ordered
+
+
+def _check_text(message: Any) -> None:
+    """Check that names are text: protobuf hands out bytes where a file has no valid UTF-8."""
+    if isinstance(message, onnx.TensorProto):
+        # Listing all fields would copy the data.
+        texts: list[Any] = [message.name, message.doc_string]
+        messages: list[Any] = list(message.external_data)
+    else:
+        texts, messages = [], []
+        for field, value in message.ListFields():
+            values = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
+            if field.type == field.TYPE_STRING:
+                texts.extend(values)
+            elif field.type == field.TYPE_MESSAGE:
+                messages.extend(values)
+    for text in texts:
+        if isinstance(text, bytes):
+            raise ModelError(f"name {text[:40]!r} is not UTF-8 text; the file is damaged, export it again")
+    for inner in messages:
+        _check_text(inner)
 
 
 def _check_versions(model: onnx.ModelProto) -> None:
@@ -154,6 +176,7 @@ class _StructureChecker:
                     "the file is damaged, export it again"
                 )
         for attribute in node.attribute:
+            _check_attribute_value(node, attribute, where)
             self._check_attribute_tensors(attribute, f"node {_show_node(node)} in {where}", body.in_function)
         for graph in _subgraphs(node):
             inner = f"a subgraph of node {_show_node(node)}"
@@ -180,6 +203,23 @@ class _StructureChecker:
                 f"{body.where} has a cycle: {' -> '.join(names)}{more} -> {names[0]}, so it cannot run; "
                 "the file is damaged, export it again"
             )
+
+
+def _check_attribute_value(node: onnx.NodeProto, attribute: onnx.AttributeProto, where: str) -> None:
+    """Check that an attribute has the value its type announces; readers take it for granted."""
+    if attribute.ref_attr_name:
+        return
+    field = {onnx.AttributeProto.TENSOR: "t", onnx.AttributeProto.GRAPH: "g"}.get(attribute.type)
+    constant = node.op_type == "Constant" and _domain(node.domain) == "" and attribute.name == "value"
+    if (
+        attribute.type == onnx.AttributeProto.UNDEFINED
+        or (field is not None and not attribute.HasField(field))
+        or (constant and attribute.type != onnx.AttributeProto.TENSOR)
+    ):
+        raise ModelError(
+            f"attribute {show(attribute.name)} of node {_show_node(node)} in {where} lacks its value; "
+            "the file is damaged, export it again"
+        )
 
 
 def _producers(body: _Body) -> dict[str, int]:

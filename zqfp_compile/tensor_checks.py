@@ -19,6 +19,8 @@ MAX_TENSOR_BYTES = 1 << 40
 MAX_TOTAL_BYTES = 1 << 43
 MAX_NAME_SHOWN = 80
 
+_EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum", "basepath"})
+
 # The field of TensorProto that holds each type when raw_data does not; all others are in int32_data.
 _TYPED_FIELDS = {
     ir.DataType.FLOAT: "float_data",
@@ -79,6 +81,14 @@ class TensorChecker:
 
     def _check_external(self, tensor: onnx.TensorProto, label: str, dtype: ir.DataType, nbytes: int) -> None:
         entries = {entry.key: entry.value for entry in tensor.external_data}
+        unknown = sorted(set(entries) - _EXTERNAL_KEYS)
+        if unknown or len(entries) != len(tensor.external_data):
+            fault = (
+                f"unknown external data entry {show(unknown[0])}"
+                if unknown
+                else "repeated external data entry"
+            )
+            raise ModelError(f"{label}: {fault}; export the model again")
         location = entries.get("location", "")
         offset = _parse_number(entries.get("offset", "0"), "offset", label)
         length = _parse_number(entries.get("length", str(nbytes)), "length", label)
@@ -112,7 +122,7 @@ class TensorChecker:
                 f"{label}: its external data file {show(str(path))} cannot be opened ({error.strerror}); "
                 "copy it beside the model, under the name it had at export"
             ) from error
-        expected = os.path.join(self._real_folder, os.path.normpath(location))  # noqa: PTH118 - plain strings
+        expected = os.path.normpath(os.path.join(self._real_folder, location))  # noqa: PTH118 - plain strings
         if os.path.realpath(path) != expected:
             raise ModelError(
                 f"{label}: its external data {show(str(path))} is behind a symbolic link; "
