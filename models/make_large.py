@@ -7,8 +7,8 @@ The defaults give 2.6 GB of external data. The graph is a causal LM without a KV
     input_ids, attention_mask, position_ids   int64 [batch, sequence]
     logits                                    float [batch, sequence, vocab]
 
-Linear layers are MatMul nodes on named [K, N] initializers (``model.layers.0.self_attn.q_proj.weight``) with the
-module path in the node name. A few megabytes of weights are in memory at a time.
+Linear layers are MatMul nodes on named [K, N] initializers (``model.layers.0.self_attn.q_proj.weight``) with
+the module path in the node name. A few megabytes of weights are in memory at a time.
 """
 
 from __future__ import annotations
