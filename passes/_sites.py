@@ -46,7 +46,7 @@ def w4a8_nodes(model: ir.Model, plan: QuantPlan) -> Iterator[tuple[LinearSite, i
     for node in [node for node in model.graph if is_w4a8(node)]:
         if node.name not in sites:
             raise PassError(
-                f"node {node.name!r}: a W4A8Linear that the plan does not know; use this model's plan"
+                f"node {node.name!r}: the plan does not know this W4A8Linear; use this model's plan"
             )
         yield sites[node.name], node
 

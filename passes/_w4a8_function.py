@@ -111,8 +111,7 @@ def w4a8_function(variant: Variant, opset: int) -> ir.Function:
     w_hat = _emit_w_hat(emit, variant, inputs[CODES], inputs[GROUP_SCALES], inputs[ROW_SCALES])
     x = emit_activation(emit, variant, inputs[X8], inputs[A])
     y = emit_output(emit, variant, x, w_hat, list(inputs))
-    last = emit.nodes[-1]
-    last.name, y.name = "y", "y"
+    y.name = "y"
     body = ir.Graph(inputs, [y], nodes=emit.nodes, opset_imports={"": opset}, name=OP_TYPE)
     declared = [ir.Attr(attr.name, attr.type, None) for attr in variant.attributes()]
     return ir.Function(DOMAIN, OP_TYPE, variant.overload, graph=body, attributes=declared)
@@ -171,16 +170,22 @@ def _emit_w_hat(
     index = emit.op("DequantizeLinear", [codes, one], "index", ir.DataType.FLOAT)
     decoded = _emit_code_book(emit, variant.weight_format, index)
     scaled = _emit_scaled(emit, variant, decoded, group_scales)
+    return emit_rounded(emit, variant, scaled, row_scales)
+
+
+def emit_rounded(emit: Emitter, variant: Variant, scaled: ir.Value, row_scales: ir.Value) -> ir.Value:
+    """Return W_hat [N, K] from code-book value times group scale [N, Kp]: unpad, round to E4M3, times R."""
     if variant.k is not None:
-        first, last = (emit.constant(name, np.array([i])) for name, i in (("first", 0), ("k", variant.k)))
-        axis = emit.constant("axis_k", np.array([1]))
-        scaled = emit.op("Slice", [scaled, first, last, axis], "w_unpadded", ir.DataType.FLOAT)
+        bounds = [emit.constant(f"int_{i}", np.array([i])) for i in (0, variant.k, 1)]
+        scaled = emit.op("Slice", [scaled, *bounds], "w_unpadded", ir.DataType.FLOAT)
     if not variant.constrained:
-        rows = emit.op("Unsqueeze", [row_scales, emit.constant("last_axis", np.array([-1]))], "rows")
+        last_axis = emit.constant("last_axis", np.array([-1]))
+        rows = emit.op("Unsqueeze", [row_scales, last_axis], "rows", ir.DataType.FLOAT)
         return emit.op("Mul", [scaled, rows], "w_hat", ir.DataType.FLOAT)
     # A vector of ones, not a scalar: TensorRT-RTX crashes on per-tensor Q between blocked and per-channel DQ.
-    zero = emit.op("Sub", [row_scales, row_scales], "zeros")
-    ones = emit.op("Add", [zero, one], "ones")
+    one = emit.constant("one", np.array(1, np.float32))
+    zeros = emit.op("Sub", [row_scales, row_scales], "zeros", ir.DataType.FLOAT)
+    ones = emit.op("Add", [zeros, one], "ones", ir.DataType.FLOAT)
     e4m3 = ir.DataType.FLOAT8E4M3FN
     w8 = emit.op("QuantizeLinear", [scaled, ones], "w8", e4m3, axis=0, output_dtype=int(e4m3))
     return _per_row(emit, w8, row_scales)

@@ -12,7 +12,7 @@ from passes._emit import Emitter, initializer_value
 from passes._lowering import lower_linears
 from passes._sites import is_w4a8
 from passes._tensors import fp4_weight, w4a8_tensors
-from passes._w4a8_function import CODES, GROUP_SCALES, ROW_SCALES, Variant
+from passes._w4a8_function import CODES, GROUP_SCALES, ROW_SCALES, Variant, emit_rounded
 from passes.raise_opset import RaiseOpset
 from passes.remove_unused import RemoveUnused
 from zqfp_compile.pass_base import Pass, PassError, PassResult
@@ -32,13 +32,15 @@ class LowerWeightsFp4(Pass):
 
     After, in opset 23 and IR 11::
 
-        group_scales -> DequantizeLinear(row_scales, axis 0) -> S      FLOAT [N, Kp/g], two-level scales
-        w4 -> DequantizeLinear(S, axis 1, block_size g) -> [Slice to K] -> Transpose -> MatMul
-        x8 -> DequantizeLinear(a) -----------------------------------------------------+  -> ... -> y
+        group_scales -> DequantizeLinear(1) -> s
+        w4 -> DequantizeLinear(s, axis 1, block_size g) -> [Slice to K] -> QuantizeLinear(ones, axis 0)
+           -> DequantizeLinear(row_scales, axis 0) -> Transpose -> MatMul
+        x8 -> DequantizeLinear(a) ------------------------------+  -> ... -> y
 
-    w4 is FLOAT4E2M1 [N, Kp]; the group scales keep their 8 bits. The weight is e2m1(c) * (s * R) and not
-    E4M3(e2m1(c) * s) * R: under m1 and m2 that differs by a float32 rounding only, under e4m3 also by the
-    FP8 rounding of e2m1(c) * s. What nothing reads is removed and the opset raised.
+    w4 is FLOAT4E2M1 [N, Kp]; the group scales keep their 8 bits. The weight is bit for bit the
+    ``W4A8Linear``'s, for which the rounding to E4M3 is needed (constraint ``e4m3``); it also keeps a
+    block-scaled weight from feeding a quantised MatMul directly, which TensorRT-RTX plans wrongly. The
+    constraint ``none`` multiplies by R unrounded. What nothing reads is removed and the opset raised.
 
     For Blackwell tools only: ONNX Runtime has no FLOAT4E2M1 kernel, and TensorRT-RTX below SM120 refuses the
     type. Nothing happens without ``W4A8Linear`` nodes.
@@ -76,20 +78,15 @@ class _Fp4Weights:
     known: dict[int, ir.Value] = field(default_factory=dict)
 
     def emit(self, emit: Emitter, variant: Variant, node: ir.Node, k: int) -> ir.Value:
+        scales, rows = node.inputs[GROUP_SCALES], node.inputs[ROW_SCALES]
+        assert scales is not None and rows is not None
+        if variant.constrained:
+            one = emit.constant("one", np.array(1, np.float32))
+            scales = emit.op("DequantizeLinear", [scales, one], "scales", ir.DataType.FLOAT)
+        blocks = {"axis": 1, "block_size": variant.group_size}
         weight = self._weight(emit, node)
-        scales = _block_scales(emit, variant, node)
-        w_hat = emit.op(
-            "DequantizeLinear",
-            [weight, scales],
-            "w_padded" if variant.k else "w_hat",
-            ir.DataType.FLOAT,
-            axis=1,
-            block_size=variant.group_size,
-        )
-        if variant.k is None:
-            return w_hat
-        bounds = [emit.constant(f"int_{i}", np.array([i])) for i in (0, k, 1)]
-        return emit.op("Slice", [w_hat, *bounds], "w_hat", ir.DataType.FLOAT)
+        scaled = emit.op("DequantizeLinear", [weight, scales], "w_scaled", ir.DataType.FLOAT, **blocks)
+        return emit_rounded(emit, variant, scaled, rows)
 
     def _weight(self, emit: Emitter, node: ir.Node) -> ir.Value:
         codes = node.inputs[CODES]
@@ -98,12 +95,3 @@ class _Fp4Weights:
             self.graph.register_initializer(value)
             self.known[id(codes)] = value
         return self.known[id(codes)]
-
-
-def _block_scales(emit: Emitter, variant: Variant, node: ir.Node) -> ir.Value:
-    scales, rows = node.inputs[GROUP_SCALES], node.inputs[ROW_SCALES]
-    if variant.constrained:
-        return emit.op("DequantizeLinear", [scales, rows], "block_scales", ir.DataType.FLOAT, axis=0)
-    last_axis = emit.constant("last_axis", np.array([-1]))
-    column = emit.op("Unsqueeze", [rows, last_axis], "rows", ir.DataType.FLOAT)
-    return emit.op("Mul", [scales, column], "block_scales", ir.DataType.FLOAT)

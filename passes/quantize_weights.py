@@ -130,7 +130,7 @@ class QuantizeWeights(Pass):
         source = graph.initializers.get(site.bias)
         if source is None or source.const_value is None:
             raise PassError(
-                f"layer {site.name!r}: its bias {site.bias!r} is not an initializer; exclude the layer"
+                f"layer {site.name!r}: its bias {site.bias!r} is no initializer; exclude the layer"
             )
         if site.bias_scale == 1.0 and tuple(source.const_value.shape) == (site.n,):
             return source

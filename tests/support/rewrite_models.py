@@ -157,6 +157,27 @@ def random_weight(case: Case, rng: np.random.Generator) -> QuantizedWeight:
     return QuantizedWeight(codes, scales, rows, k, case.weight_format, case.group_size, case.constraint)
 
 
+def unreadable(model: ir.Model, plan: QuantPlan) -> QuantPlan:
+    """Make every tensor of the model and the plan raise when it is read; return the plan."""
+
+    def sealed(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
+        def refuse() -> ir.TensorProtocol:
+            raise AssertionError("a pass read a tensor")
+
+        return None if tensor is None else ir.LazyTensor(refuse, tensor.dtype, ir.Shape(tensor.shape.numpy()))
+
+    known: dict[int, ir.TensorProtocol | None] = {}
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.const_value.size > 3:  # scales and shapes may be looked at
+            value.const_value = sealed(value.const_value)
+    tensors = {}
+    for layer, old in plan.tensors.items():
+        fields = (old.codes, old.group_scales, old.row_scales, old.lorc_v, old.lorc_u)
+        new = [known.setdefault(id(tensor), sealed(tensor)) for tensor in fields]
+        tensors[layer] = LinearTensors(*new)
+    return plan.replace(tensors=tensors)
+
+
 def decoded(plan: QuantPlan, layer: str) -> QuantizedWeight:
     """The layer's weight, read back from the plan's tensors."""
     tensors = plan.tensors[layer]
