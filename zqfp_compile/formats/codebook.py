@@ -33,8 +33,8 @@ class CodeBook:
     def encode(self, x: npt.ArrayLike) -> npt.NDArray[np.int8]:
         """Round to the nearest code, saturating; a tie goes to the even code.
 
-        For E2M1 an even code is an even mantissa bit, so this is IEEE round-to-nearest-even. E3M0 has no mantissa
-        bit, and its code (the exponent) takes that part. INT4's code is the integer itself.
+        For E2M1 an even code is an even mantissa bit, so this is IEEE round-to-nearest-even. E3M0 has no
+        mantissa bit, and its code (the exponent) takes that part. INT4's code is the integer itself.
 
         Args:
             x: Values of any shape, compared as float32.

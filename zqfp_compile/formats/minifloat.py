@@ -46,7 +46,7 @@ class MiniFloat:
         return values.reshape(source.shape)
 
     def encode(self, x: npt.ArrayLike) -> npt.NDArray[Any]:
-        """Return the rounded values in :attr:`dtype` (one byte each; ``.view(numpy.uint8)`` gives the bits)."""
+        """Return the rounded values in :attr:`dtype`; ``.view(numpy.uint8)`` gives the bits."""
         return self.round(x).astype(self.dtype)
 
     def decode(self, encoded: npt.NDArray[Any]) -> FloatArray:

@@ -24,7 +24,7 @@ def pack_int4(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     if flat.size and (flat.min() < -8 or flat.max() > 7):
         raise ValueError(f"codes {flat.min()}..{flat.max()} do not fit in 4 bits")
     nibbles = flat.view(np.uint8) & np.uint8(0x0F)
-    packed = nibbles[0::2].copy()
+    packed: npt.NDArray[np.uint8] = nibbles[0::2].copy()
     odd = nibbles[1::2]
     packed[: odd.size] |= odd << np.uint8(4)
     return packed
@@ -44,4 +44,5 @@ def unpack_int4(packed: npt.NDArray[np.uint8], shape: Sequence[int]) -> npt.NDAr
     nibbles[0::2] = flat & np.uint8(0x0F)
     nibbles[1::2] = flat >> np.uint8(4)
     # Move the nibble to the top of the byte: the arithmetic shift back extends its sign.
-    return ((nibbles[:count] << np.uint8(4)).view(np.int8) >> np.int8(4)).reshape(tuple(shape))
+    codes: npt.NDArray[np.int8] = (nibbles[:count] << np.uint8(4)).view(np.int8) >> np.int8(4)
+    return codes.reshape(tuple(shape))

@@ -110,7 +110,7 @@ class QuantizedWeight:
         return weight
 
     def bits_per_weight(self) -> float:
-        """Return stored bits per weight of W: codes, group scales (8 bits; 32 for ``none``), row scales (32)."""
+        """Return stored bits per weight of W: codes, group scales (8; 32 for ``none``), row scales (32)."""
         code_bits = 8 if self.weight_format == "fp8" else 4
         scale_bits = 32 if self.scale_constraint == "none" else 8
         groups = 0 if self.group_scales is None else self.group_scales.size

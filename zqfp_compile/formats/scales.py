@@ -1,7 +1,7 @@
 """Scale constraints: which group scales are legal, and the plain (unsearched) choice for each.
 
-``m1`` and ``m2`` are ZeroQuant-FP's (arXiv 2307.09782, section 4), ``e4m3`` is ours (DESIGN section 2). The real
-group scale is ``S[n, j] = R[n] * s[n, j]``; the constraint restricts s (and, for ``m1``, R to powers of two).
+``m1`` and ``m2`` are ZeroQuant-FP's (arXiv 2307.09782, section 4), ``e4m3`` is ours (DESIGN section 2). The
+real group scale is ``S[n, j] = R[n] * s[n, j]``; the constraint restricts s, and ``m1`` also R, to a power of two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCALE_CONSTRAINTS = ("none", "m1", "m2", "e4m3")
 
 
 def legal_scales(constraint: str, book: CodeBook) -> FloatArray:
-    """Return every legal group scale s in ascending order: powers of two, or E4M3 numbers, in the book's range.
+    """Return every legal group scale s in ascending order: powers of two or E4M3 numbers in the book's range.
 
     Raises:
         ValueError: For ``none``, which restricts nothing, and for unknown names.
@@ -47,14 +47,15 @@ def row_scale(largest: FloatArray, constraint: str, book: CodeBook) -> FloatArra
     if constraint == "m1":
         mantissa, exponent = np.frexp(largest)
         largest = np.ldexp(np.float32(1), exponent - (mantissa == 0.5))  # 2^ceil(log2)
-    return (largest / np.float32(top_scale(constraint, book))).astype(np.float32)
+    rows: FloatArray = (largest / np.float32(top_scale(constraint, book))).astype(np.float32)
+    return rows
 
 
 def constrain_scales(scales: FloatArray, constraint: str, book: CodeBook) -> tuple[FloatArray, FloatArray]:
     """Split real group scales into legal ones and row scales without a search.
 
-    Each group takes the smallest legal scale that does not saturate it; the paper's m2 as printed takes the next
-    smaller one and clips the group's maximum. Groups below the range are lifted to its smallest scale.
+    Each group takes the smallest legal scale that does not saturate it; the paper's m2 as printed takes the
+    next smaller one and clips the group's maximum. Groups below the range are lifted to its smallest scale.
 
     Args:
         scales: float32 [N, G], ``max|w| / max_magnitude`` of each group; 0 for groups of zeros.
@@ -71,13 +72,15 @@ def constrain_scales(scales: FloatArray, constraint: str, book: CodeBook) -> tup
     rows = row_scale(np.where(largest > 0, largest, np.float32(1)), constraint, book)
     rows = np.where(largest > 0, rows, np.float32(1))
     table = legal_scales(constraint, book)
-    return table[ceil_index(scales / rows[:, None], table)], rows
+    legal: FloatArray = table[ceil_index(scales / rows[:, None], table)]
+    return legal, rows
 
 
 def ceil_index(wanted: FloatArray, table: FloatArray) -> npt.NDArray[np.int64]:
     """Return the index of the smallest table entry >= ``wanted`` (to 1e-6: R carries a rounding error)."""
     index = np.searchsorted(table, wanted * np.float32(1 - 1e-6))
-    return np.minimum(index, len(table) - 1).astype(np.int64)
+    clamped: npt.NDArray[np.int64] = np.minimum(index, len(table) - 1).astype(np.int64)
+    return clamped
 
 
 def check_group_scales(

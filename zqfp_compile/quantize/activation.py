@@ -12,7 +12,7 @@ ACTIVATION_MAX = {**{name: spec.max_value for name, spec in MINI_FLOATS.items()}
 
 
 def token_scales(x: torch.Tensor, activation_format: str) -> torch.Tensor:
-    """Return a = max|x| / (format's maximum) over the last axis: [..., K] -> float32 [..., 1]; 1 for zeros."""
+    """Return a = max|x| / (format's maximum) over the last axis: [..., K] -> [..., 1]; zeros get 1."""
     largest = x.to(torch.float32).abs().amax(dim=-1, keepdim=True)
     return torch.where(largest > 0, largest / ACTIVATION_MAX[activation_format], 1.0)
 

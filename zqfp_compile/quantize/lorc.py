@@ -1,4 +1,4 @@
-"""LoRC: low-rank compensation of a weight's quantisation error (ZeroQuant-V2, arXiv 2303.08302, section 5)."""
+"""LoRC: low-rank compensation of a weight's quantisation error (ZeroQuant-V2, arXiv 2303.08302)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 # Below this size the exact decomposition takes milliseconds.
 EXACT_SIZE = 256
-# Quantisation errors are nearly white, the worst case of a range finder: these two reach 98% of the energy that the
-# exact factors capture (measured, 1536 x 576, ranks 8 to 64) in a twentieth of the time.
+# Quantisation errors are nearly white, the worst case of a range finder: these two reach 98% of the energy
+# that the exact factors capture (measured, 1536 x 576, ranks 8 to 64) in a twentieth of the time.
 OVERSAMPLING = 32
 POWER_ITERATIONS = 6
 
@@ -15,9 +15,9 @@ POWER_ITERATIONS = 6
 def low_rank_factors(error: torch.Tensor, rank: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Factor an error matrix so that ``y += (x @ V) @ U`` adds its best rank-r part back.
 
-    Small matrices are decomposed exactly; larger ones by a randomised range finder with power iterations (Halko,
-    Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1). The singular values are split evenly between the
-    factors, so that both fit float16.
+    Small matrices are decomposed exactly; larger ones by a randomised range finder with power iterations
+    (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1). The singular values are split evenly
+    between the factors, so that both fit float16.
 
     Args:
         error: W - W_hat, [N, K], any float dtype, CPU or CUDA.

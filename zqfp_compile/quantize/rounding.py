@@ -20,9 +20,9 @@ def round_minifloat(x: torch.Tensor, spec: MiniFloat) -> torch.Tensor:
 
 
 def encode_codes(x: torch.Tensor, book: CodeBook) -> torch.Tensor:
-    """Round to the nearest code, ties to the even code, saturating; int8 of x's shape. NaN gives no defined code.
+    """Round to the nearest code, ties to the even code, saturating; int8 of x's shape.
 
-    :meth:`CodeBook.encode` in torch.
+    :meth:`CodeBook.encode` in torch, except that the code of a NaN is undefined.
     """
     values = x.to(torch.float32)
     levels = torch.tensor(book.magnitudes, dtype=torch.float32, device=values.device)
@@ -41,7 +41,7 @@ def nearest_level(sizes: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 
     Args:
         sizes: float32, non-negative, any shape.
-        levels: float32 [8, ...], ascending along the first axis, each ``levels[i]`` broadcastable to ``sizes``.
+        levels: float32 [8, ...], ascending along the first axis; ``levels[i]`` broadcasts to ``sizes``.
     """
     index = torch.zeros_like(sizes)
     above = torch.empty_like(sizes)
