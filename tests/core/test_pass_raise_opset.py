@@ -211,7 +211,7 @@ def test_unsupported_opset_says_what_to_do(opset: int) -> None:
 
 
 def test_what_the_converter_skips_in_silence_is_an_error() -> None:
-    """GroupNormalization of opset 18 has scales per group; with an unknown shape onnxscript leaves it as it is."""
+    """GroupNormalization of opset 18 has scales per group; onnxscript leaves an unknown shape as it is."""
     model = ir.from_onnx_text("""<ir_version: 8, opset_import: ["" : 18]>
     g (float[N,C,4] x, float[2] s, float[2] b) => (float[N,C,4] y) {
       y = GroupNormalization <num_groups = 2> (x, s, b)
@@ -223,7 +223,8 @@ def test_what_the_converter_skips_in_silence_is_an_error() -> None:
 
 def test_training_outputs_are_an_error() -> None:
     model = ir.from_onnx_text("""<ir_version: 8, opset_import: ["" : 13]>
-    g (float[N,4] x, float[4] s) => (float[N,4] y) { y, m, v, sm, sv = BatchNormalization (x, s, s, s, s) }""")
+    g (float[N,4] x, float[4] s) => (float[N,4] y) {
+      y, m, v, sm, sv = BatchNormalization (x, s, s, s, s) }""")
     with pytest.raises(PassError, match="training outputs"):
         RaiseOpset().call(model)
 
