@@ -28,7 +28,9 @@ def test_agrees_with_onnx():
     import onnx
 
     codes = np.random.default_rng(0).integers(-7, 8, (5, 7)).astype(np.int8)
-    proto = onnx.TensorProto(data_type=onnx.TensorProto.INT4, dims=codes.shape, raw_data=pack_int4(codes).tobytes())
+    proto = onnx.TensorProto(
+        data_type=onnx.TensorProto.INT4, dims=codes.shape, raw_data=pack_int4(codes).tobytes()
+    )
     assert np.array_equal(onnx_helper.to_array(proto).astype(np.int8), codes)
 
 

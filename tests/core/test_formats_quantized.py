@@ -70,7 +70,13 @@ def test_bits_per_weight():
     assert example().bits_per_weight() == (2 * 8 * 4 + 4 * 8 + 2 * 32) / 10
     assert fp8_example().bits_per_weight() == (3 * 8 + 32) / 3
     smollm2 = QuantizedWeight(
-        np.zeros((8, 576), np.int8), np.ones((8, 9), np.float32), np.ones(8, np.float32), 576, "e2m1", 64, "m2"
+        np.zeros((8, 576), np.int8),
+        np.ones((8, 9), np.float32),
+        np.ones(8, np.float32),
+        576,
+        "e2m1",
+        64,
+        "m2",
     )
     assert smollm2.bits_per_weight() == pytest.approx(4.181, abs=1e-3)  # 4 + 8/64 + 32/576
 

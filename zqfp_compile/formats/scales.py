@@ -1,7 +1,7 @@
 """Scale constraints: which group scales are legal, and the plain (unsearched) choice for each.
 
 ``m1`` and ``m2`` are ZeroQuant-FP's (arXiv 2307.09782, section 4), ``e4m3`` is ours (DESIGN section 2). The
-real group scale is ``S[n, j] = R[n] * s[n, j]``; the constraint restricts s, and ``m1`` also R, to a power of two.
+real group scale is ``S[n, j] = R[n] * s[n, j]``; a constraint restricts s (``m1`` also R, to powers of two).
 """
 
 from __future__ import annotations

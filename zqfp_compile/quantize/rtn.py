@@ -28,9 +28,9 @@ CUDA_CHUNK = 1 << 22
 LARGEST_WEIGHT = 2.0**126
 SMALLEST_ROW = 2.0**-100
 
-# Places above the smallest legal scale that does not saturate. Among powers of two the next larger scale has
-# only values that this one has too (k - 1 never wins), so only the clipping one is worth trying. For e4m3, four
-# places up is half as much again: the maximum lands on 4 instead of 6.
+# Places above the smallest legal scale that does not saturate. Among powers of two the next larger
+# scale (k - 1) has no value up to the group's maximum that this one lacks: only the clipping k + 1 can win.
+# For e4m3, four places up is half as much again: the maximum lands on 4 instead of 6.
 SCALE_STEPS = {"m1": (0, -1), "m2": (0, -1), "e4m3": (0, 1, -1, -2, 4)}
 # Factors on the row scale: m2 has one free mantissa per row; for e4m3 they shift the grid by parts of a step.
 ROW_FACTORS = {
@@ -39,7 +39,25 @@ ROW_FACTORS = {
     "e4m3": (1.0, 1.03),
 }
 # Unconstrained scales, as multiples of the one that just fits.
-CLIP_FACTORS = (1.0, 1.5, 1.45, 1.4, 1.35, 1.3, 1.22, 1.18, 1.14, 1.1, 1.06, 0.97, 0.94, 0.9, 0.86, 0.82, 0.78)
+CLIP_FACTORS = (
+    1.0,
+    1.5,
+    1.45,
+    1.4,
+    1.35,
+    1.3,
+    1.22,
+    1.18,
+    1.14,
+    1.1,
+    1.06,
+    0.97,
+    0.94,
+    0.9,
+    0.86,
+    0.82,
+    0.78,
+)
 
 
 @dataclass(frozen=True)
