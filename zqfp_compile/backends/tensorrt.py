@@ -25,7 +25,9 @@ from zqfp_compile.backends.tensorrt_worker import Job
 from zqfp_compile.backends.trt_api import LABELS
 from zqfp_compile.errors import BuilderError, MissingDependencyError, UsageError, ZqfpError
 
+_WORKER = "zqfp_compile.backends.tensorrt_worker"
 _POLL_SECONDS = 0.5
+_EXIT_SECONDS = 30
 _TAIL_BYTES = 4096
 
 
@@ -113,9 +115,10 @@ def build_engine(
         raise UsageError(f"no engine builder is called {target!r}; the builders are {', '.join(LABELS)}")
     if not onnx_path.is_file():
         raise UsageError(f"{onnx_path}: there is no such file to build an engine from")
+    if not engine_path.parent.is_dir():
+        raise UsageError(f"{engine_path.parent}: there is no such folder to write the engine to")
     started = time.monotonic()
     with _workplace(engine_path, target) as place:
-        reader, writer = os.pipe()
         job = Job(
             target=target,
             onnx_path=str(onnx_path.resolve()),
@@ -124,9 +127,8 @@ def build_engine(
             compute_capability=compute_capability,
             timing_cache=None if timing_cache is None else str(timing_cache.resolve()),
             memory_gb=memory_gb,
-            channel=writer,
         )
-        outcome = _run(job, place, reader, timeout_s, on_progress)
+        outcome = _run(job, place, timeout_s, on_progress)
         if outcome.result is None:
             raise _diagnose(outcome, job, timeout_s, place.keep_log())
         place.engine.replace(engine_path)
@@ -190,32 +192,30 @@ def _link_rtx_library(folder: Path) -> None:
             return
 
 
-def _run(
-    job: Job,
-    place: _Workplace,
-    reader: int,
-    timeout_s: int,
-    on_progress: Callable[[str], None] | None,
-) -> _Outcome:
+def _run(job: Job, place: _Workplace, timeout_s: int, on_progress: Callable[[str], None] | None) -> _Outcome:
     """Run the worker to its end, whatever that is; its process group is gone when this returns or raises."""
     description = place.folder / "job.json"
     description.write_text(job.to_json(), encoding="utf-8")
-    with place.log.open("ab") as log, os.fdopen(reader, "rb", buffering=0) as channel:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "zqfp_compile.backends.tensorrt_worker", str(description)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=place.folder,
-            env=_environment(place.folder),
-            pass_fds=(job.channel,),
-            start_new_session=True,
-        )
-        os.close(job.channel)
+    reader, writer = os.pipe()
+    with place.log.open("ab") as log, os.fdopen(reader, "rb", buffering=0):
         try:
-            outcome = _listen(channel.fileno(), time.monotonic() + timeout_s, on_progress)
+            process = subprocess.Popen(
+                [sys.executable, "-m", _WORKER, str(description), str(writer)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=place.folder,
+                env=_environment(place.folder),
+                pass_fds=(writer,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(writer)
+        try:
+            outcome = _listen(reader, time.monotonic() + timeout_s, on_progress)
             if not outcome.timed_out:
-                outcome.returncode = process.wait()
+                with suppress(subprocess.TimeoutExpired):  # stuck while unloading the library: all is said
+                    outcome.returncode = process.wait(_EXIT_SECONDS)
         finally:
             _kill_group(process)
     outcome.log = place.log.read_text(encoding="utf-8", errors="replace")
@@ -273,6 +273,11 @@ def _diagnose(outcome: _Outcome, job: Job, timeout_s: int, log: Path | None) -> 
             f"{label} did not finish {name} within {timeout_s} s (last seen: {outcome.phase}); "
             f"allow more with builder_timeout, or lower --max-shapes{hint}"
         )
+    if outcome.returncode == -signal.SIGKILL:
+        return BuilderError(
+            f"{label} was killed while {outcome.phase}, most likely by the kernel for lack of memory; "
+            f"free some, or lower --max-shapes{hint}"
+        )
     if _ran_out_of_memory(outcome, job):
         limit = "" if job.memory_gb is None else f" of {job.memory_gb:g} GiB"
         return BuilderError(
@@ -294,16 +299,12 @@ def _diagnose(outcome: _Outcome, job: Job, timeout_s: int, log: Path | None) -> 
 
 
 def _ran_out_of_memory(outcome: _Outcome, job: Job) -> bool:
-    """Python saw it, the library logged it, or the kernel killed the process."""
+    """Whether Python or the library said so."""
     signs = ["bad_alloc", "out of memory", "OutOfMemory", "Cannot allocate memory", "MemoryError"]
     if job.memory_gb is not None:  # other faces of a failed allocation: dlopen's and Myelin's
         signs += ["failed to map segment", "CHECK(p) failed"]
     tail = outcome.log[-_TAIL_BYTES:] + outcome.text
-    return (
-        outcome.error == "MemoryError"
-        or outcome.returncode == -signal.SIGKILL
-        or any(sign in tail for sign in signs)
-    )
+    return outcome.error == "MemoryError" or any(sign in tail for sign in signs)
 
 
 def _crash(outcome: _Outcome, label: str, name: str) -> str:

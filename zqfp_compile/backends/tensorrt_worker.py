@@ -1,7 +1,7 @@
-"""The process that builds an engine: ``python -m zqfp_compile.backends.tensorrt_worker job.json``.
+"""The process that builds an engine: ``python -m zqfp_compile.backends.tensorrt_worker job.json CHANNEL``.
 
 The library may abort, crash or eat all memory on a bad model; here it takes only this process along. Standard
-output is the build log; progress and the outcome go as JSON lines through the pipe ``Job.channel``.
+output is the build log; progress and the outcome go as JSON lines to the file descriptor CHANNEL.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from zqfp_compile.backends import gpu, timing_cache
 from zqfp_compile.backends.trt_api import (
@@ -56,7 +56,6 @@ class Job:
         compute_capability: Such as ``"89"``; ``None`` for the GPU here, or 89 without one.
         timing_cache: File, or ``None``.
         memory_gb: Limit on this process's data, in GiB, or ``None``.
-        channel: File descriptor of the pipe to the parent.
     """
 
     target: str
@@ -66,7 +65,6 @@ class Job:
     compute_capability: str | None
     timing_cache: str | None
     memory_gb: float | None
-    channel: int
 
     def to_json(self) -> str:
         """Serialise for :meth:`from_json`."""
@@ -79,10 +77,10 @@ class Job:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Build the engine described by the job file ``arguments[0]``; 0 when it is written."""
+    """Build what the job file ``arguments[0]`` says, talking on descriptor ``arguments[1]``; 0 is success."""
     job = Job.from_json(Path(arguments[0]).read_text(encoding="utf-8"))
     _limit(job.memory_gb)
-    with os.fdopen(job.channel, "w", encoding="utf-8", buffering=1) as channel:
+    with os.fdopen(int(arguments[1]), "w", encoding="utf-8", buffering=1) as channel:
 
         def send(**message: Any) -> None:
             channel.write(json.dumps(message) + "\n")
@@ -93,7 +91,10 @@ def main(arguments: Sequence[str]) -> int:
             send(error=type(error).__name__, text=str(error))
             return error.exit_code
         except OSError as error:
-            send(error="MissingDependencyError", text=f"{error.strerror or error} while writing the engine")
+            send(
+                error="MissingDependencyError",
+                text=f"{error.strerror or error} while writing the engine or its log",
+            )
             return 1
         except MemoryError:
             send(error="MemoryError", text="")
@@ -115,7 +116,7 @@ def _build(job: Job, tell: Tell) -> dict[str, Any]:
     tell("loading the builder")
     trt = import_runtime(job.target)
     label = f"{LABELS[job.target]} {trt.__version__}"
-    log = _make_logger(trt, sys.stdout)
+    log = _make_logger(trt)
     builder = _create_builder(trt, log, label)
     network = builder.create_network(_network_flags(trt))
     tell("parsing the model")
@@ -140,6 +141,8 @@ def _build(job: Job, tell: Tell) -> dict[str, Any]:
         timing_cache.save(config, cache)
     if not log.lists_layers:
         _inspect(trt, log, plan)
+    if log.write_error is not None:
+        raise log.write_error
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"version": trt.__version__, "compute_capability": capability, "peak_bytes": peak}
 
@@ -160,8 +163,8 @@ def _network_flags(trt: TrtModule) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _make_logger(trt: TrtModule, stream: TextIO) -> Any:
-    """An ``ILogger`` that writes every message to ``stream`` at once, so that a crash loses nothing."""
+def _make_logger(trt: TrtModule) -> Any:
+    """An ``ILogger`` that writes every message to standard output at once: a crash loses nothing."""
     base: Any = trt.ILogger
 
     class BuildLog(base):  # type: ignore[misc]
@@ -169,14 +172,17 @@ def _make_logger(trt: TrtModule, stream: TextIO) -> Any:
             base.__init__(self)
             self.errors: list[str] = []
             self.lists_layers = False
+            self.write_error: OSError | None = None
 
         def log(self, severity: Any, message: str) -> None:
             level = str(severity).rpartition(".")[2]
             if "ERROR" in level:
                 self.errors.append(message)
             self.lists_layers |= "Layers:\nName: " in message
-            stream.write(f"[{level[0]}] {message}\n")
-            stream.flush()
+            try:
+                os.write(1, f"[{level[0]}] {message}\n".encode())
+            except OSError as error:  # raising here, under the library, would end the process
+                self.write_error = error
 
     return BuildLog()
 
