@@ -7,6 +7,7 @@ is written to the output folder so that a run can be repeated.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import types
 import typing
@@ -28,6 +29,7 @@ WeightLowering = Literal["auto", "int4", "fp8", "plugin"]
 Emit = Literal["fp4", "engine-onnx"]
 
 MAX_LORC_RANK = 512
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 GROUP_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -122,6 +124,8 @@ class Recipe:
         """
         known = {spec.name for spec in dataclasses.fields(cls)}
         normal = {str(key).replace("-", "_"): value for key, value in values.items()}
+        if len(normal) < len(values):
+            raise UsageError("recipe: an option is given twice, with '-' and with '_'; keep one")
         unknown = sorted(set(normal) - known)
         if unknown:
             raise UsageError(
@@ -138,14 +142,18 @@ class Recipe:
         """
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        # ValueError: not UTF-8, an impossible date; RecursionError: brackets without end.
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(f"recipe {path}: cannot be read ({reason}); give a YAML file") from error
         if values is None:
             values = {}
         if not isinstance(values, dict):
             raise UsageError(f"recipe {path}: holds a {type(values).__name__}; write 'option: value' lines")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -177,8 +185,11 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return _coerce_shapes(flag, value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is str and (isinstance(value, os.PathLike) or type(value) is int):
+        # A Path from Python; a number such as ``compute-capability: 89`` that YAML read as an integer.
+        return str(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise UsageError(f"--{flag}: {value!r} is not a valid {hint.__name__}")
+        raise UsageError(f"--{flag}: {value!r} is not {_KINDS[hint]}")
     return value
 
 
@@ -186,8 +197,10 @@ def _coerce_shapes(flag: str, value: Any) -> dict[str, tuple[int, ...]]:
     """Accept ``{"input_ids": [1, 8]}`` or the trtexec form ``"input_ids:1x8,other:1x4"``."""
     if isinstance(value, str):
         pairs = [item.rpartition(":") for item in value.split(",") if item]
-        if not all(separator and re.fullmatch(r"\d+(x\d+)*", dims) for _, separator, dims in pairs):
+        if not all(name and re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})*", dims) for name, _, dims in pairs):
             raise UsageError(f"--{flag}: {value!r} is not of the form NAME:1x128,OTHER:1x64")
+        if len({name for name, _, _ in pairs}) < len(pairs):
+            raise UsageError(f"--{flag}: {value!r} names an input twice; keep one")
         return {name: tuple(map(int, dims.split("x"))) for name, _, dims in pairs}
     if not isinstance(value, dict):
         raise UsageError(f"--{flag}: {value!r} is not of the form NAME:1x128,OTHER:1x64")
@@ -212,6 +225,7 @@ def _check_ranges(recipe: Recipe) -> None:
         "eval_length": 2,
         "builder_timeout": 1,
         "max_perplexity_increase": 0,
+        "builder_memory_gb": 0.1,
         "seed": 0,
     }
     for name, low in at_least.items():
@@ -222,11 +236,13 @@ def _check_ranges(recipe: Recipe) -> None:
         for pattern in patterns:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise UsageError(f"--{flag}: {pattern!r} is not a regular expression ({error})") from error
 
 
 def _check_combinations(recipe: Recipe) -> None:
+    if recipe.weights == "none" and recipe.activations == "none":
+        raise UsageError("--weights none with --activations none leaves nothing to do; choose one of them")
     engine = recipe.target in ("tensorrt", "tensorrt-rtx")
     if engine and recipe.weights in ("fp4", "int4") and recipe.scale_constraint == "none":
         raise UsageError(
