@@ -421,3 +421,34 @@ def test_a_torch_export(optimize: bool, tmp_path: Path, run_pass: Callable[..., 
     for site in plan_of(result).linears:
         weight = module.get_submodule(site.name).weight.detach().numpy()
         np.testing.assert_array_equal(read_weight(model, site.weight), weight)
+
+
+LINEARS_PER_LAYER = {"llama": 7, "qwen2": 7, "opt": 6, "gpt2": 4}
+
+
+@pytest.mark.parametrize("exporter", ["torch", "optimum"])
+@pytest.mark.parametrize("family", LINEARS_PER_LAYER)
+def test_families_and_exporters(
+    family: str,
+    exporter: str,
+    tiny_model: Callable[..., Path],
+    models_folder: Path,
+    run_pass: Callable[..., PassResult],
+) -> None:
+    """Every linear of the network is found under its module's name, with its module's weight."""
+    model = ir.load(tiny_model(family, exporter, "float16"))
+    for pass_ in (StripMetadata(), RaiseOpset()):
+        run_pass(pass_, model)
+    plan = plan_of(run_pass(SelectLinears(), model))
+    from tiny_models import make_model
+
+    network = make_model(family, "float16")
+    assert len(plan.linears) == LINEARS_PER_LAYER[family] * network.config.num_hidden_layers
+    assert [skipped.reason for skipped in plan.skipped] == [LM_HEAD_REASON]
+    for site in plan.linears:
+        # optimum drops OPT's outermost "model"
+        prefix = "model." if (family, exporter) == ("opt", "optimum") else ""
+        weight = network.get_submodule(prefix + site.name).weight.detach().numpy()
+        wanted = weight.T if family == "gpt2" else weight  # Conv1D stores [in, out]
+        np.testing.assert_array_equal(read_weight(model, site.weight), wanted)
+        assert site.dtype == ir.DataType.FLOAT16
