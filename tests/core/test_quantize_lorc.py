@@ -59,6 +59,20 @@ def test_is_a_function_of_its_arguments():
     assert not torch.equal(first[0], low_rank_factors(error, 8, seed=1)[0])
 
 
+def test_does_not_depend_on_the_number_of_threads():
+    error = normal(400, 300)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        first = low_rank_factors(error, 8)
+        assert torch.get_num_threads() == 2, "the caller's setting is restored"
+        torch.set_num_threads(1)
+        second = low_rank_factors(error, 8)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_zero_error():
     v, u = low_rank_factors(torch.zeros(300, 400), 4)
     assert torch.equal(v @ u, torch.zeros(400, 300))

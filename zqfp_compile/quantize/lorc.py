@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 # Below this size the exact decomposition takes milliseconds.
@@ -10,6 +13,9 @@ EXACT_SIZE = 256
 # that the exact factors capture (measured, 1536 x 576, ranks 8 to 64) in a twentieth of the time.
 OVERSAMPLING = 32
 POWER_ITERATIONS = 6
+# Up to this size threads gain nothing and, on a busy machine, wait for each other: 45 ms on one thread, 140 to
+# 2000 on two (measured, 1536 x 576, two cores at a load of 6).
+ONE_THREAD_SIZE = 1 << 22
 
 
 def low_rank_factors(error: torch.Tensor, rank: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,12 +42,27 @@ def low_rank_factors(error: torch.Tensor, rank: int, *, seed: int = 0) -> tuple[
         )
     matrix = error.detach().to(torch.float32).t()
     rank = min(rank, *matrix.shape)
-    if min(matrix.shape) <= max(EXACT_SIZE, 2 * (rank + OVERSAMPLING)):
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        left, values, right = _randomised_svd(matrix, rank + OVERSAMPLING, seed)
+    with _threads_for(matrix):
+        if min(matrix.shape) <= max(EXACT_SIZE, 2 * (rank + OVERSAMPLING)):
+            left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        else:
+            left, values, right = _randomised_svd(matrix, rank + OVERSAMPLING, seed)
     root = values[:rank].sqrt()
     return (left[:, :rank] * root).contiguous(), (root[:, None] * right[:rank]).contiguous()
+
+
+@contextlib.contextmanager
+def _threads_for(matrix: torch.Tensor) -> Iterator[None]:
+    """Keep torch to one thread for the duration when the matrix is small."""
+    threads = torch.get_num_threads()
+    if matrix.is_cuda or matrix.numel() > ONE_THREAD_SIZE:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _randomised_svd(
