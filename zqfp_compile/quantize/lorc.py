@@ -13,8 +13,8 @@ EXACT_SIZE = 256
 # that the exact factors capture (measured, 1536 x 576, ranks 8 to 64) in a twentieth of the time.
 OVERSAMPLING = 32
 POWER_ITERATIONS = 6
-# Up to this size threads gain nothing and, on a busy machine, wait for each other: 45 ms on one thread, 140 to
-# 2000 on two (measured, 1536 x 576, two cores at a load of 6).
+# Up to this size threads gain nothing and, on a busy machine, wait for each other: 45 ms on one thread, 140
+# to 2000 on two (measured, 1536 x 576, two cores at a load of 6).
 ONE_THREAD_SIZE = 1 << 22
 
 
