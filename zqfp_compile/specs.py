@@ -281,7 +281,10 @@ def _sources(value: ir.Value | None) -> list[ir.Node]:
 
 
 def _is_blocked(node: ir.Node) -> bool:
-    return bool(node.attributes.get_int("block_size", 0))
+    """Whether a DequantizeLinear has block scales; FLOAT4E2M1 is exempt: only FP4 hardware takes it at all."""
+    stored = node.inputs[0]
+    native_fp4 = stored is not None and stored.dtype == ir.DataType.FLOAT4E2M1
+    return bool(node.attributes.get_int("block_size", 0)) and not native_fp4
 
 
 def _blocked_weights(model: ir.Model) -> Iterator[str]:

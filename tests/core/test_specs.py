@@ -9,6 +9,7 @@ import pytest
 from rewrite_models import Case, artifact, float_model
 
 from passes.inline_functions import InlineFunctions
+from passes.lower_weights_fp4 import LowerWeightsFp4
 from passes.lower_weights_fp8 import LowerWeightsFp8
 from passes.remove_unused import RemoveUnused
 from zqfp_compile.errors import ModelError
@@ -33,6 +34,13 @@ def test_what_our_passes_make_is_legal(case: Case) -> None:
     RemoveUnused().call(lowered)
     check(lowered, "engine")
     InlineFunctions().call(model)
+    check(model, "engine")
+
+
+@pytest.mark.parametrize("k", [64, 72])
+def test_the_form_for_fp4_hardware_is_legal(k: int) -> None:
+    model, plan = artifact(Case(k=k))
+    LowerWeightsFp4(plan).call(model)
     check(model, "engine")
 
 
