@@ -281,7 +281,7 @@ def _sources(value: ir.Value | None) -> list[ir.Node]:
 
 
 def _is_blocked(node: ir.Node) -> bool:
-    """Whether a DequantizeLinear has block scales; FLOAT4E2M1 is exempt: only FP4 hardware takes it at all."""
+    """Whether a DequantizeLinear has block scales; FLOAT4E2M1 is exempt, as only FP4 hardware takes it."""
     stored = node.inputs[0]
     native_fp4 = stored is not None and stored.dtype == ir.DataType.FLOAT4E2M1
     return bool(node.attributes.get_int("block_size", 0)) and not native_fp4
