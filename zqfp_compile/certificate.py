@@ -110,6 +110,8 @@ def certify(
         AccuracyError: When there is nothing to compare, or a layer cannot be compared.
     """
     checks = []
+    values = {value.name: value for node in artifact.graph for value in node.outputs}
+    values.update({value.name: value for value in artifact.graph.inputs})
     for index, site in enumerate(plan.linears):
         progress(index, len(plan.linears), site.name)
         x = rows.get(site.activation)
@@ -117,7 +119,8 @@ def certify(
             raise AccuracyError(
                 f"certificate: layer {site.name!r} has no sample rows; calibrate on more text"
             )
-        checks.append(_check_layer(artifact, plan, site, x, original_weight(site), original_bias(site)))
+        alone, linear = _extract(artifact, values, site)
+        checks.append(_check_layer(alone, linear, plan, site, x, original_weight(site), original_bias(site)))
     progress(len(plan.linears), len(plan.linears), "")
     if not checks:
         raise AccuracyError("certificate: no linear was compared; the run proves nothing about the model")
@@ -125,19 +128,19 @@ def certify(
 
 
 def _check_layer(
-    artifact: ir.Model,
+    alone: ir.Model,
+    linear: ir.Node | None,
     plan: QuantPlan,
     site: LinearSite,
     rows: Float32,
     original: Float32,
     bias: Float32 | None,
 ) -> LayerCheck:
-    alone, node = _extract(artifact, site)
     x = rows.astype(site.dtype.numpy())
     output, decoded = _run(alone, site, x)
-    expected = original if node is None else _reference_weight(plan, site)
+    expected = original if linear is None else _reference_weight(plan, site)
     # Without a W4A8Linear (activations quantised only) the weight is the original initializer itself.
-    equal = (decoded is None) if node is None else decoded is not None and np.array_equal(decoded, expected)
+    equal = (decoded is None) if linear is None else decoded is not None and np.array_equal(decoded, expected)
     reference = _reference_output(plan, site, x.astype(np.float32), expected, bias)
     exact = x.astype(np.float32) @ original.T
     if bias is not None:
@@ -153,18 +156,27 @@ def _check_layer(
     )
 
 
-def _extract(artifact: ir.Model, site: LinearSite) -> tuple[ir.Model, ir.Node | None]:
+def _extract(
+    artifact: ir.Model, values: Mapping[str | None, ir.Value], site: LinearSite
+) -> tuple[ir.Model, ir.Node | None]:
     """Return a model from the layer's activation to its output, with ``w_hat`` as a second output.
 
     The second result is the layer's ``W4A8Linear`` in the copy, ``None`` when its weight is not quantised.
     """
-    try:
-        graph = ir.convenience.extract(artifact.graph, [site.activation], [site.output])
-    except ValueError as error:
-        reason = " ".join(str(error).split())
+    if site.activation not in values or site.output not in values:
         raise AccuracyError(
-            f"certificate: layer {site.name!r} is not in the compiled graph ({reason})"
-        ) from error
+            f"certificate: layer {site.name!r} is not in the compiled graph; report this as a bug"
+        )
+    start, end = values[site.activation], values[site.output]
+    nodes, constants = _between(start, end, site)
+    graph = ir.GraphView(
+        [start],
+        [end],
+        nodes=nodes,
+        initializers=constants,
+        opset_imports=artifact.graph.opset_imports,
+        name="layer",
+    ).clone()
     functions = []
     linear = next((node for node in graph if node.op_type == "W4A8Linear"), None)
     if linear is not None:
@@ -182,12 +194,37 @@ def _extract(artifact: ir.Model, site: LinearSite) -> tuple[ir.Model, ir.Node | 
     return model, linear
 
 
+def _between(start: ir.Value, end: ir.Value, site: LinearSite) -> tuple[list[ir.Node], list[ir.Value]]:
+    """Return the nodes that compute ``end`` from ``start``, in order, and the initializers they read."""
+    nodes: dict[ir.Node, None] = {}
+    constants: dict[ir.Value, None] = {}
+
+    def visit(value: ir.Value | None) -> None:
+        if value is None or value is start:
+            return
+        producer = value.producer()
+        if producer is None:
+            if value.const_value is None:
+                raise AccuracyError(
+                    f"certificate: layer {site.name!r} also depends on {value.name!r}; report this as a bug"
+                )
+            constants[value] = None
+        elif producer not in nodes:
+            for needed in producer.inputs:
+                visit(needed)
+            nodes[producer] = None
+
+    visit(end)
+    return list(nodes), list(constants)
+
+
 def _run(model: ir.Model, site: LinearSite, x: npt.NDArray[Any]) -> tuple[Float32, Float32 | None]:
     if site.dtype == ir.DataType.BFLOAT16:
         widen_bfloat16(model)
         x = x.astype(np.float32)
     try:
-        session = create_session(ir.to_proto(model).SerializeToString())
+        # One thread: a pool would keep spinning on the cores that numpy's reference needs next.
+        session = create_session(ir.to_proto(model).SerializeToString(), threads=1)
         outputs = session.run(None, {site.activation: _batched(x, model)})
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):

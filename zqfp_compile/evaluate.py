@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from zqfp_compile.backends.ort import create_session
 from zqfp_compile.calibrate.causal_lm import CausalLm
+from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.report.metrics import (
     cosine,
+    energy,
     kl_from_log_probabilities,
     log_softmax,
     perplexity,
@@ -86,9 +89,9 @@ class _Totals:
         self.kl += float(kl_from_log_probabilities(log_p, log_q).sum())
         self.cosine += float(cosine(exact, other).sum())
         self.agree += int((exact.argmax(axis=-1) == other.argmax(axis=-1)).sum())
-        self.signal += float(np.vdot(exact, exact))
+        self.signal += energy(exact)
         other -= exact
-        self.noise += float(np.vdot(other, other))
+        self.noise += energy(other)
 
 
 class _Model:
@@ -97,7 +100,7 @@ class _Model:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            self.session = create_session(self.path)
+            self.session = _open(self.path)
         except Exception as error:
             raise _ort_error(self.path, "open", error) from error
         self.interface = CausalLm.from_session(self.session)
@@ -215,6 +218,14 @@ def _running(totals: _Totals) -> str:
 def _pick(log_probabilities: npt.NDArray[np.float64], targets: Tokens) -> npt.NDArray[np.float64]:
     picked: npt.NDArray[np.float64] = log_probabilities[np.arange(targets.size), targets]
     return picked
+
+
+def _open(path: Path) -> Any:
+    model = ir.load(path)
+    if not uses_bfloat16(model):
+        return create_session(path)
+    widen_bfloat16(model)
+    return create_session(ir.to_proto(model).SerializeToString(), external_data=path.resolve().parent)
 
 
 def _ort_error(path: Path, action: str, error: Exception) -> Exception:

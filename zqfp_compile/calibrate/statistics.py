@@ -14,11 +14,13 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from zqfp_compile.backends.ort import create_session
+from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.errors import ModelError, UsageError
 
 Progress = Callable[[int, int, str], None]
 Float32 = npt.NDArray[np.float32]
 
+_BF16 = ir.DataType.BFLOAT16.numpy()
 _FORMAT_MAX = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
 # Where in a run the sample rows come from: an extra input, fractions of the run's rows.
 _PICK = "zqfp_pick"
@@ -83,9 +85,8 @@ def collect(
         progress(index, len(feeds), "calibration runs")
         # Below 1 by enough that float32 rounding never reaches the row after the last.
         pick = np.sort(random.uniform(0.0, 0.999, per_run)).astype(np.float32)
-        outputs = _run(
-            session, {name: value for name, value in {**feed, _PICK: pick}.items() if name in wanted}
-        )
+        needed = {name: value for name, value in feed.items() if name in wanted}
+        outputs = _run(session, {**needed, _PICK: pick})
         for name, peak, sample in zip(names, outputs[::2], outputs[1::2], strict=True):
             ranges[name] = max(ranges[name], _finite(float(peak), name))
             rows[name].append(sample)
@@ -141,6 +142,8 @@ def _measuring_model(model: ir.Model, names: Sequence[str]) -> ir.Model:
             value.type = ir.TensorType(ir.DataType.FLOAT)
             graph.outputs.append(value)
     RemoveUnusedNodesPass()(copy)
+    if uses_bfloat16(copy):
+        widen_bfloat16(copy)
     return copy
 
 
@@ -183,8 +186,11 @@ def _open(model: ir.Model) -> Any:
 
 
 def _run(session: Any, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    plain = {
+        name: value.astype(np.float32) if value.dtype == _BF16 else value for name, value in feed.items()
+    }
     try:
-        outputs: list[npt.NDArray[Any]] = session.run(None, dict(feed))
+        outputs: list[npt.NDArray[Any]] = session.run(None, plain)
     except Exception as error:
         raise _ort_error("run", error) from error
     return outputs

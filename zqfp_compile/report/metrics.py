@@ -26,7 +26,12 @@ def sqnr_db(reference: Array, value: Array) -> float:
     """
     exact, noise = _pair(reference, value)
     noise -= exact
-    return ratio_db(float(np.vdot(exact, exact)), float(np.vdot(noise, noise)))
+    return ratio_db(energy(exact), energy(noise))
+
+
+def energy(values: Float64) -> float:
+    """Return the sum of squares."""
+    return float(np.square(values).sum())
 
 
 def ratio_db(signal: float, noise: float) -> float:
