@@ -37,9 +37,10 @@ def test_what_our_passes_make_is_legal(case: Case) -> None:
     check(model, "engine")
 
 
-@pytest.mark.parametrize("k", [64, 72])
-def test_the_form_for_fp4_hardware_is_legal(k: int) -> None:
-    model, plan = artifact(Case(k=k))
+@pytest.mark.parametrize("constraint", ["e4m3", "none"])
+def test_the_form_for_fp4_hardware_is_legal(constraint: str) -> None:
+    """Under ``none`` its block-scaled weight meets a dequantised activation directly."""
+    model, plan = artifact(Case(constraint=constraint))
     LowerWeightsFp4(plan).call(model)
     check(model, "engine")
 
