@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_MODEL := build/models/smollm2-135m
 
-.PHONY: venv demo test test-fast lint format clean
+.PHONY: venv demo test test-fast lint format clean optimum-models
 
 venv: $(READY)
 
@@ -14,14 +14,28 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,models,dev]'
 	touch $(READY)
 
-$(DEMO_MODEL)/model.onnx: models/export_smollm2.py | $(READY)
+$(DEMO_MODEL)/model.onnx: models/export_smollm2.py models/causal_lm_export.py models/atomic_folder.py | $(READY)
 	$(BIN)/python models/export_smollm2.py --output $(DEMO_MODEL)
 
 demo: $(READY) $(DEMO_MODEL)/model.onnx
 	mkdir -p build/demo
 	$(BIN)/zqfp-compile $(DEMO_MODEL)/model.onnx --output build/demo/smollm2-135m.zqfp --target tensorrt-rtx
 
-test: $(READY) $(DEMO_MODEL)/model.onnx
+# optimum-onnx needs an older transformers, so it exports its models from an environment of its own.
+OPTIMUM_VENV := .venv-optimum
+OPTIMUM_MODELS := build/models/optimum
+
+optimum-models: $(OPTIMUM_MODELS)/gpt2-float16/model.onnx
+
+$(OPTIMUM_VENV)/.ready: models/requirements-optimum.txt
+	$(PYTHON) -m venv $(OPTIMUM_VENV)
+	$(OPTIMUM_VENV)/bin/python -m pip install --quiet --requirement models/requirements-optimum.txt
+	touch $@
+
+$(OPTIMUM_MODELS)/gpt2-float16/model.onnx: models/export_tiny_optimum.py models/tiny_models.py $(OPTIMUM_VENV)/.ready
+	$(OPTIMUM_VENV)/bin/python models/export_tiny_optimum.py --output $(OPTIMUM_MODELS)
+
+test: $(READY) $(DEMO_MODEL)/model.onnx optimum-models
 	$(BIN)/python -m pytest
 
 test-fast: $(READY)
