@@ -36,8 +36,8 @@ def user(inputs, **shapes):
 def test_a_cached_lm_gets_prefill_and_decode() -> None:
     prefill, decode = default_profiles(TORCH)
     assert (prefill.name, decode.name) == ("prefill", "decode")
-    assert prefill.shapes["input_ids"] == ((1, 1), (1, 512), (8, 2048))
-    assert prefill.shapes["past_key_values.0.key"] == ((1, 3, 0, 64), (1, 3, 0, 64), (8, 3, 2048, 64))
+    assert prefill.shapes["input_ids"] == ((1, 1), (1, 512), (4, 2048))
+    assert prefill.shapes["past_key_values.0.key"] == ((1, 3, 0, 64), (1, 3, 0, 64), (4, 3, 2048, 64))
     assert decode.shapes["position_ids"] == ((1, 1), (1, 1), (8, 1))
     assert decode.shapes["attention_mask"] == ((1, 1), (1, 513), (8, 4096))
 
@@ -54,7 +54,7 @@ def test_mask_is_past_and_sequence_together_in_every_form(inputs) -> None:
 def test_models_without_a_cache_get_one_profile() -> None:
     (profile,) = default_profiles([("input_ids", ("batch", "seq")), ("attention_mask", ("batch", "seq"))])
     assert profile.name == "default"
-    assert profile.shapes["input_ids"] == profile.shapes["attention_mask"] == ((1, 1), (1, 512), (8, 2048))
+    assert profile.shapes["input_ids"] == profile.shapes["attention_mask"] == ((1, 1), (1, 512), (4, 2048))
     (profile,) = default_profiles([("x", ("n", 3, "height"))])
     assert profile.shapes == {"x": ((1, 3, 1), (8, 3, 8), (64, 3, 64))}
 

@@ -79,6 +79,13 @@ def test_a_name_that_only_begins_like_a_linear_does_not_cover_it() -> None:
     assert check(log(fp8_gemm(["node_linear_10"])), ["node_linear_1"]).missing == ("node_linear_1",)
 
 
+def test_numbered_names_of_larger_graphs_are_found() -> None:
+    """Names get a ``_U<number>`` there; the node list tells it from a name that ends so."""
+    numbered = fp8_gemm(["v", "q_U5"]).replace("v+q_U5_myl", "v_U562+q_U5_U9_myl")
+    assert check(log(numbered), ["q_U5", "v"]).ok
+    assert check(log(numbered), ["q_U5_U9", "v_U562", "v"]).missing == ("q_U5_U9", "v_U562")
+
+
 def test_names_with_plus_and_brackets_are_found() -> None:
     name = "a+b, c: {d} [e] q/MatMul"
     assert check(log(fp8_gemm(["k", name, "v"], n=48)), [name, "k"]).ok

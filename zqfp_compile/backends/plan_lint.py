@@ -5,7 +5,8 @@ wrong. With detailed verbosity the VERBOSE log ends with the layer list; deseria
 needs a GPU, the log does not. How the list reads (TensorRT-RTX 1.7, measured):
 
 * A GEMM's name joins the ONNX node names of the MatMuls it merges with ``+`` and ends in ``_myl<G>_<I>``, G
-  numbering the compiled subgraph, I the layer in it. Long names are not cut.
+  numbering the compiled subgraph, I the layer in it. Long names are not cut. In larger graphs each joined
+  name gets a suffix ``_U<number>``; the layer's metadata has the exact ones.
 * Every profile has its own layers, in one list: the first profile's names are plain, those of profile P carry
   ``[profile P]`` on each node name and each input and output of the network.
 * A GEMM that multiplies in FP8 has the type ``gemm`` and two FP8 operands. A ``runtime_fusion`` with FP8
@@ -203,15 +204,18 @@ def lint(profiles: Sequence[Sequence[Layer]], linears: Sequence[str]) -> LintRes
 
 def _coverage(layers: Sequence[Layer], linears: Sequence[str]) -> ProfileLint:
     planned = set(linears)
-    with_plus = [name for name in linears if "+" in name]  # cannot be found by splitting
-    covered: set[str] = set()
     gemms = [layer for layer in layers if layer.is_fp8_gemm]
-    for layer in gemms:
-        joined = _SUBGRAPH.sub("", layer.name)
-        covered |= planned.intersection(joined.split("+"))
-        covered |= {name for name in with_plus if f"+{name}+" in f"+{joined}+"}
+    covered = {name for layer in gemms for name in _multiplied(layer, planned)}
     missing = tuple(name for name in linears if name not in covered)
     return ProfileLint(len(gemms), len(linears) - len(missing), missing)
+
+
+def _multiplied(gemm: Layer, planned: set[str]) -> Iterator[str]:
+    """The planned linears in a GEMM's joined name; its node list, where there is one, must agree."""
+    joined = _SUBGRAPH.sub("", gemm.name)
+    for name in planned.intersection(gemm.nodes) if gemm.nodes else planned:
+        if re.search(rf"(?:^|\+){re.escape(name)}(?:_U\d+)?(?:\+|$)", joined):
+            yield name
 
 
 def _profile_problems(layers: Sequence[Layer], missing: Sequence[str]) -> Iterator[str]:

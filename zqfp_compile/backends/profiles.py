@@ -22,8 +22,9 @@ BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "total"
 _POINTS = ("min", "opt", "max")
 
 # A context of 4096 tokens either way. Prefill takes a past as well, so a long prompt can come in chunks and a
-# conversation can go on; decode is tuned for a half-full short context, where memory traffic is all weights.
-_PREFILL: dict[str, Range] = {BATCH: (1, 1, 8), SEQUENCE: (1, 512, 2048), PAST: (0, 0, 2048)}
+# conversation can go on. Its largest shape, 8192 tokens, sets the engine's activation memory (SmolLM2-135M:
+# about 1.5 GB, mostly attention scores), hence the smaller batch.
+_PREFILL: dict[str, Range] = {BATCH: (1, 1, 4), SEQUENCE: (1, 512, 2048), PAST: (0, 0, 2048)}
 _DECODE: dict[str, Range] = {BATCH: (1, 1, 8), SEQUENCE: (1, 1, 1), PAST: (0, 512, 4095)}
 _OTHER: Range = (1, 8, 64)
 
@@ -54,7 +55,7 @@ def default_profiles(
 ) -> tuple[Profile, ...]:
     """Make the profiles of a model.
 
-    A causal LM with a KV cache gets ``prefill`` (batch 1..8, sequence 1..2048 tuned for 512, past 0..2048
+    A causal LM with a KV cache gets ``prefill`` (batch 1..4, sequence 1..2048 tuned for 512, past 0..2048
     tuned for 0) and ``decode`` (batch 1..8, one token, past 0..4095 tuned for 512). A model without a cache
     gets one ``default`` profile; axes of unknown meaning range over 1..64, tuned for 8. Activation memory
     grows with the largest batch x sequence x context: lower the maximum when it does not fit.
