@@ -40,8 +40,8 @@ def widen_bfloat16(model: ir.Model) -> None:
         _widen_type(value)
     for value in list(model.graph.initializers.values()):
         if value.dtype == _BF16:
-            cast = ir.node("Cast", [value], {"to": _F32})
             users = list(value.uses())
+            cast = ir.node("Cast", [value], {"to": _F32})
             for user, index in users:
                 user.replace_input_with(index, cast.outputs[0])
             cast.outputs[0].name = f"{value.name}.zqfp_float"

@@ -1,0 +1,145 @@
+"""Activation statistics against the same activations taken whole out of ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from zqfp_compile.backends.ort import create_session
+from zqfp_compile.calibrate.causal_lm import CausalLm, graph_inputs
+from zqfp_compile.calibrate.samples import load_samples
+from zqfp_compile.calibrate.statistics import activation_scale, activation_scales, collect
+from zqfp_compile.errors import ModelError, UsageError
+from zqfp_compile.model_io import load_model
+from zqfp_compile.registry import create_pass
+
+pytest.importorskip("onnxruntime")
+
+
+def prepared(path: Path) -> tuple[ir.Model, list[str]]:
+    model = load_model(path)
+    for name in ("strip-metadata", "raise-opset"):
+        create_pass(name).call(model)
+    plan = create_pass("select-linears").call(model).plan
+    assert plan is not None
+    return model, list(dict.fromkeys(site.activation for site in plan.linears))
+
+
+def samples_for(model: ir.Model, path: Path, count: int = 3, length: int = 24) -> tuple:
+    return load_samples(
+        None,
+        tokenizer_path=path.parent / "tokenizer.json",
+        interface=CausalLm.from_model(model),
+        inputs=graph_inputs(model),
+        samples=count,
+        length=length,
+        seed=0,
+    ).feeds
+
+
+def whole_activations(model: ir.Model, names: list[str], feeds: tuple) -> dict[str, np.ndarray]:
+    """Every activation of every run, [tokens, K], through a session that returns them as they are."""
+    full = model.clone()
+    values = {v.name: v for node in full.graph for v in node.outputs}
+    full.graph.outputs.clear()
+    full.graph.outputs.extend(values[name] for name in names)
+    session = create_session(ir.to_proto(full).SerializeToString())
+    runs = [session.run(names, feed) for feed in feeds]
+    flat = [[a.reshape(-1, a.shape[-1]).astype(np.float32) for a in run] for run in runs]
+    return {name: np.concatenate([run[i] for run in flat]) for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_ranges_and_rows_are_the_activations(family: str, dtype: str, tiny_model) -> None:
+    path = tiny_model(family, dtype=dtype)
+    model, names = prepared(path)
+    feeds = samples_for(model, path)
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    result = collect(model, names, feeds, rows_per_activation=10)
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+    assert result.tokens == 72 and list(result.ranges) == names
+    expected = whole_activations(model, names, feeds)
+    # The two sessions fuse differently: float32 sums in another order, float16 one rounding (5e-4) apart.
+    tolerance = 1e-5 if dtype == "float32" else 4e-3
+    for name in names:
+        peak = np.abs(expected[name]).max()
+        assert result.ranges[name] == pytest.approx(peak, rel=tolerance)
+        rows = result.rows[name]
+        assert rows.shape == (12, expected[name].shape[1]) and rows.dtype == np.float32
+        distance = np.abs(rows[:, None] - expected[name][None]).max(axis=-1).min(axis=1)
+        assert distance.max() <= tolerance * peak, "a row is no row of the activation"
+        assert len(np.unique(rows, axis=0)) > 6  # rows come from different tokens
+
+
+def test_bfloat16_runs_as_float32(tiny_model) -> None:
+    path = tiny_model("llama", dtype="bfloat16")
+    model, names = prepared(path)
+    result = collect(model, names, samples_for(model, path))
+    reference_path = tiny_model("llama", dtype="float32")
+    reference, reference_names = prepared(reference_path)
+    expected = collect(reference, reference_names, samples_for(reference, reference_path))
+    # Same seeded weights, rounded to 8 bits in one of them: layer inputs a few percent apart.
+    assert list(result.ranges.values()) == pytest.approx(list(expected.ranges.values()), rel=0.1)
+
+
+def test_calibration_is_repeatable(tiny_model) -> None:
+    path = tiny_model("gpt2")
+    model, names = prepared(path)
+    feeds = samples_for(model, path)
+    first, second = (collect(model, names, feeds, seed=3) for _ in range(2))
+    assert first.ranges == second.ranges
+    assert all((first.rows[name] == second.rows[name]).all() for name in names)
+
+
+def test_progress_and_order(tiny_model) -> None:
+    path = tiny_model("llama")
+    model, names = prepared(path)
+    calls: list[tuple[int, int]] = []
+    collect(
+        model,
+        names[:1],
+        samples_for(model, path),
+        progress=lambda done, total, _: calls.append((done, total)),
+    )
+    assert calls == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def _overflowing() -> ir.Model:
+    return ir.from_onnx_text(
+        """
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[b, 2] x) => (float[b, 2] y) { h = Exp(x)  y = Neg(h) }
+        """
+    )
+
+
+def test_overflow_names_the_activation() -> None:
+    feed = {"x": np.array([[1, 1000]], np.float32)}
+    with pytest.raises(ModelError, match="activation h reaches inf"):
+        collect(_overflowing(), ["h"], [feed])
+
+
+def test_nothing_to_run() -> None:
+    with pytest.raises(UsageError, match="no samples"):
+        collect(_overflowing(), ["h"], [])
+    with pytest.raises(ModelError, match="no value 'z'"):
+        collect(_overflowing(), ["z"], [{"x": np.zeros((1, 2), np.float32)}])
+
+
+def test_runtime_errors_are_one_line() -> None:
+    with pytest.raises(ModelError, match="ONNX Runtime cannot run") as caught:
+        collect(_overflowing(), ["h"], [{"x": np.zeros((1, 3), np.float32)}])
+    assert "\n" not in str(caught.value)
+
+
+def test_scales() -> None:
+    assert activation_scale(448.0, "e4m3") == 1.0
+    assert activation_scale(12.7, "int8") == pytest.approx(0.1, rel=1e-6)
+    assert activation_scale(57344.0, "e5m2") == 1.0
+    scales, warnings = activation_scales({"a": 4.48, "dead": 0.0}, "e4m3")
+    assert scales["a"] == float(np.float32(4.48 / 448)) and scales["dead"] == 1.0
+    assert len(warnings) == 1 and "dead" in warnings[0]

@@ -1,0 +1,177 @@
+"""The certificate passes what the rewrite makes and catches each way to break it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from rewrite_models import NUMPY, Case, artifact, float_model, make_plan
+
+from passes.quantize_activations import QuantizeActivations
+from passes.remove_unused import RemoveUnused
+from zqfp_compile.certificate import Certificate, certify
+from zqfp_compile.errors import AccuracyError
+from zqfp_compile.plan import QuantPlan
+from zqfp_compile.report.metrics import sqnr_db
+from zqfp_compile.weights import read_bias, read_weight
+
+pytest.importorskip("onnxruntime")
+
+CASES = [
+    Case(),
+    Case(lorc=True, k=72),
+    Case(dtype=ir.DataType.FLOAT16, lorc=True),
+    Case(dtype=ir.DataType.BFLOAT16, lorc=True),
+    Case(per_token=True, constraint="m2"),
+    Case(activation="int8", weight_format="int4", constraint="m1"),
+    Case(activation="int8", per_token=True),
+    Case(activation="e5m2", weight_format="e3m0"),
+    Case(activation="none", dtype=ir.DataType.FLOAT16),
+    Case(weight_format="fp8", lorc=True),
+    Case(constraint="none"),
+]
+
+
+def rows(case: Case) -> np.ndarray:
+    x = np.random.default_rng(5).standard_normal((12, case.k)).astype(np.float32)
+    return x.astype(NUMPY[case.dtype]).astype(np.float32)
+
+
+def check(case: Case, model: ir.Model, plan: QuantPlan) -> Certificate:
+    original = float_model(case)
+    return certify(
+        model,
+        plan,
+        {"x": rows(case)},
+        lambda site: read_weight(original, site.weight),
+        original_bias=lambda site: read_bias(original, site),
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_variant_is_certified(case: Case) -> None:
+    certificate = check(case, *artifact(case))
+    assert (certificate.layers_checked, certificate.mismatches) == (2, 0)
+    assert [(layer.name, layer.k, layer.n) for layer in certificate.layers] == [
+        ("attn.q", case.k, case.n),
+        ("attn.v", case.k, case.n),
+    ]
+    assert all(layer.weight_bit_equal for layer in certificate.layers)
+
+
+def test_activations_only() -> None:
+    case = Case(dtype=ir.DataType.FLOAT16)
+    model, plan = float_model(case), make_plan(case).replace(weight_format="none", tensors={})
+    for pass_ in (QuantizeActivations(plan), RemoveUnused()):
+        pass_.call(model)
+    certificate = check(case, model, plan)
+    assert (certificate.layers_checked, certificate.mismatches) == (2, 0)
+    # E4M3 has 3 mantissa bits: about 31 dB on normal numbers. Unrounded, float16 would give 60 dB.
+    assert all(28 < layer.sqnr_db < 35 for layer in certificate.layers)
+
+
+def test_sqnr_is_against_the_original_layer() -> None:
+    case = Case(weight_format="fp8", activation="none")
+    model, plan = artifact(case)
+    weight = read_weight(float_model(case), plan.linears[0].weight)
+    tensors = plan.tensors["attn.q"]
+    w_hat = tensors.codes.numpy().astype(np.float32) * tensors.row_scales.numpy()[:, None]
+    expected = sqnr_db(rows(case) @ weight.T, rows(case) @ w_hat.T)
+    assert check(case, model, plan).layers[0].sqnr_db == pytest.approx(expected, abs=1e-3)
+
+
+def _initializer(model: ir.Model, layer: str, position: int) -> ir.Value:
+    node = next(node for node in model.graph if node.name == layer)
+    value = node.inputs[position]
+    assert value is not None and value.const_value is not None
+    return value
+
+
+def _flip_code(model: ir.Model) -> None:
+    value = _initializer(model, "attn.q", 2)
+    codes = value.const_value.numpy().astype(np.int8)
+    codes[3, 5] = 1 if codes[3, 5] != 1 else 2
+    value.const_value = ir.Tensor(codes.astype(ml_dtypes.int4))
+
+
+def _scale_initializer(position: int) -> Callable[[ir.Model], None]:
+    def change(model: ir.Model) -> None:
+        value = _initializer(model, "attn.q", position)
+        array = value.const_value.numpy()
+        value.const_value = ir.tensor((array.astype(np.float32) * 1.01).astype(array.dtype))
+
+    return change
+
+
+def _drop_lorc(model: ir.Model) -> None:
+    u = _initializer(model, "attn.q", 8)
+    u.const_value = ir.tensor(np.zeros_like(u.const_value.numpy()))
+
+
+def _change_code_book(model: ir.Model) -> None:
+    """6 becomes 5.5 or so: the slope of the last segment."""
+    for function in model.functions.values():
+        for node in function:
+            value = node.attributes.get("value")
+            if node.outputs[0].name == "plus_6" and value is not None:
+                node.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.float32(5)))
+                return
+    raise AssertionError("the function has no such constant any more")
+
+
+@pytest.mark.parametrize(
+    ("damage", "weight_equal"),
+    [
+        (_flip_code, False),
+        (_scale_initializer(4), False),
+        (_change_code_book, False),
+        (_scale_initializer(1), True),
+        (_drop_lorc, True),
+    ],
+    ids=["code", "row-scale", "code-book", "activation-scale", "lorc"],
+)
+def test_damage_is_a_mismatch(damage: Callable[[ir.Model], None], weight_equal: bool) -> None:
+    case = Case(lorc=True)
+    model, plan = artifact(case)
+    damage(model)
+    certificate = check(case, model, plan)
+    layer = certificate.layers[0]
+    assert certificate.mismatches >= 1 and not layer.ok
+    assert layer.weight_bit_equal == weight_equal
+
+
+def test_lost_bias_is_a_mismatch() -> None:
+    case = Case()
+    model, plan = artifact(case)
+    bias = _initializer(model, "attn.v", 5)
+    bias.const_value = ir.tensor(np.zeros(case.n, np.float32))
+    assert [layer.ok for layer in check(case, model, plan).layers] == [True, False]
+
+
+def test_function_without_decoded_weight_is_a_mismatch() -> None:
+    case = Case()
+    model, plan = artifact(case)
+    for function in model.functions.values():
+        next(value for node in function for value in node.outputs if value.name == "w_hat").name = "other"
+    assert check(case, model, plan).mismatches == 2
+
+
+def test_zero_comparisons_is_a_failure() -> None:
+    case = Case()
+    model, plan = artifact(case)
+    with pytest.raises(AccuracyError, match="no linear was compared"):
+        check(case, model, plan.replace(linears=()))
+
+
+def test_layers_that_cannot_be_compared_fail() -> None:
+    case = Case()
+    model, plan = artifact(case)
+    with pytest.raises(AccuracyError, match="no sample rows"):
+        certify(model, plan, {}, lambda site: np.zeros(0), original_bias=lambda site: None)
+    moved = [*plan.linears[:1], *plan.linears[1:]]
+    moved[1] = type(moved[1])(**{**vars(moved[1]), "output": "elsewhere"})
+    with pytest.raises(AccuracyError, match=r"attn\.v.*not in the compiled graph"):
+        check(case, model, plan.replace(linears=tuple(moved)))
