@@ -18,14 +18,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import yaml
 from rich.console import Console
 
 from zqfp_compile.calibrate.causal_lm import CausalLm, find_vocab_size
-from zqfp_compile.calibrate.samples import load_eval_tokens
+from zqfp_compile.calibrate.samples import detokenize_wikitext, load_eval_tokens
 from zqfp_compile.errors import UsageError, ZqfpError
 from zqfp_compile.evaluate import Evaluation, evaluate
+from zqfp_compile.model_io import load_model
 from zqfp_compile.pipeline import compile_model
 from zqfp_compile.progress import ConsoleReporter, StepTimer
 from zqfp_compile.recipe import Recipe
@@ -54,7 +54,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", type=Path, help="ONNX model, with tokenizer.json beside it")
     parser.add_argument("--text", help="UTF-8 text; built-in text when left out")
-    parser.add_argument("--wikitext", action="store_true", help="undo WikiText's tokenisation first")
+    parser.add_argument("--wikitext", action="store_true", help="undo WikiText's tokenisation in the texts")
     parser.add_argument("--length", type=int, default=2048, help="tokens per window (default 2048)")
     parser.add_argument("--limit-tokens", type=int, help="score at most this many tokens")
     parser.add_argument("--output", type=Path, help="keep the compiled model in this folder")
@@ -89,7 +89,7 @@ def score(model: Path, arguments: argparse.Namespace, reporter: ConsoleReporter)
     Raises:
         ZqfpError: When the model or the text cannot be used.
     """
-    graph = ir.load(model)
+    graph = load_model(model)
     tokenizer = arguments.model.parent / "tokenizer.json"
     text = load_eval_tokens(
         arguments.text,
@@ -114,11 +114,29 @@ def compile_and_score(
     Raises:
         ZqfpError: When the compile or the evaluation fails.
     """
-    recipe = Recipe.from_dict({**FIXED, **options})
     with tempfile.TemporaryDirectory(prefix="zqfp-eval-") as scratch:
+        text = options.get("calibration")
+        if arguments.wikitext and text is not None and not text.endswith(".npz"):
+            options = {**options, "calibration": str(detokenized_copy(Path(text), Path(scratch)))}
+        recipe = Recipe.from_dict({**FIXED, **options})
         output = arguments.output or Path(scratch) / "model.zqfp"
         result = compile_model(arguments.model, recipe, output=output, reporter=reporter)
         return score(result.engine or result.artifact, arguments, reporter)
+
+
+def detokenized_copy(text: Path, folder: Path) -> Path:
+    """Write ``text`` without WikiText's tokenisation into ``folder`` and return the new file.
+
+    Raises:
+        UsageError: When the text cannot be read.
+    """
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--calibration {text}: cannot be read; give a UTF-8 text file") from error
+    copy = folder / text.name
+    copy.write_text(detokenize_wikitext(content), encoding="utf-8")
+    return copy
 
 
 def main(arguments: list[str]) -> int:
