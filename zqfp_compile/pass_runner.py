@@ -43,7 +43,7 @@ class PassRunner:
         """Run the pass ``name`` with ``options``, then check that the graph is legal in ``phase``."""
         with self._timer.step(name):
             result = create_pass(name, **options).call(model)
-            check(result.model, phase)
+            check(result.model, phase, after=name)
         self._count += 1
         self.declined.extend(result.declined)
         if name in self._dump_after:

@@ -224,7 +224,8 @@ def _peak_rss() -> int:
     """Return the largest resident size of this process or of its builder, whichever is larger, in bytes."""
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     unit = 1 if sys.platform == "darwin" else 1024
-    return unit * max(resource.getrusage(item).ru_maxrss for item in who)
+    largest: int = max(resource.getrusage(item).ru_maxrss for item in who)
+    return unit * largest
 
 
 def _versions() -> dict[str, str]:
