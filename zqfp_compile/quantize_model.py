@@ -1,4 +1,4 @@
-"""The quantize step: every planned weight becomes codes, scales and LoRC factors on disk, one weight at a time."""
+"""The quantize step: every planned weight becomes codes, scales and LoRC factors on disk, one at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def quantize_model(
     seed: int,
     progress: Callable[[int, int, str], None],
 ) -> QuantPlan:
-    """Quantise the weights of ``plan.linears`` (round-to-nearest with error search, then LoRC on what is left).
+    """Quantise the weights of ``plan.linears``: round-to-nearest with error search, then LoRC on the rest.
 
     Linears that share a weight share its tensors. At most one weight is in memory.
 
@@ -40,7 +40,7 @@ def quantize_model(
         model: Model the weights are read from (memory-mapped external data).
         plan: Layers and formats.
         store: Where the quantised tensors go.
-        lorc_rank: Rank of the compensation ``x @ V @ U`` of ``W - W_hat`` (ZeroQuant-V2, section 5); 0 for none.
+        lorc_rank: Rank of the compensation ``x @ V @ U`` of ``W - W_hat`` (ZeroQuant-V2, section 5); 0: none.
         seed: Seed of the randomised SVD.
         progress: Called with (done, total, layer name).
 

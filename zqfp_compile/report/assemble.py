@@ -217,7 +217,8 @@ def _bytes_on_disk(model: Path) -> int:
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    return model.stat().st_size + sum((model.parent / name).stat().st_size for name in names)
+    files = [model, *(model.parent / name for name in names)]
+    return sum(file.stat().st_size for file in files)
 
 
 def _peak_rss() -> int:
