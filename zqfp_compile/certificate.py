@@ -177,6 +177,9 @@ def _extract(
         opset_imports=artifact.graph.opset_imports,
         name="layer",
     ).clone()
+    # Many exports leave inner values without a type, which ONNX Runtime wants of inputs.
+    for value in (graph.inputs[0], graph.outputs[0]):
+        value.type = ir.TensorType(site.dtype)
     functions = []
     linear = next((node for node in graph if node.op_type == "W4A8Linear"), None)
     if linear is not None:

@@ -70,4 +70,5 @@ def _widen_node(node: ir.Node) -> None:
 
 def _widen_type(value: ir.Value) -> None:
     if value.dtype == _BF16:
-        value.dtype = _F32
+        # A new object: a cloned graph shares its type objects with the graph it came from.
+        value.type = ir.TensorType(_F32)
