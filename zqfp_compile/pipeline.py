@@ -86,6 +86,7 @@ class _Compilation:
     plan: QuantPlan = field(default_factory=QuantPlan)
     samples: Samples | None = None
     rows: Rows = field(default_factory=dict)
+    energies: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     certificate: Certificate | None = None
     evaluation: Evaluation | None = None
     eval_description: str = ""
@@ -191,11 +192,12 @@ def _select(run: _Compilation) -> None:
 
 
 def _calibrate(run: _Compilation) -> None:
-    """Run text through the original: activation ranges, and sample rows for the per-layer checks."""
+    """Run text through the original: ranges and energies of activations, rows for the per-layer checks."""
     recipe = run.recipe
     activations = list(dict.fromkeys(site.activation for site in run.plan.linears))
     static = run.plan.activation_format != "none" and not run.plan.per_token
-    if not static and not recipe.evaluate:
+    lorc = recipe.lorc_rank > 0 and run.plan.weight_format != "none"
+    if not (static or lorc or recipe.evaluate):
         run.rows = _random_rows(run.plan, recipe.seed)
         return
     with run.timer.step("calibrate"):
@@ -205,6 +207,7 @@ def _calibrate(run: _Compilation) -> None:
         )
     run.warn(run.samples.warnings)
     run.rows = result.rows
+    run.energies = result.energies
     if static:
         scales, warnings = activation_scales(result.ranges, run.plan.activation_format)
         run.warn(warnings)
@@ -247,6 +250,7 @@ def _quantize(run: _Compilation) -> None:
             run.plan,
             run.store,
             lorc_rank=run.recipe.lorc_rank,
+            energies=run.energies,
             seed=run.recipe.seed,
             progress=run.reporter.update,
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
@@ -29,6 +30,7 @@ def quantize_model(
     store: TensorStore,
     *,
     lorc_rank: int,
+    energies: Mapping[str, npt.NDArray[np.float64]],
     seed: int,
     progress: Callable[[int, int, str], None],
 ) -> QuantPlan:
@@ -41,6 +43,8 @@ def quantize_model(
         plan: Layers and formats.
         store: Where the quantised tensors go.
         lorc_rank: Rank of the compensation ``x @ V @ U`` of ``W - W_hat`` (ZeroQuant-V2, section 5); 0: none.
+        energies: Energy of every input channel [K] per activation name; LoRC weighs the error with them. An
+            activation that is not in it counts as equally loud everywhere.
         seed: Seed of the randomised SVD.
         progress: Called with (done, total, layer name).
 
@@ -50,6 +54,7 @@ def quantize_model(
     Raises:
         ModelError: When a weight holds NaN or Inf.
     """
+    loudness = _energy_per_weight(plan, energies)
     done: dict[WeightSource, LinearTensors] = {}
     tensors: dict[str, LinearTensors] = {}
     for index, site in enumerate(plan.linears):
@@ -63,20 +68,32 @@ def quantize_model(
                 scale_constraint=plan.scale_constraint,
                 name=site.name,
             )
-            factors = _lorc(weight, quantized, lorc_rank, seed)
+            factors = _lorc(weight, quantized, lorc_rank, loudness.get(site.weight), seed)
             done[site.weight] = _store(store, site.name, quantized, factors, site.dtype)
         tensors[site.name] = done[site.weight]
     progress(len(plan.linears), len(plan.linears), "")
     return plan.replace(tensors=tensors)
 
 
+def _energy_per_weight(
+    plan: QuantPlan, energies: Mapping[str, npt.NDArray[np.float64]]
+) -> dict[WeightSource, torch.Tensor]:
+    """Add up the energies of all activations a weight is multiplied with."""
+    result: dict[WeightSource, torch.Tensor] = {}
+    for site in plan.linears:
+        if site.activation in energies:
+            energy = torch.from_numpy(energies[site.activation])
+            result[site.weight] = result[site.weight] + energy if site.weight in result else energy
+    return result
+
+
 def _lorc(
-    weight: torch.Tensor, quantized: QuantizedWeight, rank: int, seed: int
+    weight: torch.Tensor, quantized: QuantizedWeight, rank: int, energy: torch.Tensor | None, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     if rank == 0:
         return None
     error = weight - torch.from_numpy(quantized.dequantize())
-    return low_rank_factors(error, rank, seed=seed)
+    return low_rank_factors(error, rank, energy=energy, seed=seed)
 
 
 def _store(

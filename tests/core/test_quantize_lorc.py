@@ -76,3 +76,36 @@ def test_does_not_depend_on_the_number_of_threads():
 def test_zero_error():
     v, u = low_rank_factors(torch.zeros(300, 400), 4)
     assert torch.equal(v @ u, torch.zeros(400, 300))
+
+
+@pytest.mark.parametrize("n", [64, 600])
+def test_energies_of_the_inputs_decide_what_is_compensated(n):
+    error = normal(n, 300)
+    energy = torch.ones(300).index_fill(0, torch.tensor([7, 100]), 1000.0)
+    weighed = low_rank_factors(error, 8, energy=energy)
+    plain = low_rank_factors(error, 8)
+
+    def left(factors):
+        v, u = factors
+        return float((energy[:, None] * (error.t() - v @ u).square()).sum())
+
+    # Two channels hold 87% of the energy and rank 8 can take both out; the plain SVD does not know them.
+    assert left(weighed) < 0.3 * left(plain)
+    best = torch.linalg.svdvals(error * energy.sqrt())[8:].square().sum()
+    # The randomised method may miss a little of the white rest.
+    assert left(weighed) == pytest.approx(float(best), rel=0.02)
+
+
+def test_equal_energies_are_the_plain_svd():
+    error = normal(50, 40)
+    for energy in (torch.full((40,), 3.0), torch.zeros(40)):
+        for weighed, plain in zip(
+            low_rank_factors(error, 4, energy=energy), low_rank_factors(error, 4), strict=True
+        ):
+            torch.testing.assert_close(weighed, plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("energy", [torch.ones(3), -torch.ones(40), torch.full((40,), torch.nan)])
+def test_wrong_energies_are_refused(energy):
+    with pytest.raises(ValueError, match="energies"):
+        low_rank_factors(normal(50, 40), 4, energy=energy)

@@ -73,6 +73,10 @@ def test_ranges_and_rows_are_the_activations(family: str, dtype: str, tiny_model
         distance = np.abs(rows[:, None] - expected[name][None]).max(axis=-1).min(axis=1)
         assert distance.max() <= tolerance * peak, "a row is no row of the activation"
         assert len(np.unique(rows, axis=0)) > 6  # rows come from different tokens
+        energy = np.square(expected[name].astype(np.float64)).sum(axis=0)
+        np.testing.assert_allclose(
+            result.energies[name], energy, rtol=2 * tolerance, atol=tolerance * energy.max()
+        )
 
 
 def test_bfloat16_runs_as_float32(tiny_model) -> None:

@@ -33,12 +33,14 @@ class CalibrationResult:
     Attributes:
         ranges: Largest magnitude per activation over all runs.
         rows: Sample rows per activation, float32 [m, K], spread over all runs.
+        energies: Sum of squares of every channel over all rows of all runs, per activation, float64 [K].
         tokens: Tokens that went through the model.
         seconds: Wall time including opening the model.
     """
 
     ranges: Mapping[str, float]
     rows: Mapping[str, Float32]
+    energies: Mapping[str, npt.NDArray[np.float64]]
     tokens: int
     seconds: float
 
@@ -74,26 +76,29 @@ def collect(
     begin = time.perf_counter()
     names = list(dict.fromkeys(activations))
     if not names:
-        return CalibrationResult({}, {}, 0, 0.0)
+        return CalibrationResult({}, {}, {}, 0, 0.0)
     session = _open(_measuring_model(model, names))
     wanted = {arg.name for arg in session.get_inputs()}
     random = np.random.default_rng(seed)
     per_run = -(-rows_per_activation // len(feeds))
     ranges = dict.fromkeys(names, 0.0)
     rows: dict[str, list[Float32]] = {name: [] for name in names}
+    energies: dict[str, npt.NDArray[np.float64]] = {}
     for index, feed in enumerate(feeds):
         progress(index, len(feeds), "calibration runs")
         # Below 1 by enough that float32 rounding never reaches the row after the last.
         pick = np.sort(random.uniform(0.0, 0.999, per_run)).astype(np.float32)
         needed = {name: value for name, value in feed.items() if name in wanted}
         outputs = _run(session, {**needed, _PICK: pick})
-        for name, peak, sample in zip(names, outputs[::2], outputs[1::2], strict=True):
+        for name, peak, sample, energy in zip(names, outputs[::3], outputs[1::3], outputs[2::3], strict=True):
             ranges[name] = max(ranges[name], _finite(float(peak), name))
             rows[name].append(sample)
+            # The graph divides by the peak: squares of large activations would leave float32.
+            energies[name] = energies.get(name, 0.0) + energy.astype(np.float64) * float(peak) ** 2
     progress(len(feeds), len(feeds), "calibration runs")
     tokens = sum(int(feed["input_ids"].size) for feed in feeds if "input_ids" in feed)
     stacked = {name: np.concatenate(parts) for name, parts in rows.items()}
-    return CalibrationResult(ranges, stacked, tokens, time.perf_counter() - begin)
+    return CalibrationResult(ranges, stacked, energies, tokens, time.perf_counter() - begin)
 
 
 def activation_scale(amax: float, activation_format: str) -> float:
@@ -124,7 +129,7 @@ def activation_scales(
 
 
 def _measuring_model(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """Return a copy whose outputs are, per activation, the largest magnitude and some rows."""
+    """Return a copy whose outputs are, per activation, the largest magnitude, some rows and the energies."""
     copy = model.clone()
     values = {value.name: value for value in _all_values(copy.graph)}
     missing = [name for name in names if name not in values]
@@ -137,7 +142,7 @@ def _measuring_model(model: ir.Model, names: Sequence[str]) -> ir.Model:
     graph.inputs.append(pick)
     graph.outputs.clear()
     for index, name in enumerate(names):
-        for kind, value in zip(("max", "rows"), _measure(graph, values[name], pick), strict=True):
+        for kind, value in zip(("max", "rows", "energy"), _measure(graph, values[name], pick), strict=True):
             value.name = f"zqfp_{kind}_{index}"
             value.type = ir.TensorType(ir.DataType.FLOAT)
             graph.outputs.append(value)
@@ -147,7 +152,7 @@ def _measuring_model(model: ir.Model, names: Sequence[str]) -> ir.Model:
     return copy
 
 
-def _measure(graph: ir.Graph, x: ir.Value, pick: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _measure(graph: ir.Graph, x: ir.Value, pick: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     def add(op: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         node = ir.node(op, inputs, attributes=attributes or None)
         graph.append(node)
@@ -159,7 +164,10 @@ def _measure(graph: ir.Graph, x: ir.Value, pick: ir.Value) -> tuple[ir.Value, ir
     zero = add("Constant", value=ir.tensor(np.zeros(1, np.int64)))
     count = add("Cast", add("Gather", add("Shape", flat), zero), to=ir.DataType.FLOAT)
     rows = add("Cast", add("Mul", pick, count), to=ir.DataType.INT64)
-    return peak, add("Gather", flat, rows)
+    floor = add("Constant", value=ir.tensor(np.array(np.finfo(np.float32).tiny)))
+    relative = add("Div", flat, add("Max", peak, floor))
+    energy = add("ReduceSum", add("Mul", relative, relative), zero, keepdims=0)
+    return peak, add("Gather", flat, rows), energy
 
 
 def _all_values(graph: ir.Graph) -> list[ir.Value]:
