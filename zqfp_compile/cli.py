@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn, cast, get_args
 
 import typer
-from rich.console import Console
 
 from zqfp_compile import __version__
-from zqfp_compile.errors import ZqfpError
-from zqfp_compile.progress import ConsoleReporter
+from zqfp_compile import recipe as recipes
+from zqfp_compile.errors import MissingDependencyError, UsageError, ZqfpError
+from zqfp_compile.progress import ConsoleReporter, ErrorConsole, silence
 from zqfp_compile.recipe import Recipe
 
-EXIT_INTERRUPTED = 130
 EPILOG = (
     "Exit codes: 0 done, 2 usage, 3 bad model, 4 accuracy gate failed, 5 builder failed, "
     "6 environment (missing library, no GPU, no space)."
 )
+# People press Ctrl-C twice: the second one must not interrupt the clean-up.
+_SAME_SIGNAL_SECONDS = 2.0
+# The base of typer's complaints about arguments; newer versions have no public name for it.
+_ArgumentError = cast(type[Exception], typer.BadParameter.__bases__[0])
 
 app = typer.Typer(add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+class _Stopped(BaseException):
+    """A signal asked the process to end."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signal = signal.Signals(signum)
 
 
 def _show_version(value: bool) -> None:
@@ -35,131 +50,215 @@ def _group(title: str, help_text: str, *flags: str, **extra: Any) -> Any:
     return typer.Option(*flags, help=help_text, rich_help_panel=title, show_default=False, **extra)
 
 
-QUANT, ENGINE, DATA, OUT = "Quantization", "Engine", "Calibration and evaluation", "Output"
+def _choice(title: str, choices: Any, flag: str, note: str = "") -> Any:
+    """An option with the values of a ``Literal`` of the recipe, which checks it."""
+    values = [str(value) for value in get_args(choices)]
+    default = getattr(Recipe(), flag.lstrip("-").replace("-", "_"))
+    named = [f"{value} (default)" if value == default else value for value in values]
+    text = f"{note}{', '.join(named[:-1])} or {named[-1]}."
+    return _group(title, text, flag, metavar="NAME", autocompletion=lambda: values)
+
+
+def _pass_names() -> list[str]:
+    from zqfp_compile.registry import PASSES
+
+    return list(PASSES)
+
+
+QUANT, ENGINE, OUT = "Quantization", "Engine", "Output"
+CALIBRATION, EVALUATION = "Calibration", "Evaluation"
 
 
 @app.command(epilog=EPILOG)
 def compile_command(
-    model: Annotated[Path, typer.Argument(help="ONNX model; external data beside it is found by itself.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="ONNX model; external data beside it is found by itself.")
+    ],
     output: Annotated[
-        Path | None, _group(OUT, "Output folder (default: MODEL.zqfp beside the model).", "-o", "--output")
+        Path | None,
+        _group(OUT, "Output folder (default: MODEL.zqfp beside it).", "-o", "--output", metavar="FOLDER"),
     ] = None,
     recipe: Annotated[
-        Path | None, _group(OUT, "YAML file with any of these options; flags given here win.", "--recipe")
+        Path | None,
+        _group(OUT, "YAML file of these options; flags given here win.", "--recipe", metavar="FILE"),
     ] = None,
-    target: Annotated[
-        str | None, _group(ENGINE, "auto (default), tensorrt, tensorrt-rtx, onnxruntime or none.", "--target")
-    ] = None,
-    weights: Annotated[str | None, _group(QUANT, "fp4 (default), int4, fp8 or none.", "--weights")] = None,
-    fp4_format: Annotated[str | None, _group(QUANT, "e2m1 (default) or e3m0.", "--fp4-format")] = None,
-    activations: Annotated[
-        str | None, _group(QUANT, "fp8 (default), fp8-e5m2, int8 or none.", "--activations")
-    ] = None,
+    weights: Annotated[str | None, _choice(QUANT, recipes.Weights, "--weights")] = None,
+    fp4_format: Annotated[str | None, _choice(QUANT, recipes.Fp4Format, "--fp4-format")] = None,
+    activations: Annotated[str | None, _choice(QUANT, recipes.Activations, "--activations")] = None,
     activation_scale: Annotated[
-        str | None, _group(QUANT, "tensor (default, static) or token (dynamic).", "--activation-scale")
+        str | None,
+        _choice(
+            QUANT, recipes.ActivationScale, "--activation-scale", "One static per tensor, or per token: "
+        ),
     ] = None,
     group_size: Annotated[
-        int | None, _group(QUANT, "Weights along K per group scale (default 64).", "--group-size")
+        int | None,
+        _group(QUANT, "Weights along K per group scale (default 64).", "--group-size", metavar="N"),
     ] = None,
     scale_constraint: Annotated[
-        str | None, _group(QUANT, "e4m3 (default), m1, m2 or none.", "--scale-constraint")
+        str | None, _choice(QUANT, recipes.ScaleConstraint, "--scale-constraint")
     ] = None,
     lorc_rank: Annotated[
-        int | None, _group(QUANT, "Rank of the error compensation (default 16; 0: off).", "--lorc-rank")
+        int | None,
+        _group(QUANT, "Rank of the error compensation (default 16; 0: off).", "--lorc-rank", metavar="N"),
     ] = None,
     include: Annotated[
         list[str] | None,
-        _group(QUANT, "Only layers whose name matches this regex (repeatable).", "--include"),
+        _group(QUANT, "Only layers whose name matches (repeatable).", "--include", metavar="REGEX"),
     ] = None,
     exclude: Annotated[
-        list[str] | None, _group(QUANT, "Not the layers whose name matches (repeatable).", "--exclude")
+        list[str] | None,
+        _group(QUANT, "Not the layers whose name matches (repeatable).", "--exclude", metavar="REGEX"),
     ] = None,
     quantize_lm_head: Annotated[
         bool | None,
-        _group(QUANT, "Also rewrite the output projection.", "--quantize-lm-head/--no-quantize-lm-head"),
+        _group(
+            QUANT,
+            "Also rewrite the output projection (default: no).",
+            "--quantize-lm-head/--no-quantize-lm-head",
+            metavar="",
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
-        _group(DATA, "Text file (with the model's tokenizer.json) or .npz of inputs.", "--calibration"),
+        _group(
+            CALIBRATION,
+            "Text (with the model's tokenizer.json) or .npz of inputs (default: built-in text).",
+            "--calibration",
+            metavar="FILE",
+        ),
     ] = None,
     calibration_samples: Annotated[
-        int | None, _group(DATA, "Calibration windows (default 8).", "--calibration-samples")
+        int | None,
+        _group(CALIBRATION, "Calibration windows (default 8).", "--calibration-samples", metavar="N"),
     ] = None,
     calibration_length: Annotated[
-        int | None, _group(DATA, "Tokens per calibration window (default 512).", "--calibration-length")
+        int | None,
+        _group(
+            CALIBRATION, "Tokens per calibration window (default 512).", "--calibration-length", metavar="N"
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, _group(CALIBRATION, "Seed of everything random (default 0).", "--seed", metavar="N")
     ] = None,
     eval_text: Annotated[
-        str | None, _group(DATA, "Text for the perplexity in the report.", "--eval-text")
+        str | None,
+        _group(
+            EVALUATION, "Text for the perplexity (default: built-in text).", "--eval-text", metavar="FILE"
+        ),
     ] = None,
     eval_tokens: Annotated[
-        int | None, _group(DATA, "Score at most this many tokens (default 20480).", "--eval-tokens")
+        int | None,
+        _group(EVALUATION, "Score at most this many tokens (default 20480).", "--eval-tokens", metavar="N"),
     ] = None,
     eval_length: Annotated[
-        int | None, _group(DATA, "Tokens per evaluation window (default 1024).", "--eval-length")
+        int | None,
+        _group(EVALUATION, "Tokens per evaluation window (default 1024).", "--eval-length", metavar="N"),
     ] = None,
     evaluate: Annotated[
-        bool | None, _group(DATA, "Measure perplexity and logits (default: yes).", "--evaluate/--no-evaluate")
+        bool | None,
+        _group(
+            EVALUATION,
+            "Measure perplexity and logits (default: yes).",
+            "--evaluate/--no-evaluate",
+            metavar="",
+        ),
     ] = None,
     max_perplexity_increase: Annotated[
         float | None,
         _group(
-            DATA,
-            "Fail (exit 4) when perplexity rises by more than this percentage.",
+            EVALUATION,
+            "Fail (exit 4) when perplexity rises by more percent.",
             "--max-perplexity-increase",
+            metavar="X",
         ),
     ] = None,
+    target: Annotated[str | None, _choice(ENGINE, recipes.Target, "--target")] = None,
     weight_lowering: Annotated[
-        str | None, _group(ENGINE, "auto (default), int4, fp8 or plugin.", "--weight-lowering")
+        str | None, _choice(ENGINE, recipes.WeightLowering, "--weight-lowering", "Weights in the engine: ")
     ] = None,
     compute_capability: Annotated[
-        str | None, _group(ENGINE, "Architecture to build for, such as 89 or 120.", "--compute-capability")
+        str | None,
+        _group(ENGINE, "Architecture to build for, such as 89 or 120.", "--compute-capability", metavar="CC"),
     ] = None,
     min_shapes: Annotated[
-        str | None, _group(ENGINE, "Profile minimum, NAME:1x1,OTHER:1x8.", "--min-shapes", "--minShapes")
+        str | None,
+        _group(ENGINE, "Profile minimum, NAME:1x1,OTHER:1x8.", "--min-shapes", "--minShapes", metavar="DIMS"),
     ] = None,
     opt_shapes: Annotated[
-        str | None, _group(ENGINE, "Profile optimum, same form.", "--opt-shapes", "--optShapes")
+        str | None,
+        _group(ENGINE, "Profile optimum, same form.", "--opt-shapes", "--optShapes", metavar="DIMS"),
     ] = None,
     max_shapes: Annotated[
-        str | None, _group(ENGINE, "Profile maximum, same form.", "--max-shapes", "--maxShapes")
+        str | None,
+        _group(ENGINE, "Profile maximum, same form.", "--max-shapes", "--maxShapes", metavar="DIMS"),
     ] = None,
     timing_cache: Annotated[
-        str | None, _group(ENGINE, "File that keeps builder timings.", "--timing-cache", "--timingCacheFile")
+        str | None,
+        _group(
+            ENGINE,
+            "File that keeps builder timings.",
+            "--timing-cache",
+            metavar="FILE",
+        ),
     ] = None,
     builder_timeout: Annotated[
-        int | None, _group(ENGINE, "Seconds the builder may take (default 3600).", "--builder-timeout")
+        int | None,
+        _group(ENGINE, "Seconds the builder may take (default 3600).", "--builder-timeout", metavar="N"),
     ] = None,
     builder_memory_gb: Annotated[
-        float | None, _group(ENGINE, "Memory limit of the builder, GiB.", "--builder-memory-gb")
+        float | None,
+        _group(ENGINE, "Memory limit of the builder, GiB.", "--builder-memory-gb", metavar="X"),
     ] = None,
     emit: Annotated[
-        list[str] | None, _group(OUT, "Also write: fp4 (FLOAT4E2M1), engine-onnx (repeatable).", "--emit")
+        list[str] | None,
+        _group(
+            OUT,
+            "Also write fp4 (FLOAT4E2M1) or engine-onnx (repeatable).",
+            "--emit",
+            metavar="NAME",
+            autocompletion=lambda: list(get_args(recipes.Emit)),
+        ),
     ] = None,
     dump_after: Annotated[
         list[str] | None,
-        _group(OUT, "Write the model after this pass into OUTPUT/dump (repeatable).", "--dump-after"),
+        _group(
+            OUT,
+            "Write the model after this pass into FOLDER/dump (repeatable).",
+            "--dump-after",
+            metavar="PASS",
+            autocompletion=_pass_names,
+        ),
     ] = None,
     explain: Annotated[
-        bool, _group(OUT, "Say for each linear layer why it was or was not rewritten.", "--explain")
+        bool,
+        _group(OUT, "Say for each linear layer why it was or was not rewritten.", "--explain", metavar=""),
     ] = False,
-    seed: Annotated[int | None, _group(DATA, "Seed of everything random (default 0).", "--seed")] = None,
-    verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="More detail.")] = 0,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only warnings and errors.")] = False,
+    verbose: Annotated[
+        int, typer.Option("-v", "--verbose", count=True, metavar="", show_default=False, help="More detail.")
+    ] = 0,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", metavar="", help="Only warnings and errors.")
+    ] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, metavar="", help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Compile an LLM in ONNX into a W4A8 floating-point model, an engine and an accuracy report."""
     options = dict(locals())
     for name in ("model", "output", "recipe", "dump_after", "explain", "verbose", "quiet", "version"):
         options.pop(name)
-    reporter = ConsoleReporter(Console(stderr=True), -1 if quiet else verbose)
+    merged = _merge(recipe, options)  # before the slow imports
+    reporter = ConsoleReporter(ErrorConsole(), -1 if quiet else verbose)
     try:
         from zqfp_compile.pipeline import compile_model
 
         result = compile_model(
             model,
-            _merge(recipe, options),
+            merged,
             output=output,
             reporter=reporter,
             dump_after=tuple(dump_after or ()),
@@ -168,8 +267,20 @@ def compile_command(
     finally:
         reporter.stop()
     if not quiet:
-        for line in result.summary():
-            typer.echo(line)
+        _print_summary(result.summary(), result.folder)
+
+
+def _print_summary(lines: list[str], folder: Path) -> None:
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # nobody reads any more
+        silence(sys.stdout)
+    except OSError as error:
+        silence(sys.stdout)
+        raise MissingDependencyError(
+            f"standard output: the summary cannot be written ({error.strerror}); {folder} is complete, "
+            "its report.json holds the same"
+        ) from error
 
 
 def _merge(recipe_file: Path | None, flags: dict[str, Any]) -> Recipe:
@@ -179,29 +290,61 @@ def _merge(recipe_file: Path | None, flags: dict[str, Any]) -> Recipe:
     return Recipe.from_dict(values)
 
 
-def run(command: Callable[[], Any], program: str) -> None:
-    """Run a typer app; turn every diagnosed error into one line and its exit code."""
+@contextmanager
+def _signals_stop() -> Iterator[None]:
+    """Ctrl-C, a polite kill and a closed terminal raise :class:`_Stopped`: everything is cleaned up."""
+    last = -_SAME_SIGNAL_SECONDS
+
+    def stop(signum: int, _: FrameType | None) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before >= _SAME_SIGNAL_SECONDS:
+            raise _Stopped(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup, a shell's background job
+            signal.signal(signum, stop)
+    yield
+
+
+def run(command: Callable[..., Any], program: str) -> None:
+    """Run a typer app to its exit code; every diagnosed error becomes one line."""
     verbose = any(arg in ("-v", "-vv", "--verbose") for arg in sys.argv[1:])
     try:
-        command()
+        with _signals_stop():
+            # Typer's own mode prints a box of several lines for an error and nothing for an interrupt.
+            code = command(standalone_mode=False, prog_name=program)
+        sys.exit(code if isinstance(code, int) else 0)
     except ZqfpError as error:
-        if verbose:
-            traceback.print_exc()
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        _fail(program, str(error), error.exit_code, verbose)
+    except _ArgumentError as error:
+        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        _fail(program, f"{text.rstrip('.')}; see {program} --help", UsageError.exit_code)
+    except _Stopped as stopped:
+        name = "Ctrl-C" if stopped.signal == signal.SIGINT else stopped.signal.name
+        _fail(program, f"stopped by {name}; what was unfinished is removed", 128 + stopped.signal)
+    except MemoryError:
+        text = "memory ran out; close other programs, or lower --calibration-length and --eval-length"
+        _fail(program, text, MissingDependencyError.exit_code, verbose)
     except Exception as error:
-        if verbose:
-            traceback.print_exc()
         detail = " ".join(str(error).split())[:300]
-        print(
-            f"{program}: internal error: {type(error).__name__}: {detail} "
-            "(run with -v for the traceback and please report it)",
-            file=sys.stderr,
+        _fail(
+            program,
+            f"internal error: {type(error).__name__}: {detail} (run with -v for the traceback and please "
+            "report it)",
+            1,
+            verbose,
         )
-        sys.exit(1)
+
+
+def _fail(program: str, text: str, code: int, show_traceback: bool = False) -> NoReturn:
+    try:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"{program}: error: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
+    sys.exit(code)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from zqfp_compile.cli import EPILOG, run
 from zqfp_compile.compare import Comparison, Gates, OutputComparison, compare_models
 from zqfp_compile.errors import AccuracyError, MissingDependencyError, UsageError
-from zqfp_compile.progress import ConsoleReporter
+from zqfp_compile.progress import ConsoleReporter, ErrorConsole
 
 app = typer.Typer(add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -70,13 +70,17 @@ def validate_command(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the result here.", rich_help_panel=OUT)
     ] = None,
-    verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="More detail.")] = 0,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only warnings and errors.")] = False,
+    verbose: Annotated[
+        int, typer.Option("-v", "--verbose", count=True, metavar="", show_default=False, help="More detail.")
+    ] = 0,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", metavar="", help="Only warnings and errors.")
+    ] = False,
 ) -> None:
     """Compare two models, or a model and an engine, on the same inputs."""
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UsageError(f"--json {json_file}: its folder does not exist; create it first")
-    reporter = ConsoleReporter(Console(stderr=True), -1 if quiet else verbose)
+    reporter = ConsoleReporter(ErrorConsole(), -1 if quiet else verbose)
     try:
         result = compare_models(
             a,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import contextmanager, suppress
+from typing import IO, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +18,9 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+_SHOWN_FROM_SECONDS = 0.5
+_SIGN_OF_LIFE_SECONDS = 30.0
 
 
 class Reporter(Protocol):
@@ -32,6 +37,9 @@ class Reporter(Protocol):
 
     def info(self, text: str) -> None:
         """A line for the user."""
+
+    def detail(self, text: str) -> None:
+        """A line for a user who asked for more."""
 
     def warn(self, text: str) -> None:
         """A line the user should not miss."""
@@ -52,6 +60,9 @@ class SilentReporter:
     def info(self, text: str) -> None:
         """See :class:`Reporter`."""
 
+    def detail(self, text: str) -> None:
+        """See :class:`Reporter`."""
+
     def warn(self, text: str) -> None:
         """See :class:`Reporter`."""
 
@@ -59,18 +70,24 @@ class SilentReporter:
 class ConsoleReporter:
     """Rich bars on a terminal, plain lines elsewhere.
 
+    A console that cannot be written any more (closed pipe, full disk) is left alone: the compile goes on.
+
     Args:
         console: Where to write.
-        verbosity: -1 only warnings, 0 steps and results, 1 details.
+        verbosity: -1 only warnings, 0 steps that take a while and results, 1 every step and details.
     """
 
     def __init__(self, console: Console, verbosity: int = 0) -> None:
         self._console = console
         self._verbosity = verbosity
         self._bars: Progress | None = None
+        self._step = ""
+        self._next_line = 0.0
 
     def start(self, step: str) -> None:
         """Show a bar for ``step``."""
+        self._step = step
+        self._next_line = time.monotonic() + _SIGN_OF_LIFE_SECONDS
         if self._verbosity < 0 or not self._console.is_terminal:
             return
         self._bars = Progress(
@@ -83,36 +100,77 @@ class ConsoleReporter:
             console=self._console,
             transient=True,
         )
-        self._bars.start()
-        self._bars.add_task(step, total=None, detail="")
+        with _unwritable_is_fine():
+            self._bars.start()
+            self._bars.add_task(step, total=None, detail="")
 
     def update(self, done: float, total: float | None, detail: str = "") -> None:
-        """Move the bar."""
+        """Move the bar; without a terminal, print a line now and then."""
         if self._bars is not None:
-            self._bars.update(self._bars.task_ids[0], completed=done, total=total, detail=detail)
+            if self._bars.task_ids:
+                self._bars.update(self._bars.task_ids[0], completed=done, total=total, detail=detail)
+        elif self._verbosity >= 0 and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _SIGN_OF_LIFE_SECONDS
+            count = "" if total is None else f"{done:g}/{total:g}"
+            self._print(" ".join(filter(None, ("…", self._step, count, detail))))
 
     def finish(self, step: str, seconds: float) -> None:
-        """Replace the bar by one line."""
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
-        if self._verbosity >= 0:
-            self._console.print(f"[green]✓[/green] {step} [dim]{seconds:.1f} s[/dim]", highlight=False)
+        """Replace the bar by one line, unless the step was short."""
+        self.stop()
+        if self._verbosity > 0 or (self._verbosity == 0 and seconds >= _SHOWN_FROM_SECONDS):
+            self._print(f"[green]✓[/green] {step} [dim]{seconds:.1f} s[/dim]", markup=True)
 
     def info(self, text: str) -> None:
         """Print a line unless quiet."""
         if self._verbosity >= 0:
-            self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+            self._print(text)
+
+    def detail(self, text: str) -> None:
+        """Print a line when verbose."""
+        if self._verbosity > 0:
+            self._print(text, style="dim")
 
     def warn(self, text: str) -> None:
         """Print a warning always."""
-        self._console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+        self._print(f"warning: {text}", style="yellow")
 
     def stop(self) -> None:
-        """Remove a bar left by an error or an interrupt."""
+        """Remove a bar, also one left by an error or an interrupt."""
         if self._bars is not None:
-            self._bars.stop()
+            with _unwritable_is_fine():
+                self._bars.stop()
             self._bars = None
+
+    def _print(self, text: str, *, markup: bool = False, style: str | None = None) -> None:
+        with _unwritable_is_fine():
+            self._console.print(text, style=style, highlight=False, soft_wrap=True, markup=markup)
+
+
+class ErrorConsole(Console):
+    """Standard error, for a :class:`ConsoleReporter`."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True)
+
+    def on_broken_pipe(self) -> None:
+        """Fall silent, where rich would end the process and close standard output."""
+        silence(sys.stderr)
+
+
+def silence(stream: IO[str]) -> None:
+    """Send what is still written to ``stream`` nowhere, so that Python can flush it when it ends."""
+    with suppress(OSError, ValueError):
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, stream.fileno())
+        os.close(sink)
+
+
+@contextmanager
+def _unwritable_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError):  # ValueError: the stream was closed
+        silence(sys.stderr)
 
 
 class StepTimer:
