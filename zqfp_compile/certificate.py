@@ -177,9 +177,7 @@ def _extract(
         opset_imports=artifact.graph.opset_imports,
         name="layer",
     ).clone()
-    # Many exports leave inner values without a type, which ONNX Runtime wants of inputs.
-    for value in (graph.inputs[0], graph.outputs[0]):
-        value.type = ir.TensorType(site.dtype)
+    _set_types(graph, site)
     functions = []
     linear = next((node for node in graph if node.op_type == "W4A8Linear"), None)
     if linear is not None:
@@ -195,6 +193,19 @@ def _extract(
     model = ir.Model(graph, ir_version=artifact.ir_version, functions=functions)
     ir.external_data.load_to_model(model)
     return model, linear
+
+
+def _set_types(graph: ir.Graph, site: LinearSite) -> None:
+    """Let the cut-out layer take any number of rows, typed as ONNX Runtime wants inputs to be.
+
+    An export with fixed shapes fixes them on inner values too, and many leave those without a type.
+    """
+    rank = 2 if graph.inputs[0].shape is None else len(graph.inputs[0].shape)
+    for value in (output for node in graph for output in node.outputs):
+        value.shape = None
+    graph.inputs[0].shape = ir.Shape([*(None for _ in range(rank - 1)), site.k])
+    for value in (graph.inputs[0], graph.outputs[0]):
+        value.type = ir.TensorType(site.dtype)
 
 
 def _between(start: ir.Value, end: ir.Value, site: LinearSite) -> tuple[list[ir.Node], list[ir.Value]]:
