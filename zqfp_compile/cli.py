@@ -235,7 +235,15 @@ def compile_command(
         _group(OUT, "Say for each linear layer why it was or was not rewritten.", "--explain", metavar=""),
     ] = False,
     verbose: Annotated[
-        int, typer.Option("-v", "--verbose", count=True, metavar="", show_default=False, help="More detail.")
+        int,
+        typer.Option(
+            "-v",
+            "--verbose",
+            count=True,
+            metavar="",
+            show_default=False,
+            help="More; twice: tracebacks.",
+        ),
     ] = 0,
     quiet: Annotated[
         bool, typer.Option("-q", "--quiet", metavar="", help="Only warnings and errors.")
@@ -309,14 +317,15 @@ def _signals_stop() -> Iterator[None]:
 
 def run(command: Callable[..., Any], program: str) -> None:
     """Run a typer app to its exit code; every diagnosed error becomes one line."""
-    verbose = any(arg in ("-v", "-vv", "--verbose") for arg in sys.argv[1:])
+    flags = sys.argv[1:]
+    verbosity = flags.count("-v") + flags.count("--verbose") + 2 * flags.count("-vv")
     try:
         with _signals_stop():
             # Typer's own mode prints a box of several lines for an error and nothing for an interrupt.
             code = command(standalone_mode=False, prog_name=program)
         sys.exit(code if isinstance(code, int) else 0)
     except ZqfpError as error:
-        _fail(program, str(error), error.exit_code, verbose)
+        _fail(program, str(error), error.exit_code, verbosity > 1)
     except _ArgumentError as error:
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         _fail(program, f"{text.rstrip('.')}; see {program} --help", UsageError.exit_code)
@@ -325,7 +334,7 @@ def run(command: Callable[..., Any], program: str) -> None:
         _fail(program, f"stopped by {name}; what was unfinished is removed", 128 + stopped.signal)
     except MemoryError:
         text = "memory ran out; close other programs, or lower --calibration-length and --eval-length"
-        _fail(program, text, MissingDependencyError.exit_code, verbose)
+        _fail(program, text, MissingDependencyError.exit_code, verbosity > 1)
     except Exception as error:
         detail = " ".join(str(error).split())[:300]
         _fail(
@@ -333,7 +342,7 @@ def run(command: Callable[..., Any], program: str) -> None:
             f"internal error: {type(error).__name__}: {detail} (run with -v for the traceback and please "
             "report it)",
             1,
-            verbose,
+            verbosity > 0,
         )
 
 

@@ -10,6 +10,7 @@ from zqfp_compile.backends.profiles import Profile, default_profiles
 from zqfp_compile.backends.target import TargetChoice
 from zqfp_compile.backends.tensorrt import EngineResult, build_engine
 from zqfp_compile.calibrate.causal_lm import InputSpec
+from zqfp_compile.disk import format_bytes
 from zqfp_compile.errors import BuilderError, MissingDependencyError, UsageError
 from zqfp_compile.model_io import load_model, save_model
 from zqfp_compile.output_folder import OutputFolder
@@ -61,6 +62,31 @@ def check_options(recipe: Recipe, choice: TargetChoice) -> None:
     if choice.target in _BUILDERS:
         # An explicit target was checked with the recipe; "auto" is settled only here.
         Recipe.from_dict({**recipe.to_dict(), "target": choice.target})
+
+
+def check_model_options(recipe: Recipe, choice: TargetChoice, inputs: Sequence[InputSpec]) -> list[str]:
+    """Check the engine options against the model, before any work is done; return warnings.
+
+    Raises:
+        UsageError: The shapes do not fit the model's inputs.
+    """
+    shapes = recipe.min_shapes or recipe.opt_shapes or recipe.max_shapes
+    unused = {"--min/opt/max-shapes": shapes, "--compute-capability": recipe.compute_capability}
+    if choice.target in _BUILDERS:
+        _profiles(recipe, inputs)
+        unused = {}
+    if choice.target != "tensorrt":
+        unused["--timing-cache"] = recipe.timing_cache
+    return [f"{flag} has no effect with target {choice.target}" for flag, value in unused.items() if value]
+
+
+def _profiles(recipe: Recipe, inputs: Sequence[InputSpec]) -> tuple[Profile, ...]:
+    return default_profiles(
+        [(spec.name, spec.dims) for spec in inputs],
+        min_shapes=recipe.min_shapes,
+        opt_shapes=recipe.opt_shapes,
+        max_shapes=recipe.max_shapes,
+    )
 
 
 def runnable_model(place: Workplace, choice: TargetChoice) -> Path:
@@ -128,12 +154,7 @@ def _build_engine(
     place: Workplace, recipe: Recipe, choice: TargetChoice, onnx: Path, inputs: Sequence[InputSpec]
 ) -> EngineReport:
     plan = place.plan
-    profiles = default_profiles(
-        [(spec.name, spec.dims) for spec in inputs],
-        min_shapes=recipe.min_shapes,
-        opt_shapes=recipe.opt_shapes,
-        max_shapes=recipe.max_shapes,
-    )
+    profiles = _profiles(recipe, inputs)
     fp8 = plan.weight_format != "none" and plan.activation_format == "e4m3"
     with place.timer.step("engine"):
         result = build_engine(
@@ -148,6 +169,10 @@ def _build_engine(
             memory_gb=recipe.builder_memory_gb,
             on_progress=lambda text: place.timer.reporter.update(0, None, text),
         )
+    place.timer.reporter.detail(
+        f"{choice.target} {result.version} for SM{result.compute_capability}, "
+        f"{format_bytes(result.peak_bytes)} of memory at most; log: {result.log_path.name}"
+    )
     if not result.lint.ok:
         more = f" (and {len(result.lint.problems) - 1} more)" if len(result.lint.problems) > 1 else ""
         raise BuilderError(f"engine: {result.lint.problems[0]}{more}; the plan lint refuses this engine")

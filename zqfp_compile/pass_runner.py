@@ -37,7 +37,13 @@ class PassRunner:
         self._dump_after = frozenset(dump_after)
         self._dump_folder = dump_folder
         self._count = 0
+        self._ran: set[str] = set()
         self.declined: list[Declined] = []
+
+    @property
+    def not_dumped(self) -> list[str]:
+        """Names in ``dump_after`` of passes that did not run."""
+        return sorted(self._dump_after - self._ran)
 
     def run(self, model: ir.Model, name: str, phase: Phase, **options: object) -> PassResult:
         """Run the pass ``name`` with ``options``, then check that the graph is legal in ``phase``."""
@@ -45,7 +51,10 @@ class PassRunner:
             result = create_pass(name, **options).call(model)
             check(result.model, phase, after=name)
         self._count += 1
+        self._ran.add(name)
         self.declined.extend(result.declined)
+        for declined in result.declined:
+            self._timer.reporter.detail(f"  {name}: {declined.place}: {declined.reason}")
         if name in self._dump_after:
             self._dump_folder.mkdir(exist_ok=True)
             save_model(result.model, self._dump_folder / f"{self._count:02d}-{name}.onnx")

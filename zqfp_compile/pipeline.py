@@ -15,7 +15,7 @@ from zqfp_compile import engines
 from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.backends.target import TargetChoice, resolve_target
 from zqfp_compile.calibrate.causal_lm import CausalLm, find_vocab_size, graph_inputs
-from zqfp_compile.calibrate.samples import Samples, load_eval_tokens, load_samples
+from zqfp_compile.calibrate.samples import EvalTokens, Samples, load_eval_tokens, load_samples
 from zqfp_compile.calibrate.statistics import activation_scales, collect
 from zqfp_compile.certificate import Certificate, certify
 from zqfp_compile.errors import AccuracyError, ModelError, UsageError
@@ -27,7 +27,7 @@ from zqfp_compile.plan import QuantPlan
 from zqfp_compile.progress import Reporter, SilentReporter, StepTimer
 from zqfp_compile.quantize_model import quantize_model
 from zqfp_compile.recipe import Recipe
-from zqfp_compile.report.assemble import Facts, assemble, worst_histograms
+from zqfp_compile.report.assemble import Facts, assemble, tool_versions, worst_histograms
 from zqfp_compile.report.html import write_html
 from zqfp_compile.report.json_report import write_json
 from zqfp_compile.report.model import EngineReport, Report
@@ -36,6 +36,7 @@ from zqfp_compile.tensor_store import TensorStore
 from zqfp_compile.weights import read_bias, read_weight
 
 ARTIFACT = "model.zqfp.onnx"
+DOMAIN = "zqfp"
 _ACTIVATION_FORMATS = {"fp8": "e4m3", "fp8-e5m2": "e5m2", "int8": "int8", "none": "none"}
 _RANDOM_ROWS = 16
 
@@ -89,7 +90,7 @@ class _Compilation:
     energies: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     certificate: Certificate | None = None
     evaluation: Evaluation | None = None
-    eval_description: str = ""
+    eval_text: EvalTokens | None = None
     engine: EngineReport | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -149,7 +150,7 @@ def compile_model(
     with OutputFolder(final) as folder, TensorStore(folder.scratch) as store:
         runner = PassRunner(timer, dump_after, folder.path / "dump")
         run = _Compilation(source, recipe, folder, timer, runner, store, choice, explain, model)
-        for step in (_prepare, _select, _calibrate, _quantize, _rewrite, _certify, _evaluate, _build):
+        for step in _STEPS:
             step(run)
         report = _write_report(run)
         with timer.step("write"):
@@ -158,7 +159,11 @@ def compile_model(
 
 
 def _prepare(run: _Compilation) -> None:
+    if any(node.domain == DOMAIN for node in run.model.graph):
+        raise ModelError(f"{run.source}: was compiled by zqfp-compile already; give the original model")
     run.reporter.info(f"target {run.choice.target}: {run.choice.reason}")
+    run.reporter.detail(", ".join(f"{name} {version}" for name, version in tool_versions().items()))
+    run.warn(engines.check_model_options(run.recipe, run.choice, graph_inputs(run.model)))
     run.runner.run(run.model, "strip-metadata", "exported")
     run.runner.run(run.model, "raise-opset", "exported")
 
@@ -205,6 +210,7 @@ def _calibrate(run: _Compilation) -> None:
         result = collect(
             run.model, activations, run.samples.feeds, seed=recipe.seed, progress=run.reporter.update
         )
+    run.reporter.detail(f"calibrated on {run.samples.description}")
     run.warn(run.samples.warnings)
     run.rows = result.rows
     run.energies = result.energies
@@ -295,26 +301,33 @@ def _certify(run: _Compilation) -> None:
         )
 
 
-def _evaluate(run: _Compilation) -> None:
+def _load_eval_text(run: _Compilation) -> None:
+    """Read the text now: a wrong file must not show after hours of work."""
     recipe = run.recipe
     if not recipe.evaluate:
         return
     try:
         interface = CausalLm.from_model(run.model)
     except UsageError as error:
-        run.warn([f"perplexity was not measured: {error}"])
+        run.warn([f"perplexity is not measured: {error}"])
+        return
+    run.eval_text = load_eval_tokens(
+        recipe.eval_text,
+        tokenizer_path=_tokenizer(run.source),
+        interface=interface,
+        max_tokens=recipe.eval_tokens,
+        seed=recipe.seed,
+        vocab_size=find_vocab_size(run.model),
+    )
+    run.warn(run.eval_text.warnings)
+
+
+def _evaluate(run: _Compilation) -> None:
+    recipe, text = run.recipe, run.eval_text
+    if text is None:
         return
     runnable = engines.runnable_model(run.place, run.choice)
     with run.timer.step("evaluate"):
-        text = load_eval_tokens(
-            recipe.eval_text,
-            tokenizer_path=_tokenizer(run.source),
-            interface=interface,
-            max_tokens=recipe.eval_tokens,
-            seed=recipe.seed,
-            vocab_size=find_vocab_size(run.model),
-        )
-        run.eval_description = text.description
         run.evaluation = evaluate(
             run.source,
             runnable,
@@ -322,7 +335,6 @@ def _evaluate(run: _Compilation) -> None:
             length=recipe.eval_length,
             progress=run.reporter.update,
         )
-    run.warn(text.warnings)
     _check_gate(run.evaluation, recipe)
 
 
@@ -340,6 +352,20 @@ def _check_gate(evaluation: Evaluation, recipe: Recipe) -> None:
 
 def _build(run: _Compilation) -> None:
     run.engine = engines.build(run.place, run.recipe, run.choice, graph_inputs(run.model))
+    run.warn([f"--dump-after {name}: these options do not run it" for name in run.runner.not_dumped])
+
+
+_STEPS = (
+    _prepare,
+    _select,
+    _load_eval_text,
+    _calibrate,
+    _quantize,
+    _rewrite,
+    _certify,
+    _evaluate,
+    _build,
+)
 
 
 def _write_report(run: _Compilation) -> Report:
@@ -353,7 +379,7 @@ def _write_report(run: _Compilation) -> Report:
             samples=run.samples,
             certificate=run.certificate,
             evaluation=run.evaluation,
-            eval_description=run.eval_description,
+            eval_description="" if run.eval_text is None else run.eval_text.description,
             engine=run.engine,
             warnings=tuple(run.warnings),
             seconds=run.timer.seconds,

@@ -100,7 +100,7 @@ def assemble(facts: Facts) -> Report:
         warnings=facts.warnings,
         seconds=facts.seconds,
         peak_rss_bytes=_peak_rss(),
-        versions=_versions(),
+        versions=tool_versions(),
     )
 
 
@@ -229,7 +229,8 @@ def _peak_rss() -> int:
     return unit * largest
 
 
-def _versions() -> dict[str, str]:
+def tool_versions() -> dict[str, str]:
+    """Return the version of Python and of every package that shapes the result, by name."""
     versions = {"zqfp-compile": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
