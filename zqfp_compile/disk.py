@@ -14,6 +14,15 @@ from zqfp_compile.errors import MissingDependencyError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class DiskFullError(MissingDependencyError):
+    """There was no room for ``path``."""
+
+    def __init__(self, message: str, path: Path) -> None:
+        """``message`` is for the user; ``path`` is what was being written."""
+        super().__init__(message)
+        self.path = path
+
+
 def ensure_free_space(path: Path, needed_bytes: int) -> None:
     """Check that ``needed_bytes`` fit on the disk that holds ``path`` (which need not exist yet).
 
@@ -46,7 +55,7 @@ def full_disk_errors(path: Path) -> Iterator[None]:
 
 def diagnose_full_disk(
     error: BaseException | None, path: Path, written: Path | None = None
-) -> MissingDependencyError | None:
+) -> DiskFullError | None:
     """Return the error to show when ``error`` is, or was caused by, a full disk; else ``None``.
 
     Args:
@@ -59,10 +68,11 @@ def diagnose_full_disk(
         seen.add(id(error))
         if isinstance(error, OSError) and _is_full(error):
             size, free = _size_of(written or path), _free_bytes(path)
-            return MissingDependencyError(
+            return DiskFullError(
                 f"{path}: the disk is full ({error.strerror or error}) with {format_bytes(size)} written "
                 f"and {format_bytes(free)} free; "
-                "free some space, raise the quota or choose another folder with --output"
+                "free some space, raise the quota or choose another folder with --output",
+                path,
             )
         error = error.__cause__ or error.__context__
     return None

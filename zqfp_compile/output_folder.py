@@ -19,7 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from zqfp_compile.disk import diagnose_full_disk, ensure_free_space, fsync_path, full_disk_errors
+from zqfp_compile.disk import (
+    DiskFullError,
+    diagnose_full_disk,
+    ensure_free_space,
+    fsync_path,
+    full_disk_errors,
+)
 from zqfp_compile.errors import MissingDependencyError, UsageError, ZqfpError
 
 __all__ = ["MANIFEST", "OutputFolder", "ensure_free_space"]
@@ -101,7 +107,7 @@ class OutputFolder:
     ) -> None:
         """Remove the temporary folder; a full disk in the block becomes ``MissingDependencyError``."""
         diagnosed = None
-        if isinstance(error, Exception) and not isinstance(error, ZqfpError) and self._work is not None:
+        if self._work is not None and (_undiagnosed(error) or _is_inside(error, self._work)):
             diagnosed = diagnose_full_disk(error, self.final, written=self._work)
         self._discard()
         if diagnosed is not None:
@@ -189,6 +195,15 @@ class OutputFolder:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def _undiagnosed(error: BaseException | None) -> bool:
+    return isinstance(error, Exception) and not isinstance(error, ZqfpError)
+
+
+def _is_inside(error: BaseException | None, work: Path) -> bool:
+    """Whether the disk was full for a file that the user knows as a part of the output."""
+    return isinstance(error, DiskFullError) and work in error.path.parents
 
 
 def _remove_work(work: Path) -> None:

@@ -7,6 +7,7 @@ is written to the output folder so that a run can be repeated.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import re
 import types
@@ -128,9 +129,7 @@ class Recipe:
             raise UsageError("recipe: an option is given twice, with '-' and with '_'; keep one")
         unknown = sorted(set(normal) - known)
         if unknown:
-            raise UsageError(
-                f"recipe: unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}"
-            )
+            raise UsageError(f"recipe: unknown option {unknown[0]!r}; {_options_like(unknown[0], known)}")
         return cls(**normal)
 
     @classmethod
@@ -144,7 +143,8 @@ class Recipe:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         # ValueError: not UTF-8, an impossible date; RecursionError: brackets without end.
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
+            text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            reason = " ".join(text.split())
             raise UsageError(f"recipe {path}: cannot be read ({reason}); give a YAML file") from error
         if values is None:
             values = {}
@@ -154,6 +154,11 @@ class Recipe:
             return cls.from_dict(values)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
+
+
+def _options_like(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"the options are {', '.join(sorted(known))}"
 
 
 def _plain(value: Any) -> Any:

@@ -130,7 +130,7 @@ def build_engine(
         )
         outcome = _run(job, place, timeout_s, on_progress)
         if outcome.result is None:
-            raise _diagnose(outcome, job, timeout_s, place.keep_log())
+            raise _users_fault(outcome) or _diagnose(outcome, job, timeout_s, place.keep_log())
         place.engine.replace(engine_path)
         log_path = engine_path.with_name(engine_path.name + ".log")
         shutil.move(place.log, log_path)
@@ -265,13 +265,20 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _diagnose(outcome: _Outcome, job: Job, timeout_s: int, log: Path | None) -> ZqfpError:
+def _users_fault(outcome: _Outcome) -> ZqfpError | None:
+    """Return the errors for which nobody needs the builder's log."""
+    kinds = {"UsageError": UsageError, "MissingDependencyError": MissingDependencyError}
+    kind = kinds.get(outcome.error or "")
+    return None if kind is None else kind(outcome.text)
+
+
+def _diagnose(outcome: _Outcome, job: Job, timeout_s: int, log: Path | None) -> BuilderError:
     label, name = LABELS[job.target], Path(job.onnx_path).name
     hint = f" (log: {log})" if log else ""
     if outcome.timed_out:
         return BuilderError(
             f"{label} did not finish {name} within {timeout_s} s (last seen: {outcome.phase}); "
-            f"allow more with builder_timeout, or lower --max-shapes{hint}"
+            f"allow more with --builder-timeout, or lower --max-shapes{hint}"
         )
     if outcome.returncode == -signal.SIGKILL:
         return BuilderError(
@@ -282,12 +289,8 @@ def _diagnose(outcome: _Outcome, job: Job, timeout_s: int, log: Path | None) -> 
         limit = "" if job.memory_gb is None else f" of {job.memory_gb:g} GiB"
         return BuilderError(
             f"{label} ran out of memory{limit} while {outcome.phase}; "
-            f"allow more with builder_memory_gb, or lower --max-shapes{hint}"
+            f"allow more with --builder-memory-gb, or lower --max-shapes{hint}"
         )
-    if outcome.error == "UsageError":
-        return UsageError(outcome.text)
-    if outcome.error == "MissingDependencyError":
-        return MissingDependencyError(outcome.text)
     if outcome.error:
         return BuilderError(outcome.text + hint)
     if outcome.returncode < 0:

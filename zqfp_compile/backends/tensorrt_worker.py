@@ -14,6 +14,7 @@ import re
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def main(arguments: Sequence[str]) -> int:
         except OSError as error:
             send(
                 error="MissingDependencyError",
-                text=f"{error.strerror or error} while writing the engine or its log",
+                text=f"{error.strerror or error} while writing the engine or its log in "
+                f"{tempfile.gettempdir()}; free some space, or choose other folders with --output and TMPDIR",
             )
             return 1
         except MemoryError:

@@ -233,8 +233,8 @@ def _text(path: str | None, part: Part, flag: str) -> tuple[str, str]:
 def _need_tokenizer(tokenizer_path: Path | None, flag: str) -> Path:
     if tokenizer_path is None:
         raise UsageError(
-            f"{flag}: text needs the model's tokenizer; put its tokenizer.json beside the model, "
-            "or calibrate with an .npz of inputs"
+            f"{flag}: text needs the model's tokenizer; put its tokenizer.json beside the model"
+            + (", or give an .npz of inputs" if flag == "--calibration" else "")
         )
     return tokenizer_path
 
@@ -298,7 +298,8 @@ def _read_npz(path: Path) -> Feed:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        reason = " ".join(str(error).split())
+        # numpy takes whatever it does not know for a pickle.
+        reason = (error.strerror if isinstance(error, OSError) else None) or "not an .npz archive of numbers"
         raise UsageError(
             f"--calibration {path}: cannot be read ({reason}); write it with numpy.savez"
         ) from error
