@@ -97,15 +97,11 @@ class _Model:
         except Exception as error:
             raise _ort_error(self.path, "open", error) from error
         self.interface = CausalLm.from_session(self.session)
-        if self.interface.batch_size not in (None, 1):
-            raise UsageError(
-                f"{self.path.name}: batch size is fixed to {self.interface.batch_size}; "
-                "export with a dynamic batch, or use --no-evaluate"
-            )
 
     def logits(self, window: Tokens) -> Array:
         """Return logits [L, V] of one window [L]."""
-        feed = self.interface.make_feed(window[None])
+        # A batch that the graph fixes is filled with copies; the first is scored.
+        feed = self.interface.make_feed(np.tile(window, (self.interface.batch_size or 1, 1)))
         try:
             outputs = self.session.run([self.interface.logits], feed)
         except Exception as error:
