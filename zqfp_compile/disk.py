@@ -17,10 +17,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class DiskFullError(MissingDependencyError):
     """There was no room for ``path``."""
 
-    def __init__(self, message: str, path: Path) -> None:
-        """``message`` is for the user; ``path`` is what was being written."""
-        super().__init__(message)
-        self.path = path
+    def __init__(self, path: Path, reason: str, written: int, free: int) -> None:
+        """``written`` and ``free`` are bytes, at the time of the failure."""
+        super().__init__(
+            f"{path}: the disk is full ({reason}) with {format_bytes(written)} written "
+            f"and {format_bytes(free)} free; "
+            "free some space, raise the quota or choose another folder with --output"
+        )
+        self.path, self._reason, self._written, self._free = path, reason, written, free
+
+    def named(self, path: Path) -> DiskFullError:
+        """Return the same error about ``path``, under which the user knows what was written."""
+        return DiskFullError(path, self._reason, self._written, self._free)
 
 
 def ensure_free_space(path: Path, needed_bytes: int) -> None:
@@ -67,13 +75,8 @@ def diagnose_full_disk(
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, OSError) and _is_full(error):
-            size, free = _size_of(written or path), _free_bytes(path)
-            return DiskFullError(
-                f"{path}: the disk is full ({error.strerror or error}) with {format_bytes(size)} written "
-                f"and {format_bytes(free)} free; "
-                "free some space, raise the quota or choose another folder with --output",
-                path,
-            )
+            reason = error.strerror or str(error)
+            return DiskFullError(path, reason, _size_of(written or path), _free_bytes(path))
         error = error.__cause__ or error.__context__
     return None
 

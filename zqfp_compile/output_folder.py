@@ -107,7 +107,9 @@ class OutputFolder:
     ) -> None:
         """Remove the temporary folder; a full disk in the block becomes ``MissingDependencyError``."""
         diagnosed = None
-        if self._work is not None and (_undiagnosed(error) or _is_inside(error, self._work)):
+        if isinstance(error, DiskFullError) and self._work in error.path.parents:
+            diagnosed = error.named(self.final)
+        elif isinstance(error, Exception) and not isinstance(error, ZqfpError) and self._work is not None:
             diagnosed = diagnose_full_disk(error, self.final, written=self._work)
         self._discard()
         if diagnosed is not None:
@@ -195,15 +197,6 @@ class OutputFolder:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-
-def _undiagnosed(error: BaseException | None) -> bool:
-    return isinstance(error, Exception) and not isinstance(error, ZqfpError)
-
-
-def _is_inside(error: BaseException | None, work: Path) -> bool:
-    """Whether the disk was full for a file that the user knows as a part of the output."""
-    return isinstance(error, DiskFullError) and work in error.path.parents
 
 
 def _remove_work(work: Path) -> None:

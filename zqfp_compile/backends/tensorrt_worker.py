@@ -14,7 +14,6 @@ import re
 import resource
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
             send(
                 error="MissingDependencyError",
                 text=f"{error.strerror or error} while writing the engine or its log in "
-                f"{tempfile.gettempdir()}; free some space, or choose other folders with --output and TMPDIR",
+                f"{Path.cwd().parent}; free some space, or choose other folders with --output and TMPDIR",
             )
             return 1
         except MemoryError:
