@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
 from zqfp_compile.backends.ort import create_session
 from zqfp_compile.calibrate.widen import widen_bfloat16
 from zqfp_compile.errors import AccuracyError
 from zqfp_compile.formats.minifloat import MINI_FLOATS
-from zqfp_compile.formats.quantized import QuantizedWeight
-from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan
+from zqfp_compile.plan import LinearSite, QuantPlan
+from zqfp_compile.quantize.threads import one_torch_thread
 from zqfp_compile.report.metrics import sqnr_db
+from zqfp_compile.weights import release
 
 Progress = Callable[[int, int, str], None]
 Float32 = npt.NDArray[np.float32]
@@ -33,8 +35,8 @@ Float64 = npt.NDArray[np.float64]
 # 11 bits (5e-4).
 TOLERANCE = {ir.DataType.FLOAT: 1e-5, ir.DataType.FLOAT16: 2e-3}
 
-# Output channels of the reference in float64 at once.
-_BLOCK = 8192
+# Weights of the reference in float64 at once.
+_BLOCK = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def _check_layer(
     # Without a W4A8Linear (activations quantised only) the weight is the original initializer itself.
     equal = (decoded is None) if linear is None else decoded is not None and np.array_equal(decoded, expected)
     reference = _reference_output(plan, site, x.astype(np.float32), expected, bias)
-    exact = x.astype(np.float32) @ original.T
+    exact = _product(x.astype(np.float32), original)
     if bias is not None:
         exact += bias
     return LayerCheck(
@@ -237,8 +239,8 @@ def _run(model: ir.Model, site: LinearSite, x: npt.NDArray[Any]) -> tuple[Float3
         widen_bfloat16(model)
         x = x.astype(np.float32)
     try:
-        # One thread: a pool would keep spinning on the cores that numpy's reference needs next.
-        session = create_session(ir.to_proto(model).SerializeToString(), threads=1)
+        # One thread: a pool would keep spinning on the cores that the reference needs next.
+        session = create_session(ir.to_proto(model).SerializeToString(), threads=1, low_memory=True)
         outputs = session.run(None, {site.activation: _batched(x, model)})
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
@@ -257,21 +259,13 @@ def _batched(x: npt.NDArray[Any], model: ir.Model) -> npt.NDArray[Any]:
 
 
 def _reference_weight(plan: QuantPlan, site: LinearSite) -> Float32:
-    tensors: LinearTensors = plan.tensors[site.name]
-    codes = tensors.codes.numpy()
-    scales = None if tensors.group_scales is None else tensors.group_scales.numpy().astype(np.float32)
+    tensors = plan.tensors[site.name]
     try:
-        return QuantizedWeight(
-            codes=codes if plan.weight_format == "fp8" else codes.astype(np.int8),
-            group_scales=scales,
-            row_scales=tensors.row_scales.numpy(),
-            k=site.k,
-            weight_format=plan.weight_format,
-            group_size=plan.group_size,
-            scale_constraint=plan.scale_constraint,
-        ).dequantize()
+        return plan.quantized_weight(site).dequantize()
     except ValueError as error:
         raise AccuracyError(f"certificate: layer {site.name!r} has illegal tensors: {error}") from error
+    finally:
+        release(tensors.codes, tensors.group_scales, tensors.row_scales)
 
 
 def _reference_output(
@@ -281,13 +275,27 @@ def _reference_output(
     quantized = _quantize_activation(plan, site, x)
     if plan.activation_format == "none" and site.dtype == ir.DataType.FLOAT16:
         weight = weight.astype(np.float16)  # unquantised activations multiply in the layer's type
-    blocks = range(0, site.n, _BLOCK)
-    y = np.concatenate([quantized @ weight[i : i + _BLOCK].T.astype(np.float64) for i in blocks], axis=1)
+    y: Float64 = _product(quantized, weight)
     tensors = plan.tensors.get(site.name)
     if tensors is not None and tensors.lorc_v is not None and tensors.lorc_u is not None:
         v, u = (factor.numpy().astype(np.float64) for factor in (tensors.lorc_v, tensors.lorc_u))
-        y += (x.astype(np.float64) @ v) @ u
+        release(tensors.lorc_v, tensors.lorc_u)
+        y += _product(_product(x.astype(np.float64), v.T), u.T)
     return y if bias is None else y + bias
+
+
+def _product(x: npt.NDArray[Any], weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return x [m, K] @ weight^T [K, N] in x's type, blocks of the weight converted one at a time."""
+    left, right = torch.from_numpy(x), torch.from_numpy(weight)
+    result = torch.empty(len(left), len(right), dtype=left.dtype)
+    step = max(1, _BLOCK // right.shape[1])
+    # numpy's BLAS spins on all cores after every product, and waits for them when others are busy.
+    with one_torch_thread():
+        for start in range(0, len(right), step):
+            block = right[start : start + step].to(left.dtype)
+            torch.mm(left, block.t(), out=result[:, start : start + step])
+    product: npt.NDArray[Any] = result.numpy()
+    return product
 
 
 def _quantize_activation(plan: QuantPlan, site: LinearSite, x: Float32) -> Float64:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from zqfp_compile.backends.ort import create_session
+from zqfp_compile.backends.ort import create_session, is_large
 from zqfp_compile.calibrate.causal_lm import CausalLm
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.errors import ModelError, UsageError
@@ -220,10 +220,12 @@ def _sum(values: torch.Tensor) -> float:
 
 def _open(path: Path) -> Any:
     model = ir.load(path)
+    low_memory = is_large(model)
     if not uses_bfloat16(model):
-        return create_session(path)
+        return create_session(path, low_memory=low_memory)
     widen_bfloat16(model)
-    return create_session(ir.to_proto(model).SerializeToString(), external_data=path.resolve().parent)
+    content = ir.to_proto(model).SerializeToString()
+    return create_session(content, external_data=path.resolve().parent, low_memory=low_memory)
 
 
 def _ort_error(path: Path, action: str, error: Exception) -> Exception:

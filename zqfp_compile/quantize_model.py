@@ -92,7 +92,7 @@ def _lorc(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     if rank == 0:
         return None
-    error = weight - torch.from_numpy(quantized.dequantize())
+    error = weight.sub_(torch.from_numpy(quantized.dequantize()))  # the weight is not needed any more
     return low_rank_factors(error, rank, energy=energy, seed=seed)
 
 

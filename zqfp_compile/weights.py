@@ -39,7 +39,7 @@ def read_weight(model: ir.Model, source: WeightSource) -> Float32Array:
     weight = np.empty(array.shape, np.float32)
     weight[...] = array
     del array
-    _release(tensor)
+    release(tensor)
     if source.scale != 1.0:
         weight *= np.float32(source.scale)
     return weight
@@ -55,7 +55,7 @@ def read_bias(model: ir.Model, site: LinearSite) -> Float32Array | None:
         return None
     tensor = _initializer(model, site.bias)
     row = tensor.numpy().astype(np.float32).reshape(-1)
-    _release(tensor)
+    release(tensor)
     if row.size not in (1, site.n):
         raise ModelError(
             f"layer {site.name!r}: bias {site.bias!r} has {row.size} values for {site.n} outputs"
@@ -70,15 +70,19 @@ def original_weight_bytes(model: ir.Model, plan: QuantPlan) -> int:
     return sum(_initializer(model, name).nbytes for name in sorted(names))
 
 
+def release(*tensors: ir.TensorProtocol | None) -> None:
+    """Drop what reading external tensors has mapped and unpacked.
+
+    Each maps its whole file, and a 4-bit one keeps a byte per value.
+    """
+    for tensor in tensors:
+        if isinstance(tensor, ir.ExternalTensor):
+            with contextlib.suppress(BufferError):  # someone else still holds a view of it
+                tensor.release()
+
+
 def _initializer(model: ir.Model, name: str) -> ir.TensorProtocol:
     value = model.graph.initializers.get(name)
     if value is None or value.const_value is None:
         raise ModelError(f"the model has no initializer {name!r}; the plan was made for another model")
     return value.const_value
-
-
-def _release(tensor: ir.TensorProtocol) -> None:
-    """Unmap an external tensor; each maps the whole file, so a large model would keep hundreds of maps."""
-    if isinstance(tensor, ir.ExternalTensor):
-        with contextlib.suppress(BufferError):  # someone else still holds a view of it
-            tensor.release()

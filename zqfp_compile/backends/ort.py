@@ -6,7 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from zqfp_compile.errors import MissingDependencyError
+
+# Above this, weights stay in their file: decoded or widened to float32 they would take 2 to 8 GiB.
+LOW_MEMORY_BYTES = 1 << 30
+
+# Both decode or widen every weight once, when the session opens.
+_FOLDING = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
+
+
+def is_large(model: ir.Model) -> bool:
+    """Return whether a model's weights are so many that a session should be opened with ``low_memory``."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None) > LOW_MEMORY_BYTES
 
 
 def import_onnxruntime() -> Any:
@@ -30,6 +44,7 @@ def create_session(
     providers: Sequence[str] = ("CPUExecutionProvider",),
     optimize: bool = True,
     fold_constants: bool = True,
+    low_memory: bool = False,
     threads: int = 0,
     external_data: str | Path | None = None,
 ) -> Any:
@@ -43,6 +58,9 @@ def create_session(
         providers: Execution providers; each must really be in use afterwards.
         optimize: ``False`` is ``ORT_DISABLE_ALL``, the slow cross-check.
         fold_constants: Folding decodes quantised weights to float once: faster runs, more memory.
+        low_memory: Leave external weights mapped from their file and widen or decode one at a time, at every
+            run. Measured on 1.0e9 fp16 weights, two cores: 0.6 GiB instead of 4.6, opened in 0.1 s instead of
+            20; a run of 512 tokens takes 1.5 times as long, short ones several times.
         threads: Intra-op threads; 0 lets ONNX Runtime choose.
         external_data: Folder of the external data when ``model`` is bytes.
 
@@ -51,7 +69,7 @@ def create_session(
     """
     ort = import_onnxruntime()
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its exceptions say the same as its log of errors
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if external_data is not None:
@@ -60,6 +78,9 @@ def create_session(
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     disabled = [] if fold_constants else ["ConstantFolding"]
+    if low_memory:
+        _save_memory(ort, options)
+        disabled = list(_FOLDING)
     source = model if isinstance(model, bytes) else str(model)
     session = ort.InferenceSession(source, options, providers=list(providers), disabled_optimizers=disabled)
     missing = [name for name in providers if name not in session.get_providers()]
@@ -69,3 +90,13 @@ def create_session(
             "install onnxruntime-gpu with its CUDA libraries, or run on the CPU"
         )
     return session
+
+
+def _save_memory(ort: Any, options: Any) -> None:
+    """Keep no second form of a weight beyond the node that needs it."""
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # The default order runs the casts of all weights first; this one runs each before its consumer.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    # Both would keep a float32 weight's place between runs.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False

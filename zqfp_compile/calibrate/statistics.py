@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from zqfp_compile.backends.ort import create_session
+from zqfp_compile.backends.ort import create_session, is_large
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.errors import ModelError, UsageError
 
@@ -188,7 +188,11 @@ def _open(model: ir.Model) -> Any:
         )
     content = ir.to_proto(model).SerializeToString()
     try:
-        return create_session(content, external_data=next(iter(folders)).resolve() if folders else None)
+        return create_session(
+            content,
+            external_data=next(iter(folders)).resolve() if folders else None,
+            low_memory=is_large(model),
+        )
     except Exception as error:
         raise _ort_error("open", error) from error
 

@@ -14,6 +14,9 @@ from zqfp_compile.formats.scales import SCALE_CONSTRAINTS, check_group_scales
 
 FloatArray = npt.NDArray[np.float32]
 
+# Elements decoded at once.
+_BLOCK = 1 << 17
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
@@ -96,17 +99,26 @@ class QuantizedWeight:
 
         Under the constraint ``none`` it is ``decode(c) * S`` unrounded.
         """
+        weight: FloatArray = np.empty((self.n, self.k), np.float32)
+        # Blocks of rows: the intermediate values stay in the cache, and one weight's worth in memory.
+        step = max(1, _BLOCK // max(1, self.codes.shape[1]))
+        for start in range(0, self.n, step):
+            weight[start : start + step] = self._fp8_rows(slice(start, start + step))
+        return weight
+
+    def _fp8_rows(self, rows: slice) -> FloatArray:
         if self.group_scales is None:
-            return E4M3FN.decode(self.codes)
-        values = CODE_BOOKS[self.weight_format].decode(self.codes)
-        grouped = values.reshape(self.n, -1, self.group_size)
-        grouped *= self.group_scales[:, :, None]
+            return E4M3FN.decode(self.codes[rows])
+        values = CODE_BOOKS[self.weight_format].decode(self.codes[rows])
+        grouped = values.reshape(len(values), -1, self.group_size)
+        grouped *= self.group_scales[rows, :, None]
         values = values[:, : self.k]
         return values if self.scale_constraint == "none" else E4M3FN.round(values)
 
     def dequantize(self) -> FloatArray:
         """Return W_hat = R * w8, float32 [N, K], one float32 multiply as in ONNX DequantizeLinear."""
-        weight: FloatArray = self.fp8_weight() * self.row_scales[:, None]
+        weight = self.fp8_weight()
+        weight *= self.row_scales[:, None]
         return weight
 
     def bits_per_weight(self) -> float:

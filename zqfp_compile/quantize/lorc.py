@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
+
+from zqfp_compile.quantize.threads import one_torch_thread
 
 # Below this size the exact decomposition takes milliseconds.
 EXACT_SIZE = 256
@@ -78,18 +80,11 @@ def _loudness(energy: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor
     return relative.clamp_min(QUIETEST).sqrt().to(device=matrix.device, dtype=torch.float32)
 
 
-@contextlib.contextmanager
-def _threads_for(matrix: torch.Tensor) -> Iterator[None]:
+def _threads_for(matrix: torch.Tensor) -> AbstractContextManager[object]:
     """Keep torch to one thread for the duration when the matrix is small."""
-    threads = torch.get_num_threads()
     if matrix.is_cuda or matrix.numel() > ONE_THREAD_SIZE:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+        return contextlib.nullcontext()
+    return one_torch_thread()
 
 
 def _randomised_svd(
