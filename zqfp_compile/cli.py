@@ -6,8 +6,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn, cast, get_args
@@ -298,8 +297,7 @@ def _merge(recipe_file: Path | None, flags: dict[str, Any]) -> Recipe:
     return Recipe.from_dict(values)
 
 
-@contextmanager
-def _signals_stop() -> Iterator[None]:
+def _catch_signals() -> None:
     """Ctrl-C, a polite kill and a closed terminal raise :class:`_Stopped`: everything is cleaned up."""
     last = -_SAME_SIGNAL_SECONDS
 
@@ -312,7 +310,6 @@ def _signals_stop() -> Iterator[None]:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup, a shell's background job
             signal.signal(signum, stop)
-    yield
 
 
 def run(command: Callable[..., Any], program: str) -> None:
@@ -320,9 +317,9 @@ def run(command: Callable[..., Any], program: str) -> None:
     flags = sys.argv[1:]
     verbosity = flags.count("-v") + flags.count("--verbose") + 2 * flags.count("-vv")
     try:
-        with _signals_stop():
-            # Typer's own mode prints a box of several lines for an error and nothing for an interrupt.
-            code = command(standalone_mode=False, prog_name=program)
+        _catch_signals()
+        # Typer's own mode prints a box of several lines for an error and nothing for an interrupt.
+        code = command(standalone_mode=False, prog_name=program)
         sys.exit(code if isinstance(code, int) else 0)
     except ZqfpError as error:
         _fail(program, str(error), error.exit_code, verbosity > 1)

@@ -33,7 +33,7 @@ from zqfp_compile.report.json_report import write_json
 from zqfp_compile.report.model import EngineReport, Report
 from zqfp_compile.specs import Phase
 from zqfp_compile.tensor_store import TensorStore
-from zqfp_compile.weights import read_bias, read_weight
+from zqfp_compile.weights import find_nonfinite, read_bias, read_weight
 
 ARTIFACT = "model.zqfp.onnx"
 DOMAIN = "zqfp"
@@ -104,7 +104,7 @@ class _Compilation:
 
     @property
     def place(self) -> engines.Workplace:
-        return engines.Workplace(self.folder, self.artifact, self.plan, self.runner, self.timer)
+        return engines.Workplace(self.source, self.folder, self.artifact, self.plan, self.runner, self.timer)
 
     def warn(self, lines: Sequence[str]) -> None:
         self.warnings.extend(lines)
@@ -163,7 +163,7 @@ def _prepare(run: _Compilation) -> None:
         raise ModelError(f"{run.source}: was compiled by zqfp-compile already; give the original model")
     run.reporter.info(f"target {run.choice.target}: {run.choice.reason}")
     run.reporter.detail(", ".join(f"{name} {version}" for name, version in tool_versions().items()))
-    run.warn(engines.check_model_options(run.recipe, run.choice, graph_inputs(run.model)))
+    run.warn(engines.check_model_options(run.recipe, run.choice, graph_inputs(run.model), run.source))
     run.runner.run(run.model, "strip-metadata", "exported")
     run.runner.run(run.model, "raise-opset", "exported")
 
@@ -207,9 +207,17 @@ def _calibrate(run: _Compilation) -> None:
         return
     with run.timer.step("calibrate"):
         run.samples = _load_samples(run)
-        result = collect(
-            run.model, activations, run.samples.feeds, seed=recipe.seed, progress=run.reporter.update
-        )
+        try:
+            result = collect(
+                run.model, activations, run.samples.feeds, seed=recipe.seed, progress=run.reporter.update
+            )
+        except ModelError as error:
+            culprit = find_nonfinite(run.model, run.plan)
+            if culprit is None:
+                raise
+            raise ModelError(
+                f"{run.source}: {culprit} holds NaN or infinity; export the model again"
+            ) from error
     run.reporter.detail(f"calibrated on {run.samples.description}")
     run.warn(run.samples.warnings)
     run.rows = result.rows

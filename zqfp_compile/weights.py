@@ -70,6 +70,25 @@ def original_weight_bytes(model: ir.Model, plan: QuantPlan) -> int:
     return sum(_initializer(model, name).nbytes for name in sorted(names))
 
 
+def find_nonfinite(model: ir.Model, plan: QuantPlan) -> str | None:
+    """Return what holds NaN (or, as a planned weight, infinity), as text, or ``None``.
+
+    Infinity elsewhere is no fault: attention masks are made of it. Reads every tensor, one at a time.
+    """
+    layers = {site.weight.initializer: site.name for site in plan.linears}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16:
+            continue
+        array = tensor.numpy()
+        bad = np.isnan(array).any() if name not in layers else not np.isfinite(array).all()
+        del array
+        release(tensor)
+        if bad:
+            return f"tensor {name!r}" + (f" of layer {layers[name]}" if name in layers else "")
+    return None
+
+
 def release(*tensors: ir.TensorProtocol | None) -> None:
     """Drop what reading external tensors has mapped and unpacked.
 

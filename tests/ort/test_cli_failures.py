@@ -1,0 +1,445 @@
+"""Every way to fail from the command line: one line, the right exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from zqfp_compile import cli
+
+PROGRAM = [sys.executable, "-m", "zqfp_compile"]
+WORDS = "The engine reads four bit weights and multiplies them in eight bit floating point. "
+QUICK = ("--target", "none", "--calibration-samples", "1", "--calibration-length", "32")
+FAST = (*QUICK, "--no-evaluate")
+LAYER = "model.layers.0.self_attn.q_proj"
+
+TinyModel = Callable[..., Path]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_model: TinyModel) -> Path:
+    """A folder with ``m/model.onnx``, ``m/tokenizer.json`` and ``text.txt``, as working directory."""
+    shutil.copytree(tiny_model("llama").parent, tmp_path / "m")
+    (tmp_path / "text.txt").write_text(WORDS * 20, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Refused]:
+    """``refused(code, *arguments, says=(...))``: the error line of a run in ``place`` that must fail."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.chdir(place)
+
+    def run(code: int, *arguments: object, says: tuple[str, ...] = ()) -> str:
+        before = _listing(place)
+        monkeypatch.setattr(sys, "argv", ["zqfp-compile", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capfd.readouterr()
+        line = _only_error(shown.err)
+        assert ended.value.code == code, line
+        assert shown.out == ""
+        for text in says:
+            assert text in line
+        assert _listing(place) == before
+        return line
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def _listing(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def _only_error(text: str) -> str:
+    """The error line: the last one, the only one, with no traceback and no control characters around it."""
+    assert "Traceback" not in text and "\x1b" not in text, text
+    errors = [line for line in text.splitlines() if "error:" in line]
+    assert len(errors) == 1 and text.splitlines()[-1] == errors[0], text
+    assert errors[0].startswith("zqfp-compile: error: ") and len(errors[0]) < 700, text
+    assert "internal error" not in errors[0]
+    return errors[0]
+
+
+# usage: exit 2
+
+USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "no model": ((), ("Missing argument 'MODEL'", "--help")),
+    "unknown flag": (("m/model.onnx", "--grop-size", "64"), ("--grop-size", "--group-size")),
+    "no number": (("m/model.onnx", "--group-size", "big"), ("--group-size", "integer")),
+    "group size": (("m/model.onnx", "--group-size", "48"), ("--group-size", "48", "16, 32, 64")),
+    "target": (("m/model.onnx", "--target", "cuda"), ("--target", "'cuda'", "tensorrt-rtx")),
+    "rank": (("m/model.onnx", "--lorc-rank", "-1"), ("--lorc-rank", "0..512")),
+    "regex": (("m/model.onnx", "--exclude", "("), ("--exclude", "'('", "regular expression")),
+    "shapes": (("m/model.onnx", "--max-shapes", "ids=1x2"), ("--max-shapes", "NAME:1x128")),
+    "nothing to do": (("m/model.onnx", "--weights", "none", "--activations", "none"), ("nothing to do",)),
+    "gate without evaluation": (
+        ("m/model.onnx", "--no-evaluate", "--max-perplexity-increase", "1"),
+        ("--max-perplexity-increase", "--no-evaluate"),
+    ),
+    "emit": (("m/model.onnx", "--emit", "fp4", "--weights", "int4"), ("--emit fp4", "--weights fp4")),
+    "dump": (("m/model.onnx", "--dump-after", "all"), ("--dump-after", "'all'", "select-linears")),
+    "recipe missing": (("m/model.onnx", "--recipe", "no.yaml"), ("no.yaml", "No such file")),
+    "recipe is a model": (("m/model.onnx", "--recipe", "m/model.onnx"), ("cannot be read",)),
+    "exclude matches nothing": (
+        ("m/model.onnx", *FAST, "--exclude", "layers.9.q"),
+        ("--exclude 'layers.9.q'", "matches no layer", "model.layers."),
+    ),
+    "exclude matches all": (("m/model.onnx", *FAST, "--exclude", "."), ("no linear layer", "--exclude")),
+    "no calibration file": (("m/model.onnx", *FAST, "--calibration", "no.txt"), ("no.txt", "No such file")),
+    "no calibration npz": (("m/model.onnx", *FAST, "--calibration", "no.npz"), ("no.npz", "No such file")),
+    "calibration npz": (
+        ("m/model.onnx", *FAST, "--calibration", "wrong.npz"),
+        ("'ids' is no input", "input_ids"),
+    ),
+    "calibration npz is text": (
+        ("m/model.onnx", *FAST, "--calibration", "text.npz"),
+        ("not an .npz archive", "numpy.savez"),
+    ),
+    "no evaluation text": (
+        ("m/model.onnx", *QUICK, "--eval-text", "no.txt"),
+        ("--eval-text no.txt", "No such"),
+    ),
+    "evaluation text too short": (
+        ("m/model.onnx", *QUICK, "--eval-text", "short.txt"),
+        ("short.txt", "longer"),
+    ),
+    "shapes of no input": (
+        ("m/model.onnx", "--target", "tensorrt-rtx", "--max-shapes", "ids:1x8"),
+        ("--max-shapes ids:1x8", "input_ids"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_usage(refused: Refused, place: Path, case: str) -> None:
+    """Wrong options and files: exit 2, before any layer is quantised."""
+    if "tensorrt-rtx" in USAGE[case][0]:
+        pytest.importorskip("tensorrt_rtx")
+    np.savez(place / "wrong.npz", ids=np.zeros((1, 4), np.int64))
+    (place / "text.npz").write_text(WORDS, encoding="utf-8")
+    (place / "short.txt").write_text("a", encoding="utf-8")
+    arguments, says = USAGE[case]
+    refused(2, *arguments, says=says)
+
+
+def test_recipe_file_and_option_are_named(refused: Refused, place: Path) -> None:
+    (place / "r.yaml").write_text("wieghts: fp4\n", encoding="utf-8")
+    refused(2, "m/model.onnx", "--recipe", "r.yaml", says=("r.yaml", "'wieghts'", "did you mean weights?"))
+    (place / "r.yaml").write_text("group_size: big\n", encoding="utf-8")
+    refused(2, "m/model.onnx", "--recipe", "r.yaml", says=("r.yaml", "--group-size", "'big'"))
+
+
+def test_text_without_tokenizer(refused: Refused, place: Path) -> None:
+    (place / "m" / "tokenizer.json").unlink()
+    for flag in ("--calibration", "--eval-text"):
+        refused(2, "m/model.onnx", *QUICK, flag, "text.txt", says=(flag, "tokenizer.json beside the model"))
+
+
+def test_broken_tokenizer(refused: Refused, place: Path) -> None:
+    (place / "m" / "tokenizer.json").write_text("{", encoding="utf-8")
+    refused(2, "m/model.onnx", *FAST, says=("m/tokenizer.json", "not a tokenizer.json"))
+
+
+# models: exit 3
+
+
+def _save(path: Path, nodes: list[onnx.NodeProto], functions: tuple[onnx.FunctionProto, ...] = ()) -> None:
+    graph = helper.make_graph(
+        nodes,
+        "main",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])],
+    )
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("f", 1)]
+    path.write_bytes(
+        helper.make_model(
+            graph, functions=functions, opset_imports=imports, ir_version=10
+        ).SerializeToString()
+    )
+
+
+def _externalise(place: Path, location: str) -> Path:
+    """Move the tiny model's weights into a file and return that file; the model names it ``location``."""
+    path = place / "m" / "model.onnx"
+    onnx.save(
+        onnx.load(path),
+        path,
+        save_as_external_data=True,
+        location="w.data",
+        size_threshold=0,
+        convert_attribute=False,
+    )
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    path.write_bytes(proto.SerializeToString())
+    return place / "m" / "w.data"
+
+
+def test_model_that_is_none(refused: Refused, place: Path) -> None:
+    refused(3, "text.txt", says=("text.txt: is a text file",))
+    refused(3, "m", says=("is a folder", "m/model.onnx"))
+    refused(3, "m/modle.onnx", says=("no such file", "did you mean m/model.onnx?"))
+
+
+def test_external_data(refused: Refused, place: Path) -> None:
+    """Truncated, outside the model's folder, and behind a link."""
+    data = _externalise(place, "w.data")
+    size = data.stat().st_size
+    os.truncate(data, size // 2)
+    refused(3, "m/model.onnx", says=("m/model.onnx", "w.data", "truncated"))
+    os.truncate(data, size)
+    shutil.move(data, place / "w.data")
+    data.symlink_to(place / "w.data")
+    refused(3, "m/model.onnx", says=("m/model.onnx", "w.data", "link"))
+    _rename = onnx.load(place / "m" / "model.onnx", load_external_data=False)
+    for tensor in _rename.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "../w.data" if entry.key == "location" else entry.value
+    (place / "m" / "model.onnx").write_bytes(_rename.SerializeToString())
+    refused(3, "m/model.onnx", says=("'../w.data'", "inside the model's folder"))
+
+
+def test_graphs(refused: Refused, place: Path) -> None:
+    """A cycle, a function that calls itself, no linear layer."""
+    relu = helper.make_node("Relu", ["x"], ["y"], name="relu")
+    cycle = [helper.make_node("Add", ["x", "b"], ["a"]), helper.make_node("Add", ["a", "x"], ["b"])]
+    _save(place / "cycle.onnx", [*cycle, helper.make_node("Add", ["a", "b"], ["y"])])
+    refused(3, "cycle.onnx", says=("cycle",))
+    call = helper.make_node("Again", ["a"], ["b"], domain="f")
+    function = helper.make_function("f", "Again", ["a"], ["b"], [call], [helper.make_opsetid("f", 1)])
+    _save(
+        place / "loop.onnx", [helper.make_node("Again", ["x"], ["y"], domain="f", name="call")], (function,)
+    )
+    refused(3, "loop.onnx", says=("calls itself",))
+    _save(place / "relu.onnx", [relu])
+    refused(3, "relu.onnx", *FAST, says=("no linear layers", "1 Relu"))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weight_that_is_no_number(refused: Refused, place: Path, value: float) -> None:
+    """The line names the layer and the tensor."""
+    path = place / "m" / "model.onnx"
+    proto = onnx.load(path)
+    tensor = next(t for t in proto.graph.initializer if len(t.dims) == 2 and "embed" not in t.name)
+    array = numpy_helper.to_array(tensor).copy()
+    array[1, 2] = value
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(proto, path)
+    refused(3, "m/model.onnx", *FAST, says=(f"'{tensor.name}' of layer model.layers.", "NaN", "export"))
+    unseen = ("--activation-scale", "token", "--lorc-rank", "0")  # no calibration runs into it
+    refused(3, "m/model.onnx", *FAST, *unseen, says=("model.layers.", "NaN", "--exclude"))
+
+
+# accuracy 4, builder 5, environment 6
+
+
+def test_gate(refused: Refused) -> None:
+    """One power of two for 256 weights costs more than a hundredth of a percent of perplexity."""
+    coarse = (
+        "--scale-constraint",
+        "m1",
+        "--group-size",
+        "256",
+        "--lorc-rank",
+        "0",
+        "--eval-text",
+        "text.txt",
+    )
+    gate = ("--eval-length", "64", "--max-perplexity-increase", "0.01")
+    refused(
+        4, "m/model.onnx", *QUICK, *coarse, *gate, says=("perplexity rose by", "allows 0.01%", "--lorc-rank")
+    )
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--builder-timeout", "1"), ("--builder-memory-gb", "0.1")])
+def test_builder_limits(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str, value: str
+) -> None:
+    """The line names the flag to change and the log that tells more."""
+    pytest.importorskip("tensorrt_rtx")
+    logs = tmp_path.parent / f"{tmp_path.name}-logs"
+    logs.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(logs))
+    line = refused(5, "m/model.onnx", *FAST[2:], "--target", "tensorrt-rtx", flag, value, says=(flag,))
+    (log,) = logs.iterdir()
+    assert str(log) in line and log.stat().st_size > 0
+
+
+def test_compute_capability(refused: Refused) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    arguments = ("m/model.onnx", *FAST[2:], "--target", "tensorrt-rtx", "--compute-capability", "90")
+    refused(2, *arguments, says=("--compute-capability 90", "89", "120"))
+
+
+def test_environment(refused: Refused) -> None:
+    refused(6, "m/model.onnx", "--weight-lowering", "plugin", says=("--weight-lowering plugin", "fp8"))
+    try:
+        import tensorrt  # noqa: F401
+    except ImportError:
+        refused(6, "m/model.onnx", "--target", "tensorrt", says=("--target tensorrt", "pip install tensorrt"))
+
+
+# where to write
+
+
+def test_output_that_cannot_be(refused: Refused, place: Path) -> None:
+    refused(2, "m/model.onnx", *FAST, "-o", "no/out", says=("does not exist", "--output"))
+    refused(2, "m/model.onnx", *FAST, "-o", "text.txt", says=("is a file", "--output"))
+    refused(2, "m/model.onnx", *FAST, "-o", "text.txt/out", says=("text.txt", "--output"))
+    refused(2, "m/model.onnx", *FAST, "-o", "m", says=("did not write", "--output"))
+    refused(6, "m/model.onnx", *FAST, "-o", "/proc/out", says=("/proc/out: cannot be written",))
+
+
+def _mount(folder: Path, options: str) -> bool:
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return shutil.which("mount") is not None and not subprocess.run(command, capture_output=True).returncode
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """``disk(options)``: an empty tmpfs; skips where this user may not mount one."""
+    mounted: list[Path] = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        if not _mount(folder, options):
+            pytest.skip("needs the right to mount a tmpfs")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_read_only_disk(refused: Refused, disk: Callable[[str], Path]) -> None:
+    out = disk("size=1m,ro") / "out"
+    refused(6, "m/model.onnx", *FAST, "-o", out, says=(f"{out}: cannot be written (Read-only file system)",))
+
+
+@pytest.mark.parametrize("kib", [8, 300, 800])
+def test_full_disk(refused: Refused, disk: Callable[[str], Path], kib: int) -> None:
+    """Full while quantising, while writing the artifact, and while writing what runs."""
+    out = disk(f"size={kib}k") / "out"
+    arguments = ("m/model.onnx", *FAST[2:], "--target", "onnxruntime", "-o", out)
+    refused(6, *arguments, says=(f"{out}: the disk is full", "--output"))
+
+
+def test_disk_full_of_engine(refused: Refused, disk: Callable[[str], Path]) -> None:
+    """The engine is the first file of megabytes."""
+    pytest.importorskip("tensorrt_rtx")
+    arguments = ("m/model.onnx", *FAST[2:], "--target", "tensorrt-rtx", "-o", disk("size=3m") / "out")
+    refused(6, *arguments, says=("No space left on device while writing the engine", "--output"))
+
+
+# real processes: signals, pipes, rivals
+
+
+def _start(place: Path, *arguments: str, **options: object) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    command = [*PROGRAM, "m/model.onnx", *arguments]
+    options = {"stdout": pipe, "stderr": pipe, **options}
+    return subprocess.Popen(command, cwd=place, text=True, **options)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("number", "after"),
+    [(signal.SIGINT, "✓ select-linears"), (signal.SIGTERM, "✓ certificate"), (signal.SIGHUP, "✓ load")],
+)
+def test_signals_clean_up(place: Path, number: int, after: str) -> None:
+    before = _listing(place)
+    process = _start(place, "-v", *FAST, "--calibration-samples", "400", "-o", "out")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(after):
+            process.send_signal(number)
+            break
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    assert _only_error(rest) == f"zqfp-compile: error: stopped by {name}; what was unfinished is removed"
+    assert _listing(place) == before
+
+
+def test_signal_ends_the_builder(place: Path) -> None:
+    """The builder is a process of its own: it ends too, and an earlier output stays as it was."""
+    pytest.importorskip("tensorrt_rtx")
+    shutil.copytree(place / "m", place / "kept")
+    process = _start(place, "-v", *FAST[2:], "--target", "tensorrt-rtx", "-o", "out")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("✓ save onnxruntime.onnx"):
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 20
+    while not (workers := children.read_text().split()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143 and workers
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert not list(place.glob(".out*")) and not (place / "out").exists()
+
+
+def test_nohup_is_respected(place: Path) -> None:
+    """A closed terminal does not end what was started to survive it."""
+    process = _start(
+        place, *FAST, "-v", "-o", "out", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
+    assert process.stderr is not None
+    process.stderr.readline()
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and (place / "out" / "manifest.json").exists()
+
+
+def test_nobody_reads(place: Path) -> None:
+    """Readers of both streams are gone: the compile still finishes, silently."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        process = _start(place, *FAST, "-v", "-o", "out", stdout=closed, stderr=closed)
+        assert process.wait(timeout=60) == 0
+    assert (place / "out" / "manifest.json").exists()
+
+
+def test_summary_on_a_full_disk(place: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with Path("/dev/full").open("w") as full:
+        process = _start(place, *FAST, "-o", "out", stdout=full)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 6
+    assert "standard output" in _only_error(err) and (place / "out" / "manifest.json").exists()
+
+
+def test_two_compiles_into_one_folder(place: Path) -> None:
+    """One wins, the other is told by whom."""
+    runs = [_start(place, *FAST, "--calibration-samples", "100", "-o", "out") for _ in range(2)]
+    ends = [(run.communicate(timeout=90)[1], run.returncode, run.pid) for run in runs]
+    (won,) = [end for end in ends if end[1] == 0]
+    (lost,) = [end for end in ends if end[1] != 0]
+    assert lost[1] == 2 and f"another compile (process {won[2]})" in _only_error(lost[0])
+    assert (place / "out" / "manifest.json").exists() and not list(place.glob(".out*"))
