@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zqfp_compile.backends.profiles import Profile, default_profiles
+from zqfp_compile.backends.profiles import Profile, default_profiles, position_limit
 from zqfp_compile.backends.target import TargetChoice
 from zqfp_compile.backends.tensorrt import EngineResult, build_engine
 from zqfp_compile.calibrate.causal_lm import InputSpec
@@ -31,6 +31,7 @@ class Workplace:
     """Where lowered models come from and go to.
 
     Attributes:
+        source: The model that was given.
         folder: The output folder being made.
         artifact: The artifact in it.
         plan: What was quantised, with its tensors.
@@ -38,6 +39,7 @@ class Workplace:
         timer: Times the steps.
     """
 
+    source: Path
     folder: OutputFolder
     artifact: Path
     plan: QuantPlan
@@ -64,7 +66,9 @@ def check_options(recipe: Recipe, choice: TargetChoice) -> None:
         Recipe.from_dict({**recipe.to_dict(), "target": choice.target})
 
 
-def check_model_options(recipe: Recipe, choice: TargetChoice, inputs: Sequence[InputSpec]) -> list[str]:
+def check_model_options(
+    recipe: Recipe, choice: TargetChoice, inputs: Sequence[InputSpec], source: Path
+) -> list[str]:
     """Check the engine options against the model, before any work is done; return warnings.
 
     Raises:
@@ -73,19 +77,20 @@ def check_model_options(recipe: Recipe, choice: TargetChoice, inputs: Sequence[I
     shapes = recipe.min_shapes or recipe.opt_shapes or recipe.max_shapes
     unused = {"--min/opt/max-shapes": shapes, "--compute-capability": recipe.compute_capability}
     if choice.target in _BUILDERS:
-        _profiles(recipe, inputs)
+        _profiles(recipe, inputs, source)
         unused = {}
     if choice.target != "tensorrt":
         unused["--timing-cache"] = recipe.timing_cache
     return [f"{flag} has no effect with target {choice.target}" for flag, value in unused.items() if value]
 
 
-def _profiles(recipe: Recipe, inputs: Sequence[InputSpec]) -> tuple[Profile, ...]:
+def _profiles(recipe: Recipe, inputs: Sequence[InputSpec], source: Path) -> tuple[Profile, ...]:
     return default_profiles(
         [(spec.name, spec.dims) for spec in inputs],
         min_shapes=recipe.min_shapes,
         opt_shapes=recipe.opt_shapes,
         max_shapes=recipe.max_shapes,
+        max_positions=position_limit(source.parent),
     )
 
 
@@ -154,7 +159,7 @@ def _build_engine(
     place: Workplace, recipe: Recipe, choice: TargetChoice, onnx: Path, inputs: Sequence[InputSpec]
 ) -> EngineReport:
     plan = place.plan
-    profiles = _profiles(recipe, inputs)
+    profiles = _profiles(recipe, inputs, place.source)
     fp8 = plan.weight_format != "none" and plan.activation_format == "e4m3"
     with place.timer.step("engine"):
         result = build_engine(

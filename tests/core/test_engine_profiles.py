@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zqfp_compile.backends.profiles import default_profiles
+from zqfp_compile.backends.profiles import default_profiles, position_limit
 from zqfp_compile.errors import UsageError
 
 # As torch.onnx writes it: the mask's axis has a name of its own.
@@ -120,3 +120,34 @@ def test_mask_length_settles_the_past() -> None:
 def test_wrong_shapes_are_usage_errors(shapes, message) -> None:
     with pytest.raises(UsageError, match=message):
         default_profiles(TORCH, **shapes)
+
+
+def test_defaults_stay_within_the_positions_a_model_knows() -> None:
+    """GPT-2 as optimum exports it holds a causal mask of that size, and no engine builds beyond it."""
+    prefill, decode = default_profiles(TORCH, max_positions=257)
+    assert prefill.shapes["input_ids"] == ((1, 1), (1, 129), (4, 129))
+    assert prefill.shapes["attention_mask"] == ((1, 1), (1, 129), (4, 257))
+    assert decode.shapes["attention_mask"] == ((1, 1), (1, 257), (8, 257))
+    assert default_profiles(TORCH, max_positions=8192) == default_profiles(TORCH)
+    (plain,) = default_profiles(TORCH[:2], max_positions=257)
+    assert plain.shapes["input_ids"] == ((1, 1), (1, 257), (4, 257))
+    longer = user(TORCH, max_shapes={"attention_mask": (1, 600)}, max_positions=257)
+    assert longer["attention_mask"][2] == (1, 600)  # the user knows best
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [
+        ('{"max_position_embeddings": 256}', 256),
+        ('{"n_positions": 1024, "n_ctx": 5}', 1024),
+        ('{"max_position_embeddings": null}', None),
+        ('{"max_position_embeddings": "many"}', None),
+        ("[1]", None),
+        ("{", None),
+        (None, None),
+    ],
+)
+def test_position_limit_comes_from_config_json(text: str | None, limit: int | None, tmp_path) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert position_limit(tmp_path) == limit

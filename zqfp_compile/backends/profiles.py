@@ -7,9 +7,11 @@ or two inputs in ``--min/opt/max-shapes`` is enough for a model with sixty.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from zqfp_compile.errors import UsageError
 
@@ -27,6 +29,8 @@ _POINTS = ("min", "opt", "max")
 _PREFILL: dict[str, Range] = {BATCH: (1, 1, 4), SEQUENCE: (1, 512, 2048), PAST: (0, 0, 2048)}
 _DECODE: dict[str, Range] = {BATCH: (1, 1, 8), SEQUENCE: (1, 1, 1), PAST: (0, 512, 4095)}
 _OTHER: Range = (1, 8, 64)
+# What config.json calls the number of positions a model knows.
+_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 
 _TOKENS = {"input_ids", "inputs_embeds", "position_ids", "token_type_ids"}
 _CACHE = re.compile(r"past|cache", re.IGNORECASE)
@@ -52,6 +56,7 @@ def default_profiles(
     min_shapes: Mapping[str, Sequence[int]] | None = None,
     opt_shapes: Mapping[str, Sequence[int]] | None = None,
     max_shapes: Mapping[str, Sequence[int]] | None = None,
+    max_positions: int | None = None,
 ) -> tuple[Profile, ...]:
     """Make the profiles of a model.
 
@@ -68,6 +73,8 @@ def default_profiles(
         min_shapes: Smallest dimensions per input name.
         opt_shapes: Dimensions to tune for.
         max_shapes: Largest dimensions.
+        max_positions: Longest context the model knows (:func:`position_limit`). The defaults keep past and
+            sequence together within it: some exports hold a causal mask of that size and fail beyond.
 
     Raises:
         UsageError: Unknown input, wrong rank or static dimension, min > opt or opt > max, or inputs that
@@ -78,18 +85,42 @@ def default_profiles(
         for shapes in (min_shapes, opt_shapes, max_shapes)
     )
     model = _Axes.of(inputs)
+    prefill, decode = _within(max_positions, model.has_past)
     if any(given):
-        return (_profile("user", inputs, model, _from_user(inputs, model, given)),)
+        return (_profile("user", inputs, model, _from_user(inputs, model, given, prefill)),)
     if not model.has_past:
-        return (_profile("default", inputs, model, _complete({}, model, _PREFILL)),)
+        return (_profile("default", inputs, model, _complete({}, model, prefill)),)
+    phases = {"prefill": prefill, "decode": decode}
     if SEQUENCE in model.static:  # exported for one phase only
-        decode = model.static[SEQUENCE] == 1
-        name, values = ("decode", _DECODE) if decode else ("prefill", _PREFILL)
-        return (_profile(name, inputs, model, _complete({}, model, values)),)
+        phases.pop("prefill" if model.static[SEQUENCE] == 1 else "decode")
     return tuple(
-        _profile(name, inputs, model, _complete({}, model, values))
-        for name, values in (("prefill", _PREFILL), ("decode", _DECODE))
+        _profile(name, inputs, model, _complete({}, model, values)) for name, values in phases.items()
     )
+
+
+def position_limit(folder: Path) -> int | None:
+    """Return how many positions the model in ``folder`` knows by its ``config.json``; ``None``: unknown."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = [config.get(key) for key in _POSITION_KEYS] if isinstance(config, dict) else []
+    return next((value for value in found if type(value) is int and value > 1), None)
+
+
+def _within(limit: int | None, has_past: bool) -> tuple[dict[str, Range], dict[str, Range]]:
+    """Return the default ranges of prefill and decode, cut to a context of ``limit`` tokens."""
+    if limit is None:
+        return _PREFILL, _DECODE
+    past = limit // 2 if has_past else 0
+    cuts = {SEQUENCE: limit - past, PAST: past}
+    prefill = {role: _cut(values, cuts.get(role)) for role, values in _PREFILL.items()}
+    return prefill, {**_DECODE, PAST: _cut(_DECODE[PAST], limit - 1)}
+
+
+def _cut(values: Range, limit: int | None) -> Range:
+    low, best, high = values
+    return values if limit is None else (low, min(best, limit), min(high, limit))
 
 
 @dataclass(frozen=True)
@@ -167,7 +198,10 @@ def _fill(given: Sequence[int | None], default: Range) -> Range:
 
 
 def _from_user(
-    inputs: Sequence[tuple[str, Sequence[Dim]]], model: _Axes, given: tuple[dict[str, Shape], ...]
+    inputs: Sequence[tuple[str, Sequence[Dim]]],
+    model: _Axes,
+    given: tuple[dict[str, Shape], ...],
+    defaults: Mapping[str, Range],
 ) -> dict[str, Range]:
     bound: dict[str, list[int | None]] = {}
     for point, shapes in enumerate(given):
@@ -181,7 +215,7 @@ def _from_user(
     if TOTAL in bound:
         for point in range(3):
             _split_total(bound, model, point)
-    return _complete(bound, model, _PREFILL)
+    return _complete(bound, model, defaults)
 
 
 def _bindings(
