@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ import typer
 from zqfp_compile import __version__
 from zqfp_compile import recipe as recipes
 from zqfp_compile.errors import MissingDependencyError, UsageError, ZqfpError
-from zqfp_compile.progress import ConsoleReporter, ErrorConsole, silence
+from zqfp_compile.progress import ConsoleReporter, PatientConsole, silence
 from zqfp_compile.recipe import Recipe
 
 EPILOG = (
@@ -259,7 +260,7 @@ def compile_command(
     for name in ("model", "output", "recipe", "dump_after", "explain", "verbose", "quiet", "version"):
         options.pop(name)
     merged = _merge(recipe, options)  # before the slow imports
-    reporter = ConsoleReporter(ErrorConsole(), -1 if quiet else verbose)
+    reporter = ConsoleReporter(PatientConsole(stderr=True), -1 if quiet else verbose)
     try:
         from zqfp_compile.pipeline import compile_model
 
@@ -318,6 +319,8 @@ def run(command: Callable[..., Any], program: str) -> None:
     verbosity = flags.count("-v") + flags.count("--verbose") + 2 * flags.count("-vv")
     try:
         _catch_signals()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character
         # Typer's own mode prints a box of several lines for an error and nothing for an interrupt.
         code = command(standalone_mode=False, prog_name=program)
         sys.exit(code if isinstance(code, int) else 0)

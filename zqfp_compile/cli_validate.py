@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from zqfp_compile.cli import EPILOG, run
 from zqfp_compile.compare import Comparison, Gates, OutputComparison, compare_models
 from zqfp_compile.errors import AccuracyError, MissingDependencyError, UsageError
-from zqfp_compile.progress import ConsoleReporter, ErrorConsole
+from zqfp_compile.progress import ConsoleReporter, PatientConsole
 
 app = typer.Typer(add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -80,7 +82,7 @@ def validate_command(
     """Compare two models, or a model and an engine, on the same inputs."""
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UsageError(f"--json {json_file}: its folder does not exist; create it first")
-    reporter = ConsoleReporter(ErrorConsole(), -1 if quiet else verbose)
+    reporter = ConsoleReporter(PatientConsole(stderr=True), -1 if quiet else verbose)
     try:
         result = compare_models(
             a,
@@ -98,7 +100,7 @@ def validate_command(
     for warning in result.warnings:
         reporter.warn(warning)
     if not quiet:
-        _print(result)
+        _print(result, every_output=verbose > 0)
     if json_file is not None:
         _write(result, json_file)
     if result.failures:
@@ -106,8 +108,8 @@ def validate_command(
         raise AccuracyError(result.failures[0] + more)
 
 
-def _print(result: Comparison) -> None:
-    console = Console()
+def _print(result: Comparison, every_output: bool) -> None:
+    console = PatientConsole()
     console.print(f"A  {result.a}\nB  {result.b}\non {result.inputs}", highlight=False, markup=False)
     table = Table(
         "Output", *(_right(name) for name in ("max |B-A|", "SQNR dB", "cosine", "KL nats", "top-1"))
@@ -115,11 +117,35 @@ def _print(result: Comparison) -> None:
     tolerance = any(row.beyond_tolerance is not None for row in result.outputs)
     if tolerance:
         table.add_column("beyond", justify="right", no_wrap=True)
-    for row in result.outputs:
+    rows = list(result.outputs) if every_output else _grouped(result.outputs)
+    for row in rows:
         cells = [escape(row.name), f"{row.max_abs_error:.3g}", _sqnr(row), _optional(row.cosine, ".6f")]
         cells += [_optional(row.kl, ".3g"), _percent(row.top1_agreement)]
         table.add_row(*cells, *([f"{row.beyond_tolerance:,}"] if tolerance else []))
     console.print(table)
+    if len(rows) < len(result.outputs):
+        console.print("With *: the worst of all in each column; -v shows them one by one.", style="dim")
+
+
+def _grouped(outputs: Sequence[OutputComparison]) -> list[OutputComparison]:
+    """Put outputs whose names differ in a number, the caches of every layer, into one row of the worst."""
+    groups: dict[str, list[OutputComparison]] = {}
+    for output in outputs:
+        groups.setdefault(re.sub(r"\d+", "*", output.name), []).append(output)
+    return [rows[0] if len(rows) == 1 else _worst(name, rows) for name, rows in groups.items()]
+
+
+def _worst(name: str, rows: Sequence[OutputComparison]) -> OutputComparison:
+    beyond = [row.beyond_tolerance for row in rows if row.beyond_tolerance is not None]
+    return dataclasses.replace(
+        rows[0],
+        name=f"{name} x{len(rows)}",
+        max_abs_error=max(row.max_abs_error for row in rows),
+        sqnr_db=min(row.sqnr_db for row in rows),
+        cosine=min(row.cosine for row in rows),
+        nonfinite=sum(row.nonfinite for row in rows),
+        beyond_tolerance=sum(beyond) if beyond else None,
+    )
 
 
 def _right(name: str) -> Column:
@@ -131,11 +157,11 @@ def _sqnr(row: OutputComparison) -> str:
 
 
 def _optional(value: float | None, form: str) -> str:
-    return "–" if value is None or not math.isfinite(value) else format(value, form)
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}%"
+    return "-" if value is None else f"{100 * value:.1f}%"
 
 
 def _write(result: Comparison, path: Path) -> None:

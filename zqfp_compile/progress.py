@@ -146,15 +146,12 @@ class ConsoleReporter:
             self._console.print(text, style=style, highlight=False, soft_wrap=True, markup=markup)
 
 
-class ErrorConsole(Console):
-    """Standard error, for a :class:`ConsoleReporter`."""
-
-    def __init__(self) -> None:
-        super().__init__(stderr=True)
+class PatientConsole(Console):
+    """A console whose reader may leave: rich would end the process and close standard output."""
 
     def on_broken_pipe(self) -> None:
-        """Fall silent, where rich would end the process and close standard output."""
-        silence(sys.stderr)
+        """Fall silent."""
+        silence(self.file)
 
 
 def silence(stream: IO[str]) -> None:
