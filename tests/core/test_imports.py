@@ -35,7 +35,7 @@ MAY_IMPORT = {
 # Module -> the only modules that may import it.
 IMPORTED_ONLY_BY = {
     "passes": ("passes",),
-    "zqfp_compile.cli": ("zqfp_compile.cli", "zqfp_compile.cli_validate"),
+    "zqfp_compile.cli": ("zqfp_compile.cli", "zqfp_compile.cli_validate", "zqfp_compile.__main__"),
     "zqfp_compile.cli_validate": ("zqfp_compile.cli_validate",),
     "zqfp_compile.pipeline": ("zqfp_compile.cli", "zqfp_compile"),
 }

@@ -130,7 +130,7 @@ def build_engine(
         )
         outcome = _run(job, place, timeout_s, on_progress)
         if outcome.result is None:
-            raise _users_fault(outcome) or _diagnose(outcome, job, timeout_s, place.keep_log())
+            raise _users_fault(outcome, job) or _diagnose(outcome, job, timeout_s, place.keep_log())
         place.engine.replace(engine_path)
         log_path = engine_path.with_name(engine_path.name + ".log")
         shutil.move(place.log, log_path)
@@ -265,8 +265,10 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _users_fault(outcome: _Outcome) -> ZqfpError | None:
+def _users_fault(outcome: _Outcome, job: Job) -> ZqfpError | None:
     """Return the errors for which nobody needs the builder's log."""
+    if _ran_out_of_memory(outcome, job):
+        return None
     kinds = {"UsageError": UsageError, "MissingDependencyError": MissingDependencyError}
     kind = kinds.get(outcome.error or "")
     return None if kind is None else kind(outcome.text)
