@@ -29,7 +29,7 @@ FACTORS = {
     "activation_scale": ("tensor", "token"),
     "scale_constraint": ("e4m3", "none", "m1", "m2"),
     "lorc_rank": (0, 8),
-    "group_size": (16, 32, 64, 128, 256),  # K is 72 or 144: none of them divides both
+    "group_size": (16, 64, 256),  # K is 72 or 144: 16 divides one of them, 64 and 256 none
 }
 
 
@@ -41,8 +41,8 @@ CASES = pairwise(FACTORS, _legal)
 DTYPES = [("torch", d) for d in ("float32", "float16", "bfloat16")]
 DTYPES += [("optimum", d) for d in ("float32", "float16")]
 
-# Output SQNR a layer reaches on identical input, dB: 3 below the least seen on these Gaussian weights.
-FLOOR = {"fp4": 13, "int4": 15, "fp8": 21, "none": 21}
+# Output SQNR a layer reaches on identical input, dB: 3 below the least seen (fp4: e3m0 with m1, no LoRC).
+FLOOR = {"fp4": 10, "int4": 15, "fp8": 21, "none": 21}
 
 # Everything issue 2 part 8 asks of report.json, and what else a script may rely on.
 REPORT_KEYS = {
@@ -156,7 +156,11 @@ def test_every_model(family: str, exporter: str, dtype: str, tiny_model, tmp_pat
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
     "options",
-    [{"weights": "none"}, {"activation_scale": "token", "scale_constraint": "m2"}, {"activations": "none"}],
+    [
+        {"weights": "none"},
+        {"activation_scale": "token", "scale_constraint": "m2", "group_size": 128},
+        {"activations": "none", "group_size": 32},
+    ],
     ids=["a8-only", "per-token-m2", "w4a16"],
 )
 def test_half_precision_options(options: dict, dtype: str, tiny_model, tmp_path: Path) -> None:
