@@ -101,7 +101,8 @@ def test_options_in_pairs(case: dict, tiny_model, tmp_path: Path) -> None:
     result = compile_model(tiny_model("llama"), quick(target="onnxruntime", **case), output=tmp_path / "out")
     report = _check_report(result, "llama")
     assert min(layer["sqnr_db"] for layer in report["layers"][:-1]) > FLOOR[case["weights"]]
-    assert report["logits"]["sqnr_db"] > 5  # unrelated logits would give 0 or less
+    # Errors of 14 layers at 12.9 dB, the coarsest format here, add up to 1.4 dB; unrelated logits give -3.
+    assert report["logits"]["sqnr_db"] > 1.4
     assert report["perplexity"]["tokens"] == 126
     assert (report["bits_per_weight"] is None) == (case["weights"] == "none")
     _check_artifact(result, case)
