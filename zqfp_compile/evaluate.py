@@ -222,10 +222,10 @@ def _open(path: Path) -> Any:
     model = ir.load(path)
     low_memory = is_large(model)
     if not uses_bfloat16(model):
-        return create_session(path, low_memory=low_memory)
+        return create_session(path, arena=False, low_memory=low_memory)
     widen_bfloat16(model)
     content = ir.to_proto(model).SerializeToString()
-    return create_session(content, external_data=path.resolve().parent, low_memory=low_memory)
+    return create_session(content, external_data=path.resolve().parent, arena=False, low_memory=low_memory)
 
 
 def _ort_error(path: Path, action: str, error: Exception) -> Exception:

@@ -44,6 +44,7 @@ def create_session(
     providers: Sequence[str] = ("CPUExecutionProvider",),
     optimize: bool = True,
     fold_constants: bool = True,
+    arena: bool = True,
     low_memory: bool = False,
     threads: int = 0,
     external_data: str | Path | None = None,
@@ -58,6 +59,8 @@ def create_session(
         providers: Execution providers; each must really be in use afterwards.
         optimize: ``False`` is ``ORT_DISABLE_ALL``, the slow cross-check.
         fold_constants: Folding decodes quantised weights to float once: faster runs, more memory.
+        arena: Keep the memory of one run for the next. Without it two SmolLM2 sessions side by side peak at
+            2.4 GiB instead of 2.9, in the same time.
         low_memory: Leave external weights mapped from their file and widen or decode one at a time, at every
             run. Measured on 1.0e9 fp16 weights, two cores: 0.6 GiB instead of 4.6, opened in 0.1 s instead of
             20; a run of 512 tokens takes 1.5 times as long, short ones several times.
@@ -72,11 +75,14 @@ def create_session(
     options.log_severity_level = 4  # its exceptions say the same as its log of errors
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Between runs the cores belong to torch and numpy.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if external_data is not None:
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, str(external_data))
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_cpu_mem_arena = arena
     disabled = [] if fold_constants else ["ConstantFolding"]
     if low_memory:
         _save_memory(ort, options)
