@@ -119,27 +119,27 @@ class TensorChecker:
             status = path.lstat()
         except OSError as error:
             raise ModelError(
-                f"{label}: its external data file {show(str(path))} cannot be opened ({error.strerror}); "
+                f"{label}: its external data file {show(location)} cannot be opened ({error.strerror}); "
                 "copy it beside the model, under the name it had at export"
             ) from error
         expected = os.path.normpath(os.path.join(self._real_folder, location))  # noqa: PTH118 - plain strings
         if os.path.realpath(path) != expected:
             raise ModelError(
-                f"{label}: its external data {show(str(path))} is behind a symbolic link; "
+                f"{label}: its external data {show(location)} is behind a symbolic link; "
                 "make a real copy of the model's folder (cp -rL) and compile that"
             )
         if not stat.S_ISREG(status.st_mode):
             raise ModelError(
-                f"{label}: its external data {show(str(path))} is not a regular file; copy it again"
+                f"{label}: its external data {show(location)} is not a regular file; copy it again"
             )
         if status.st_nlink != 1:
             raise ModelError(
-                f"{label}: its external data {show(str(path))} has {status.st_nlink} hard links and could be "
+                f"{label}: its external data {show(location)} has {status.st_nlink} hard links and could be "
                 "another file in disguise; make a real copy of the model's folder (cp -r) and compile that"
             )
         if not os.access(path, os.R_OK):
             raise ModelError(
-                f"{label}: its external data {show(str(path))} may not be read; change its permissions"
+                f"{label}: its external data {show(location)} may not be read; change its permissions"
             )
         return status.st_size
 
