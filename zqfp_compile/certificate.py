@@ -122,7 +122,7 @@ def certify(
                 f"certificate: layer {site.name!r} has no sample rows; calibrate on more text"
             )
         alone, linear = _extract(artifact, values, site)
-        checks.append(_check_layer(alone, linear, plan, site, x, original_weight(site), original_bias(site)))
+        checks.append(_check_layer(alone, linear, plan, site, x, original_weight, original_bias(site)))
     progress(len(plan.linears), len(plan.linears), "")
     if not checks:
         raise AccuracyError("certificate: no linear was compared; the run proves nothing about the model")
@@ -135,14 +135,16 @@ def _check_layer(
     plan: QuantPlan,
     site: LinearSite,
     rows: Float32,
-    original: Float32,
+    original_weight: Callable[[LinearSite], Float32],
     bias: Float32 | None,
 ) -> LayerCheck:
     x = rows.astype(site.dtype.numpy())
     output, decoded = _run(alone, site, x)
+    original = original_weight(site)  # only now: running takes several times the weight's memory
     expected = original if linear is None else _reference_weight(plan, site)
     # Without a W4A8Linear (activations quantised only) the weight is the original initializer itself.
     equal = (decoded is None) if linear is None else decoded is not None and np.array_equal(decoded, expected)
+    del decoded
     reference = _reference_output(plan, site, x.astype(np.float32), expected, bias)
     exact = _product(x.astype(np.float32), original)
     if bias is not None:
