@@ -45,8 +45,26 @@ class Reporter(Protocol):
         """A line the user should not miss."""
 
 
-class SilentReporter(Reporter):
-    """Says nothing, as every method of the protocol does by itself; the default of the Python API."""
+class SilentReporter:
+    """Says nothing; the default of the Python API."""
+
+    def start(self, step: str) -> None:
+        """See :class:`Reporter`."""
+
+    def update(self, done: float, total: float | None, detail: str = "") -> None:
+        """See :class:`Reporter`."""
+
+    def finish(self, step: str, seconds: float) -> None:
+        """See :class:`Reporter`."""
+
+    def info(self, text: str) -> None:
+        """See :class:`Reporter`."""
+
+    def detail(self, text: str) -> None:
+        """See :class:`Reporter`."""
+
+    def warn(self, text: str) -> None:
+        """See :class:`Reporter`."""
 
 
 class ConsoleReporter:
