@@ -74,7 +74,7 @@ def test_weights_never_sit_in_memory(large_model: Path, options: tuple[str, ...]
     # 0.9 GB of linears shrink to about 28% of it.
     assert compiled < weights - 0.5e9
     # Measured 1.0 to 1.1 GB: the interpreter with torch 0.3, the certificate of the largest layer (0.1 GB as
-    # float32) six forms of it, the heap's gaps the rest. Keeping every linear would add 0.9 GB in fp16, 1.8 in
+    # float32) six forms of it, the heap the rest. Keeping every linear would add 0.9 GB in fp16, 1.8 in
     # float32, 0.45 as unpacked codes: each is over the bound of 1.3 GB.
     assert peak < 0.6 * weights, (
         f"{peak / 1e9:.2f} GB of anonymous memory for {weights / 1e9:.2f} GB of weights"
