@@ -64,7 +64,7 @@ class Recipe:
         timing_cache: File that keeps builder timings between runs.
         max_perplexity_increase: Gate, in percent of the original's perplexity.
         builder_timeout: Seconds the engine builder may take.
-        builder_memory_gb: Address-space limit of the engine builder, in GiB; ``None`` is no limit.
+        builder_memory_gb: Memory the engine builder may allocate, in GiB; ``None`` is no limit.
         seed: Seed of everything random.
     """
 
