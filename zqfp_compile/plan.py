@@ -71,6 +71,19 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class SitePrecision:
+    """How one layer is stored.
+
+    Attributes:
+        weight_format: ``e2m1``, ``e3m0``, ``int4``, ``fp8`` or ``none``.
+        lorc_rank: Rank of the low-rank error compensation, 0 for none.
+    """
+
+    weight_format: str
+    lorc_rank: int
+
+
+@dataclass(frozen=True)
 class LinearTensors:
     """ONNX-ready tensors of one quantised weight; they may live on disk (``ir.ExternalTensor``).
 
@@ -78,8 +91,10 @@ class LinearTensors:
         codes: INT4 [N, Kp] (Kp is K rounded up to the group size); for ``fp8`` weights FLOAT8E4M3FN [N, K].
         group_scales: FLOAT8E4M3FN [N, Kp / g]; FLOAT when the constraint is ``none``; ``None`` for ``fp8``.
         row_scales: FLOAT [N], positive.
-        lorc_v: [K, r] in the layer's dtype, or ``None``.
-        lorc_u: [r, N] in the layer's dtype, or ``None``.
+        lorc_v: [K, r] in the layer's dtype, or FLOAT8E4M3FN with ``lorc_v_scale``; ``None`` without LoRC.
+        lorc_u: [r, N] in the layer's dtype, or FLOAT8E4M3FN with ``lorc_u_scale``; ``None`` without LoRC.
+        lorc_v_scale: FLOAT [r], positive, for factors in FP8: V = lorc_v * lorc_v_scale[None, :].
+        lorc_u_scale: FLOAT [r], positive, for factors in FP8: U = lorc_u * lorc_u_scale[:, None].
     """
 
     codes: ir.TensorProtocol
@@ -87,6 +102,8 @@ class LinearTensors:
     row_scales: ir.TensorProtocol
     lorc_v: ir.TensorProtocol | None = None
     lorc_u: ir.TensorProtocol | None = None
+    lorc_v_scale: ir.TensorProtocol | None = None
+    lorc_u_scale: ir.TensorProtocol | None = None
 
 
 @dataclass(frozen=True)
@@ -94,15 +111,20 @@ class QuantPlan:
     """Everything the rewrite passes need and the report prints.
 
     Attributes:
-        linears: Layers to rewrite, in graph order.
+        linears: Layers to rewrite, in graph order; those that ``precisions`` leaves in float included.
         skipped: Linear-like nodes left alone.
-        weight_format: ``e2m1``, ``e3m0``, ``int4``, ``fp8`` or ``none``.
+        weight_format: ``e2m1``, ``e3m0``, ``int4``, ``fp8`` or ``none`` (activations are quantised only), of
+            layers that ``precisions`` does not name.
         activation_format: ``e4m3``, ``e5m2``, ``int8`` or ``none``.
         per_token: Dynamic per-token activation scales instead of static per-tensor ones.
         group_size: Weights per group scale along K.
         scale_constraint: ``none``, ``m1``, ``m2`` or ``e4m3``.
         activation_scales: Static scale per activation value name (empty when ``per_token``).
         tensors: Quantised tensors per layer name (filled by the quantize step).
+        lorc_rank: Rank of the compensation of layers that ``precisions`` does not name.
+        lorc_format: How LoRC factors are stored: ``float`` (the layer's dtype) or ``fp8``.
+        precisions: Layers that differ from the above, by name. One with the format ``none`` is left as it is,
+            its activation included.
     """
 
     linears: tuple[LinearSite, ...] = ()
@@ -114,6 +136,24 @@ class QuantPlan:
     scale_constraint: str = "e4m3"
     activation_scales: Mapping[str, float] = field(default_factory=dict)
     tensors: Mapping[str, LinearTensors] = field(default_factory=dict)
+    lorc_rank: int = 0
+    lorc_format: str = "float"
+    precisions: Mapping[str, SitePrecision] = field(default_factory=dict)
+
+    @property
+    def rewritten(self) -> tuple[LinearSite, ...]:
+        """The layers the rewrite touches: all but those that ``precisions`` leaves as they are."""
+        keep = {name for name, precision in self.precisions.items() if precision.weight_format == "none"}
+        return tuple(site for site in self.linears if site.name not in keep)
+
+    @property
+    def quantizes_weights(self) -> bool:
+        """Whether any layer's weight is quantised."""
+        return any(self.precision(site).weight_format != "none" for site in self.linears)
+
+    def precision(self, site: LinearSite) -> SitePrecision:
+        """Return how ``site`` is stored."""
+        return self.precisions.get(site.name) or SitePrecision(self.weight_format, self.lorc_rank)
 
     def replace(self, **changes: object) -> QuantPlan:
         """Return a copy with fields changed."""
@@ -127,12 +167,13 @@ class QuantPlan:
         """
         tensors = self.tensors[site.name]
         codes, scales = tensors.codes.numpy(), tensors.group_scales
+        weight_format = self.precision(site).weight_format
         return QuantizedWeight(
-            codes=codes if self.weight_format == "fp8" else codes.astype(np.int8),
+            codes=codes if weight_format == "fp8" else codes.astype(np.int8),
             group_scales=None if scales is None else scales.numpy().astype(np.float32),
             row_scales=tensors.row_scales.numpy(),
             k=site.k,
-            weight_format=self.weight_format,
+            weight_format=weight_format,
             group_size=self.group_size,
             scale_constraint=self.scale_constraint,
         )
