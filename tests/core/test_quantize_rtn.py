@@ -8,7 +8,7 @@ from zqfp_compile.errors import ModelError
 from zqfp_compile.formats.codebook import CODE_BOOKS
 from zqfp_compile.formats.minifloat import E4M3FN
 from zqfp_compile.formats.scales import constrain_scales
-from zqfp_compile.quantize.rtn import quantize_weight
+from zqfp_compile.quantize.rtn import decoded_levels, quantize_weight
 
 CONSTRAINTS = ["none", "m1", "m2", "e4m3"]
 BOOKS = list(CODE_BOOKS)
@@ -215,3 +215,49 @@ def test_refuses_wrong_arguments():
         quantize_weight(torch.ones(3, 3), weight_format="fp3")
     with pytest.raises(ValueError, match="constraint"):
         quantize_weight(torch.ones(3, 3), scale_constraint="m3")
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize("weight_format", BOOKS)
+def test_decoded_levels_are_the_decoded_values(weight_format, constraint):
+    quantized = quantize(normal(16, 90), weight_format, constraint, group_size=32)
+    levels = decoded_levels(quantized).numpy()
+    assert levels.shape == (8, 16, 3)
+    row, column = np.indices((16, 90))
+    codes = quantized.codes[:, :90]
+    taken = np.sign(codes) * levels[np.abs(codes), row, column // 32]
+    assert np.array_equal(taken, quantized.dequantize())
+
+
+def test_fp8_has_no_levels():
+    with pytest.raises(ValueError, match="fp8 weights have no code book"):
+        decoded_levels(quantize(normal(4, 64), "fp8"))
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_importance_lowers_the_weighted_error(constraint):
+    weight = normal(64, 200)
+    importance = normal(200, seed=5).exp().square()
+
+    def error(**options):
+        difference = weight.numpy() - quantize(weight, constraint=constraint, **options).dequantize()
+        return (np.square(difference) * importance.numpy()).sum(axis=1)
+
+    weighted, plain = error(importance=importance), error()
+    assert (weighted <= plain * (1 + 1e-5)).all()
+    assert weighted.sum() < 0.99 * plain.sum()
+
+
+def test_importance_of_one_size_changes_nothing_whatever_the_size():
+    weight = normal(64, 200)
+    expected = quantize(weight)
+    for size in (1.0, 1e-30, 1e30, 0.0):
+        quantized = quantize(weight, importance=torch.full((200,), size))
+        assert np.array_equal(quantized.codes, expected.codes)
+        assert np.array_equal(quantized.group_scales, expected.group_scales)
+
+
+@pytest.mark.parametrize("bad", [torch.ones(63), torch.full((64,), -1.0), torch.full((64,), torch.nan)])
+def test_refuses_a_wrong_importance(bad):
+    with pytest.raises(ValueError, match="importance"):
+        quantize(normal(8, 64), importance=bad)

@@ -69,6 +69,7 @@ class _Rule:
     group_size: int
     constraint: str
     search: bool
+    importance: torch.Tensor | None = None  # float32 [g, G], largest 1, on the weight's device
 
 
 def quantize_weight(
@@ -78,6 +79,7 @@ def quantize_weight(
     group_size: int = 64,
     scale_constraint: str = "e4m3",
     search: bool = True,
+    importance: torch.Tensor | None = None,
     name: str = "weight",
 ) -> QuantizedWeight:
     """Quantise W[N, K] to the nearest values its format can take.
@@ -89,6 +91,8 @@ def quantize_weight(
         scale_constraint: ``none``, ``m1``, ``m2`` or ``e4m3`` (DESIGN section 2); unused for ``fp8``.
         search: Choose scales by the squared error of the decoded weight; otherwise each group takes the
             smallest scale that does not saturate it (:func:`zqfp_compile.formats.scales.constrain_scales`).
+        importance: [K], finite and not negative: factor on each column's squared error in the search, for
+            example the input's second moment. Its size does not matter; ``None`` weighs all alike.
         name: The tensor's name, for errors.
 
     Returns:
@@ -96,7 +100,8 @@ def quantize_weight(
 
     Raises:
         ModelError: When the weight holds NaN, infinity or values beyond 2^126.
-        ValueError: On an unknown format or constraint, or a weight that is not a non-empty matrix.
+        ValueError: On an unknown format or constraint, a weight that is not a non-empty matrix, or an
+            importance that does not fit it.
     """
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"{name}: shape {tuple(weight.shape)} is not a non-empty matrix")
@@ -108,7 +113,25 @@ def quantize_weight(
         return _quantize_fp8(weight, group_size, scale_constraint)
     if weight_format not in CODE_BOOKS:
         raise ValueError(f"unknown weight format {weight_format!r}")
-    return _quantize_4bit(weight, _Rule(CODE_BOOKS[weight_format], group_size, scale_constraint, search))
+    columns = None if importance is None else _group_importance(importance, weight, group_size)
+    rule = _Rule(CODE_BOOKS[weight_format], group_size, scale_constraint, search, columns)
+    return _quantize_4bit(weight, rule)
+
+
+def decoded_levels(weight: QuantizedWeight, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return the magnitudes that a decoded weight of each group can take, float32 [8, N, G] in code order.
+
+    ``levels[abs(c), n, j]`` is exactly ``abs(weight.dequantize()[n, k])`` for the code ``c = weight.codes[n, k]``
+    in group ``j``; the code's sign is the value's.
+
+    Raises:
+        ValueError: For ``fp8`` weights, which have no code book.
+    """
+    if weight.group_scales is None:
+        raise ValueError(f"{weight.weight_format} weights have no code book")
+    rule = _Rule(CODE_BOOKS[weight.weight_format], weight.group_size, weight.scale_constraint, search=False)
+    scales, rows = (torch.from_numpy(part).to(device) for part in (weight.group_scales, weight.row_scales))
+    return _levels(scales, rows, rule).view(-1, *scales.shape)
 
 
 def check_finite(weight: torch.Tensor, name: str) -> None:
@@ -125,6 +148,20 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
         f"weight {name!r}: {bad} of {weight.numel()} values are NaN, infinite or beyond 2^126; "
         "repair the weight, or leave the layer out with --exclude"
     )
+
+
+def _group_importance(importance: torch.Tensor, weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return importance [K] as float32 [g, G] with a largest value of 1, so that errors cannot overflow."""
+    values = importance.detach().to(weight.device, torch.float32)
+    if values.shape != weight.shape[1:]:
+        raise ValueError(f"importance {tuple(values.shape)} does not fit a weight {tuple(weight.shape)}")
+    if not bool((torch.isfinite(values) & (values >= 0)).all()):
+        raise ValueError("importance must be finite and not negative")
+    largest = values.max()
+    # Nothing matters: then everything matters alike.
+    values = torch.where(largest > 0, values / largest, 1.0)
+    values = torch.nn.functional.pad(values, (0, -len(values) % group_size))
+    return values.view(-1, group_size).t().contiguous()
 
 
 def _quantize_fp8(weight: torch.Tensor, group_size: int, scale_constraint: str) -> QuantizedWeight:
@@ -229,7 +266,7 @@ def _choose_scales(
     for rows, choices in candidates:
         lowest, scales = torch.full_like(ideal, torch.inf), choices[0]
         for choice in choices:
-            error = _group_errors(sizes, _levels(choice, rows, rule)).view(ideal.shape)
+            error = _group_errors(sizes, _levels(choice, rows, rule), rule.importance).view(ideal.shape)
             scales = torch.where(error < lowest, choice, scales)
             lowest = torch.minimum(error, lowest)
         row_error = lowest.sum(dim=1)
@@ -240,14 +277,23 @@ def _choose_scales(
     return best_scales, best_rows
 
 
-def _group_errors(sizes: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Return the squared error [M] of each group when sizes [g, M] take the nearest of the levels [8, M]."""
+def _group_errors(sizes: torch.Tensor, levels: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    """Return the squared error [M] of each group when sizes [g, M] take the nearest of the levels [8, M].
+
+    Args:
+        sizes: Magnitudes; M runs over rows, then groups.
+        levels: Each group's levels, ascending from 0.
+        importance: Factors [g, G] on the squared errors, alike for all rows.
+    """
     nearest = sizes.clone()  # level 0 is zero
     distance = torch.empty_like(sizes)
     for level in levels[1:]:
         torch.sub(sizes, level, out=distance)
         torch.minimum(nearest, distance.abs_(), out=nearest)
-    return nearest.square_().sum(dim=0)
+    nearest.square_()
+    if importance is not None:
+        nearest.view(len(sizes), -1, importance.shape[1]).mul_(importance[:, None])
+    return nearest.sum(dim=0)
 
 
 def _candidates(ideal: torch.Tensor, rule: _Rule) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
