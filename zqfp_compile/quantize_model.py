@@ -93,7 +93,8 @@ def _lorc(
     if rank == 0:
         return None
     error = weight.sub_(torch.from_numpy(quantized.dequantize()))  # the weight is not needed any more
-    return low_rank_factors(error, rank, energy=energy, seed=seed)
+    factors = low_rank_factors(error, rank, moment=energy, seed=seed)
+    return factors.v, factors.u
 
 
 def _store(

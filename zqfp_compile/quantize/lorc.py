@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 
+from zqfp_compile.formats.minifloat import E4M3FN
+from zqfp_compile.quantize.rounding import round_minifloat
 from zqfp_compile.quantize.threads import one_torch_thread
 
-# Below this size the exact decomposition takes milliseconds.
+# Up to this many rows the exact decomposition takes milliseconds.
 EXACT_SIZE = 256
 # Quantisation errors are nearly white, the worst case of a range finder: these two reach 98% of the energy
 # that the exact factors capture (measured, 1536 x 576, ranks 8 to 64) in a twentieth of the time.
@@ -19,65 +22,154 @@ POWER_ITERATIONS = 6
 # to 2000 on two (measured, 1536 x 576, two cores at a load of 6).
 ONE_THREAD_SIZE = 1 << 22
 
+_FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FACTOR_DTYPES = (*_FLOAT_DTYPES, "fp8")
 
-# Channels quieter than this share of the mean energy count as this loud: V is divided by their root.
-QUIETEST = 1e-3
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The factors of ``y += (x @ V) @ U``, holding values their storage type can take.
+
+    Attributes:
+        v: float32 [K, r].
+        u: float32 [r, N].
+        v_scale: float32 [r] when the factors are FP8: ``v / v_scale`` are E4M3 numbers; else ``None``.
+        u_scale: float32 [r] likewise: ``u / u_scale[:, None]`` are E4M3 numbers.
+    """
+
+    v: torch.Tensor
+    u: torch.Tensor
+    v_scale: torch.Tensor | None = None
+    u_scale: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Columns of V."""
+        return int(self.v.shape[1])
+
+    def weight(self) -> torch.Tensor:
+        """Return ``(V @ U)^T``, float32 [N, K]: what the branch adds to the weight."""
+        return (self.v @ self.u).t()
 
 
 def low_rank_factors(
-    error: torch.Tensor, rank: int, *, energy: torch.Tensor | None = None, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+    error: torch.Tensor,
+    rank: int,
+    *,
+    moment: torch.Tensor | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> LowRank:
     """Factor an error matrix so that ``y += (x @ V) @ U`` adds its best rank-r part back.
 
-    "Best" is by the error of the output: with the energies e_k of the input channels, the factors are the
-    truncated SVD of ``diag(sqrt(e)) error^T``, unscaled again. It minimises the expected square of
-    ``x @ (error^T - V @ U)`` for uncorrelated channels. LLM inputs have channels hundreds of times louder
-    than others, so this is worth several dB over the plain SVD (docs/accuracy.md).
+    "Best" is by the error of the output, ``tr((E - B) M (E - B)^T)`` with E the error, B of rank r and M the
+    second moment of the input. The optimum projects E on the r leading eigenvectors P of ``E M E^T``:
+    ``B = P P^T E``, so V = E^T P needs no inverse of M. With M = I it is the paper's truncated SVD.
+    LLM inputs have channels hundreds of times louder than others: M is worth several dB (docs/accuracy.md).
 
-    Small matrices are decomposed exactly; larger ones by a randomised range finder with power iterations
-    (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1). The singular values are split evenly
-    between the factors, so that both fit float16.
+    Few rows are decomposed exactly; more by randomised subspace iteration (Halko, Martinsson, Tropp,
+    arXiv 0909.4061, algorithm 4.4). V is rounded first; U is then fitted to the rounded V and rounded.
 
     Args:
         error: W - W_hat, [N, K], any float dtype, CPU or CUDA.
         rank: r, at least 1; cut to min(N, K).
-        energy: Mean (or sum) of x_k^2 over samples of the input, [K]; ``None`` for equal energies.
-        seed: Of the random range finder; the result is a function of (error, rank, seed).
+        moment: Second moment of the input: [K, K], or its diagonal [K]; ``None`` is the identity.
+        dtype: What the factors are stored in: ``float32``, ``float16``, ``bfloat16``, or ``fp8`` (E4M3 with
+            one float scale per rank and factor).
+        seed: Of the random range finder.
 
     Returns:
-        ``V`` [K, r] and ``U`` [r, N], float32 on the error's device, with ``V @ U ~ error^T``.
+        The rounded factors, float32 on the error's device, ``V @ U ~ error^T``.
 
     Raises:
-        ValueError: When the rank is below 1, the error is not a matrix, or the energies do not fit it.
+        ValueError: When the rank is below 1, the error is not a matrix, the moment does not fit it or is not
+            finite, or the dtype is unknown.
     """
     if error.ndim != 2 or rank < 1:
         raise ValueError(
             f"rank {rank} of an error of shape {tuple(error.shape)}: need a matrix and a rank >= 1"
         )
-    matrix = error.detach().to(torch.float32).t()
-    loudness = _loudness(energy, matrix)
-    matrix = matrix * loudness[:, None]
-    rank = min(rank, *matrix.shape)
-    with _threads_for(matrix):
-        if min(matrix.shape) <= max(EXACT_SIZE, 2 * (rank + OVERSAMPLING)):
-            left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        else:
-            left, values, right = _randomised_svd(matrix, rank + OVERSAMPLING, seed)
-    root = values[:rank].sqrt()
-    v = left[:, :rank] * root / loudness[:, None]
-    return v.contiguous(), (root[:, None] * right[:rank]).contiguous()
+    if dtype not in FACTOR_DTYPES:
+        raise ValueError(f"unknown factor type {dtype!r}; take one of {', '.join(FACTOR_DTYPES)}")
+    error = error.detach().to(torch.float32)
+    metric = _Metric(moment, error)
+    rank = min(rank, *error.shape)
+    with _threads_for(error):
+        leading = _leading_vectors(error, metric, rank, seed)
+        v = error.t() @ leading
+        v, u = _balanced(v, leading.t())
+        v, v_scale = _round(v, dtype, axis=0)
+        u, u_scale = _round(_fitted(error, metric, v, u), dtype, axis=1)
+    return LowRank(v, u, v_scale, u_scale)
 
 
-def _loudness(energy: torch.Tensor | None, matrix: torch.Tensor) -> torch.Tensor:
-    """Return the root of the channels' energies relative to their mean, float32 [K]."""
-    channels = len(matrix)
-    if energy is None:
-        return torch.ones(channels, device=matrix.device)
-    if energy.shape != (channels,) or not bool(torch.isfinite(energy).all()) or float(energy.min()) < 0:
-        raise ValueError(f"energies {tuple(energy.shape)} are not {channels} finite, non-negative numbers")
-    mean = energy.double().mean()
-    relative = energy.double() / mean if float(mean) > 0 else torch.ones_like(energy, dtype=torch.float64)
-    return relative.clamp_min(QUIETEST).sqrt().to(device=matrix.device, dtype=torch.float32)
+class _Metric:
+    """The product with the input's second moment, scaled to a mean diagonal of one."""
+
+    def __init__(self, moment: torch.Tensor | None, error: torch.Tensor) -> None:
+        k = error.shape[1]
+        self._moment = None
+        if moment is None:
+            return
+        if moment.shape not in ((k,), (k, k)) or not bool(torch.isfinite(moment).all()):
+            raise ValueError(f"moments {tuple(moment.shape)} are not finite numbers for {k} channels")
+        diagonal = moment if moment.ndim == 1 else moment.diagonal()
+        if float(diagonal.min()) < 0:
+            raise ValueError("a channel's mean square is negative")
+        mean = float(diagonal.double().mean())
+        if mean > 0:
+            self._moment = (moment / mean).to(device=error.device, dtype=torch.float32)
+
+    def __call__(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return ``M @ columns`` for columns [K, w]."""
+        if self._moment is None:
+            return columns
+        return self._moment[:, None] * columns if self._moment.ndim == 1 else self._moment @ columns
+
+
+def _leading_vectors(error: torch.Tensor, metric: _Metric, rank: int, seed: int) -> torch.Tensor:
+    """Return the ``rank`` leading eigenvectors of ``E M E^T`` as orthonormal columns [N, r]."""
+    if len(error) <= max(EXACT_SIZE, 2 * (rank + OVERSAMPLING)):
+        basis = torch.eye(len(error), device=error.device)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(error.shape[1], rank + OVERSAMPLING, generator=generator).to(error.device)
+        basis = torch.linalg.qr(error @ metric(start)).Q
+        for _ in range(POWER_ITERATIONS):
+            basis = torch.linalg.qr(error @ metric(error.t() @ basis)).Q
+    projected = error.t() @ basis
+    small = (projected.t() @ metric(projected)).double()
+    vectors: torch.Tensor = torch.linalg.eigh((small + small.t()) / 2).eigenvectors.flip(1)[:, :rank]
+    return basis @ vectors.to(torch.float32)
+
+
+def _balanced(v: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale each pair of column and row to equal maxima, by powers of two, so that both fit float16."""
+    tall, wide = v.abs().amax(dim=0), u.abs().amax(dim=1)
+    ratio = torch.where((tall > 0) & (wide > 0), wide / tall, 1.0)
+    factor = torch.exp2((ratio.log2() / 2).round())
+    return v * factor, u / factor[:, None]
+
+
+def _fitted(error: torch.Tensor, metric: _Metric, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Return the U [r, N] that goes best with a rounded V: least squares ``(V^T M V) U = V^T M E^T``."""
+    weighted = metric(v).double()
+    normal = v.double().t() @ weighted
+    size = float(normal.diagonal().mean())
+    if not size > 0:
+        return u
+    normal.diagonal().add_(1e-6 * size)
+    solution: torch.Tensor = torch.linalg.solve(normal, weighted.t() @ error.t().double())
+    return solution.to(torch.float32)
+
+
+def _round(factor: torch.Tensor, dtype: str, axis: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Round a factor to its storage type; ``axis`` is the one that does not run over ranks."""
+    if dtype != "fp8":
+        return factor.to(_FLOAT_DTYPES[dtype]).float(), None
+    largest = factor.abs().amax(dim=axis, keepdim=True)
+    scale = torch.where(largest > 0, largest / E4M3FN.max_value, 1.0)
+    return round_minifloat(factor / scale, E4M3FN) * scale, scale.reshape(-1)
 
 
 def _threads_for(matrix: torch.Tensor) -> AbstractContextManager[object]:
@@ -85,16 +177,3 @@ def _threads_for(matrix: torch.Tensor) -> AbstractContextManager[object]:
     if matrix.is_cuda or matrix.numel() > ONE_THREAD_SIZE:
         return contextlib.nullcontext()
     return one_torch_thread()
-
-
-def _randomised_svd(
-    matrix: torch.Tensor, width: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the leading ``width`` singular triples of a matrix, approximately."""
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
-    basis = torch.linalg.qr(matrix @ start).Q
-    for _ in range(POWER_ITERATIONS):
-        basis = torch.linalg.qr(matrix @ (matrix.t() @ basis)).Q
-    left, values, right = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
-    return basis @ left, values, right
