@@ -100,6 +100,9 @@ def test_bits_per_weight():
         ({"row_scales": np.ones(2)}, "float64"),
         ({"scale_constraint": "none"}, "row scales of 1"),
         ({"scale_constraint": "m3"}, "constraint"),
+        ({"scale_rows": 2}, "e4m3 scales have no compute groups of 2 rows"),
+        ({"scale_constraint": "m2", "group_scales": np.ones((2, 2), np.float32), "scale_rows": 2}, "differ"),
+        ({"group_size": 0}, r"not int8 \[N, 5\]"),
         ({"weight_format": "e1m2"}, "weight format"),
     ],
 )
@@ -145,3 +148,24 @@ def test_groups_below_the_range_are_lifted_to_it():
     scales, rows = constrain_scales(np.array([[1.0, 1e-6]], dtype=np.float32), "m2", E2M1)
     assert scales.tolist() == [[64.0, 2.0**-5]]
     assert rows[0] == np.float32(1 / 64)
+
+
+def test_one_group_for_a_whole_row():
+    plain = example(group_scales=np.array([[1.125, 1.125], [0.5, 0.5]], np.float32))
+    whole = example(
+        codes=plain.codes[:, :5].copy(), group_scales=plain.group_scales[:, :1].copy(), group_size=0
+    )
+    assert np.array_equal(whole.dequantize(), plain.dequantize())
+    assert whole.bits_per_weight() == (2 * 5 * 4 + 2 * 8 + 2 * 32) / 10
+
+
+def test_compute_groups_of_rows():
+    scales = np.ones((5, 1), np.float32)
+    rows = np.array([0.3, 0.3, 1.7, 1.7, 9.1], np.float32)
+
+    def weight(scale_rows):
+        return QuantizedWeight(np.ones((5, 4), np.int8), scales, rows, 4, "e2m1", 4, "m2", scale_rows)
+
+    assert weight(2).bits_per_weight() == weight(1).bits_per_weight()
+    with pytest.raises(ValueError, match="row scales differ in a compute group of 3 rows"):
+        weight(3)

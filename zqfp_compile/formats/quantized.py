@@ -10,12 +10,20 @@ import numpy.typing as npt
 
 from zqfp_compile.formats.codebook import CODE_BOOKS
 from zqfp_compile.formats.minifloat import E4M3FN
-from zqfp_compile.formats.scales import SCALE_CONSTRAINTS, check_group_scales
+from zqfp_compile.formats.scales import SCALE_CONSTRAINTS, check_group_scales, check_row_blocks
 
 FloatArray = npt.NDArray[np.float32]
 
 # Elements decoded at once.
 _BLOCK = 1 << 17
+
+# The group size that stands for one group per row, whatever K.
+WHOLE_ROW = 0
+
+
+def group_width(k: int, group_size: int) -> int:
+    """Return the weights per group of rows of ``k``: the group size, or all of the row for ``WHOLE_ROW``."""
+    return k if group_size == WHOLE_ROW else group_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,14 +31,15 @@ class QuantizedWeight:
     """W[N, K] in 4 bits with group and row scales, or in FP8 with row scales.
 
     Attributes:
-        codes: int8 [N, Kp] in -7..7, Kp being K rounded up to the group size, padding 0; for weight format
+        codes: int8 [N, Kp] in -7..7, Kp being K rounded up to whole groups, padding 0; for weight format
             ``fp8`` the values w8 themselves, ml_dtypes.float8_e4m3fn [N, K].
-        group_scales: float32 [N, Kp / group_size], legal under the constraint; ``None`` for ``fp8``.
+        group_scales: float32 [N, Kp / g], legal under the constraint; ``None`` for ``fp8``.
         row_scales: float32 [N], positive; all 1 under the constraint ``none``.
         k: Columns of W.
         weight_format: ``e2m1``, ``e3m0``, ``int4`` or ``fp8``.
-        group_size: Weights per group scale; meaningless for ``fp8``.
+        group_size: Weights g per group scale, 0 for one scale per row (g = K); meaningless for ``fp8``.
         scale_constraint: ``none``, ``m1``, ``m2`` or ``e4m3``; meaningless for ``fp8``.
+        scale_rows: Rows of a compute group of ``m2``: each run of so many rows, from row 0, has one R.
 
     Raises:
         ValueError: When the parts do not fit together or break the constraint.
@@ -43,6 +52,7 @@ class QuantizedWeight:
     weight_format: str
     group_size: int
     scale_constraint: str
+    scale_rows: int = 1
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2 or self.row_scales.shape != (self.n,):
@@ -70,7 +80,8 @@ class QuantizedWeight:
     def _check_codes(self) -> None:
         if self.weight_format not in CODE_BOOKS:
             raise ValueError(f"unknown weight format {self.weight_format!r}")
-        padded = -(-self.k // self.group_size) * self.group_size
+        width = group_width(self.k, self.group_size)
+        padded = -(-self.k // width) * width
         if self.codes.dtype != np.int8 or self.codes.shape[1] != padded:
             raise ValueError(f"codes are {self.codes.dtype} {self.codes.shape}, not int8 [N, {padded}]")
         if self.codes.size and (self.codes.min() < -7 or self.codes.max() > 7):
@@ -81,11 +92,12 @@ class QuantizedWeight:
     def _check_scales(self) -> None:
         if self.scale_constraint not in SCALE_CONSTRAINTS:
             raise ValueError(f"unknown scale constraint {self.scale_constraint!r}")
-        groups = self.codes.shape[1] // self.group_size
+        groups = self.codes.shape[1] // group_width(self.k, self.group_size)
         scales = self.group_scales
         if scales is None or scales.dtype != np.float32 or scales.shape != (self.n, groups):
             raise ValueError(f"group scales are not float32 [{self.n}, {groups}]")
         check_group_scales(scales, self.row_scales, self.scale_constraint, CODE_BOOKS[self.weight_format])
+        check_row_blocks(self.row_scales, self.scale_constraint, self.scale_rows)
         if self.scale_constraint == "none" and (self.row_scales != 1).any():
             raise ValueError("unconstrained weights have row scales of 1")
 
@@ -110,7 +122,7 @@ class QuantizedWeight:
         if self.group_scales is None:
             return E4M3FN.decode(self.codes[rows])
         values = CODE_BOOKS[self.weight_format].decode(self.codes[rows])
-        grouped = values.reshape(len(values), -1, self.group_size)
+        grouped = values.reshape(len(values), -1, group_width(self.k, self.group_size))
         grouped *= self.group_scales[rows, :, None]
         values = values[:, : self.k]
         return values if self.scale_constraint == "none" else E4M3FN.round(values)

@@ -101,3 +101,21 @@ def check_group_scales(
         )
     if constraint == "m1" and not (np.frexp(row_scales)[0] == 0.5).all():
         raise ValueError("m1 row scales must be powers of two")
+
+
+def check_row_blocks(row_scales: FloatArray, constraint: str, scale_rows: int) -> None:
+    """Check that each compute group, ``scale_rows`` rows from a multiple of it on, has one row scale.
+
+    In ZeroQuant-FP (section 4) the groups of a compute group have scales ``S_max * 2^-k``: one S_max, here
+    one R, for all of its rows, and twelve legal k. The last compute group may have fewer rows.
+
+    Raises:
+        ValueError: When they differ, or rows are joined under another constraint than ``m2``.
+    """
+    if scale_rows == 1:
+        return
+    if scale_rows < 1 or constraint != "m2":
+        raise ValueError(f"{constraint} scales have no compute groups of {scale_rows} rows")
+    leaders = row_scales[np.arange(len(row_scales)) // scale_rows * scale_rows]
+    if (row_scales != leaders).any():
+        raise ValueError(f"row scales differ in a compute group of {scale_rows} rows")

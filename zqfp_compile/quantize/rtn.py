@@ -7,7 +7,7 @@ The search compares *decoded* weights, the values the engine multiplies with, so
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch
 from zqfp_compile.errors import ModelError
 from zqfp_compile.formats.codebook import CODE_BOOKS, CodeBook
 from zqfp_compile.formats.minifloat import E4M3FN
-from zqfp_compile.formats.quantized import QuantizedWeight
+from zqfp_compile.formats.quantized import QuantizedWeight, group_width
 from zqfp_compile.formats.scales import SCALE_CONSTRAINTS, top_scale
 from zqfp_compile.quantize.rounding import nearest_level, round_minifloat
 from zqfp_compile.quantize.threads import one_torch_thread
@@ -39,6 +39,9 @@ ROW_FACTORS = {
     "m2": tuple(2.0 ** (phase / 8) for phase in range(8)),
     "e4m3": (1.0, 1.03),
 }
+# With so few groups a row, powers of two and m2's R can beat e4m3's grid (a third of rows of one group, none
+# of rows of nine): e4m3 tries m2's choices as well, all legal for it.
+FEW_GROUPS = 4
 # Unconstrained scales, as multiples of the one that just fits.
 CLIP_FACTORS = (
     1.0,
@@ -66,9 +69,10 @@ class _Rule:
     """What to quantise to."""
 
     book: CodeBook
-    group_size: int
+    width: int  # weights per group
     constraint: str
     search: bool
+    scale_rows: int = 1
     importance: torch.Tensor | None = None  # float32 [g, G], largest 1, on the weight's device
 
 
@@ -78,6 +82,7 @@ def quantize_weight(
     weight_format: str = "e2m1",
     group_size: int = 64,
     scale_constraint: str = "e4m3",
+    scale_rows: int = 1,
     search: bool = True,
     importance: torch.Tensor | None = None,
     name: str = "weight",
@@ -87,8 +92,10 @@ def quantize_weight(
     Args:
         weight: [N, K], any float dtype, CPU or CUDA; K need not be a multiple of the group size.
         weight_format: ``e2m1``, ``e3m0``, ``int4``, or ``fp8`` (E4M3 with R = max|row| / 448, no groups).
-        group_size: Weights along K per group scale.
+        group_size: Weights along K per group scale; 0: one scale per row.
         scale_constraint: ``none``, ``m1``, ``m2`` or ``e4m3`` (DESIGN section 2); unused for ``fp8``.
+        scale_rows: Rows that share one R (a compute group of ``m2``); groups too small for the range that R
+            leaves are lifted to its lowest scale.
         search: Choose scales by the squared error of the decoded weight; otherwise each group takes the
             smallest scale that does not saturate it (:func:`zqfp_compile.formats.scales.constrain_scales`).
         importance: [K], finite and not negative: factor on each column's squared error in the search, for
@@ -96,40 +103,45 @@ def quantize_weight(
         name: The tensor's name, for errors.
 
     Returns:
-        The quantised weight, in numpy. Rows of zeros (below 2^-100) have R = 1 and codes 0.
+        The quantised weight, in numpy. Rows of zeros (below 2^-100) have codes 0, and R = 1 unless they
+        share another row's.
 
     Raises:
         ModelError: When the weight holds NaN, infinity or values beyond 2^126.
-        ValueError: On an unknown format or constraint, a weight that is not a non-empty matrix, or an
-            importance that does not fit it.
+        ValueError: On an unknown format or constraint, ``scale_rows`` without ``m2``, a weight that is not a
+            non-empty matrix, or an importance that does not fit it.
     """
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"{name}: shape {tuple(weight.shape)} is not a non-empty matrix")
     if scale_constraint not in SCALE_CONSTRAINTS:
         raise ValueError(f"unknown scale constraint {scale_constraint!r}")
+    if scale_rows < 1 or (scale_rows > 1 and scale_constraint != "m2"):
+        raise ValueError(f"{scale_constraint} scales have no compute groups of {scale_rows} rows")
     weight = weight.detach()
     check_finite(weight, name)
     if weight_format == "fp8":
         return _quantize_fp8(weight, group_size, scale_constraint)
     if weight_format not in CODE_BOOKS:
         raise ValueError(f"unknown weight format {weight_format!r}")
-    columns = None if importance is None else _group_importance(importance, weight, group_size)
-    rule = _Rule(CODE_BOOKS[weight_format], group_size, scale_constraint, search, columns)
-    return _quantize_4bit(weight, rule)
+    width = group_width(weight.shape[1], group_size)
+    columns = None if importance is None else _group_importance(importance, weight, width)
+    rule = _Rule(CODE_BOOKS[weight_format], width, scale_constraint, search, scale_rows, columns)
+    return _quantize_4bit(weight, rule, group_size)
 
 
 def decoded_levels(weight: QuantizedWeight, device: torch.device | str = "cpu") -> torch.Tensor:
     """Return the magnitudes that a decoded weight of each group can take, float32 [8, N, G] in code order.
 
-    ``levels[abs(c), n, j]`` is exactly ``abs(weight.dequantize()[n, k])`` for the code ``c = weight.codes[n, k]``
-    in group ``j``; the code's sign is the value's.
+    ``levels[abs(c), n, j]`` is exactly ``abs(weight.dequantize()[n, k])`` for ``c = weight.codes[n, k]`` in
+    group j; the code's sign is the value's.
 
     Raises:
         ValueError: For ``fp8`` weights, which have no code book.
     """
     if weight.group_scales is None:
         raise ValueError(f"{weight.weight_format} weights have no code book")
-    rule = _Rule(CODE_BOOKS[weight.weight_format], weight.group_size, weight.scale_constraint, search=False)
+    width = group_width(weight.k, weight.group_size)
+    rule = _Rule(CODE_BOOKS[weight.weight_format], width, weight.scale_constraint, search=False)
     scales, rows = (torch.from_numpy(part).to(device) for part in (weight.group_scales, weight.row_scales))
     return _levels(scales, rows, rule).view(-1, *scales.shape)
 
@@ -150,7 +162,7 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
     )
 
 
-def _group_importance(importance: torch.Tensor, weight: torch.Tensor, group_size: int) -> torch.Tensor:
+def _group_importance(importance: torch.Tensor, weight: torch.Tensor, width: int) -> torch.Tensor:
     """Return importance [K] as float32 [g, G] with a largest value of 1, so that errors cannot overflow."""
     values = importance.detach().to(weight.device, torch.float32)
     if values.shape != weight.shape[1:]:
@@ -160,8 +172,8 @@ def _group_importance(importance: torch.Tensor, weight: torch.Tensor, group_size
     largest = values.max()
     # Nothing matters: then everything matters alike.
     values = torch.where(largest > 0, values / largest, 1.0)
-    values = torch.nn.functional.pad(values, (0, -len(values) % group_size))
-    return values.view(-1, group_size).t().contiguous()
+    values = torch.nn.functional.pad(values, (0, -len(values) % width))
+    return values.view(-1, width).t().contiguous()
 
 
 def _quantize_fp8(weight: torch.Tensor, group_size: int, scale_constraint: str) -> QuantizedWeight:
@@ -170,27 +182,27 @@ def _quantize_fp8(weight: torch.Tensor, group_size: int, scale_constraint: str) 
     row_scales = np.empty(n, dtype=np.float32)
 
     def work(start: int, stop: int) -> None:
-        rows, factor = _normalise(weight[start:stop])
+        rows, factor = _normalise(weight[start:stop], 1)
         largest = rows.abs().amax(dim=1)
         scale = torch.where(largest > 0, largest / E4M3FN.max_value, 1.0)
         rounded = round_minifloat(rows / scale[:, None], E4M3FN).to(torch.float8_e4m3fn)
         codes[start:stop] = rounded.view(torch.uint8).cpu().numpy().view(E4M3FN.dtype)
         row_scales[start:stop] = (scale * factor).cpu().numpy()
 
-    _for_row_chunks(weight, k, work)
+    _for_row_chunks(weight, k, 1, work)
     return QuantizedWeight(codes, None, row_scales, k, "fp8", group_size, scale_constraint)
 
 
-def _quantize_4bit(weight: torch.Tensor, rule: _Rule) -> QuantizedWeight:
+def _quantize_4bit(weight: torch.Tensor, rule: _Rule, group_size: int) -> QuantizedWeight:
     n, k = weight.shape
-    groups = -(-k // rule.group_size)
-    padded = groups * rule.group_size
+    groups = -(-k // rule.width)
+    padded = groups * rule.width
     codes = np.empty((n, padded), dtype=np.int8)
     group_scales = np.empty((n, groups), dtype=np.float32)
     row_scales = np.empty(n, dtype=np.float32)
 
     def work(start: int, stop: int) -> None:
-        values, factor = _normalise(weight[start:stop])
+        values, factor = _normalise(weight[start:stop], rule.scale_rows)
         values = torch.nn.functional.pad(values, (0, padded - k))
         signed, scales, rows = _quantize_rows(values, rule)
         if rule.constraint == "none":
@@ -199,39 +211,50 @@ def _quantize_4bit(weight: torch.Tensor, rule: _Rule) -> QuantizedWeight:
         group_scales[start:stop] = scales.cpu().numpy()
         row_scales[start:stop] = (rows * factor).cpu().numpy()
 
-    _for_row_chunks(weight, padded, work)
+    _for_row_chunks(weight, padded, rule.scale_rows, work)
     return QuantizedWeight(
-        codes, group_scales, row_scales, k, rule.book.name, rule.group_size, rule.constraint
+        codes, group_scales, row_scales, k, rule.book.name, group_size, rule.constraint, rule.scale_rows
     )
 
 
-def _for_row_chunks(weight: torch.Tensor, row_length: int, work: Callable[[int, int], None]) -> None:
-    """Call ``work(start, stop)`` for runs of rows of about one chunk; each call fills its own rows."""
-    step = max(1, (CUDA_CHUNK if weight.is_cuda else CPU_CHUNK) // row_length)
+def _for_row_chunks(
+    weight: torch.Tensor, row_length: int, block: int, work: Callable[[int, int], None]
+) -> None:
+    """Call ``work(start, stop)`` for runs of whole blocks of rows, about a chunk each; it fills its rows."""
+    chunk = CUDA_CHUNK if weight.is_cuda else CPU_CHUNK
+    step = block * max(1, chunk // (row_length * block))
     # A pool of Python threads over the chunks was tried: 1.4 times the processor time.
     with one_torch_thread():
         for start in range(0, len(weight), step):
             work(start, min(start + step, len(weight)))
 
 
-def _normalise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale rows to maxima in [1, 2) by powers of two: exact, and squares neither overflow nor vanish.
+def _normalise(rows: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale blocks of rows to maxima in [1, 2) by powers of two: squares neither overflow nor vanish.
 
     Returns:
         float32 rows [r, K], those below the floor being all zeros, and the factors [r] that undo the scaling.
     """
     rows = rows.to(torch.float32)
-    largest = rows.abs().amax(dim=1)
+    largest = _over_blocks(rows.abs().amax(dim=1), block, torch.amax)
     usable = largest >= SMALLEST_ROW
     power = largest.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
     factor = torch.where(usable, power, 1.0)
     return torch.where(usable[:, None], rows / factor[:, None], 0.0), factor
 
 
+def _over_blocks(values: torch.Tensor, block: int, combine: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Replace values [r], none negative, by what ``combine`` makes of their block; the last may be short."""
+    if block == 1:
+        return values
+    padded = torch.nn.functional.pad(values, (0, -len(values) % block))
+    return combine(padded.view(-1, block), dim=1).repeat_interleave(block)[: len(values)]
+
+
 def _quantize_rows(values: torch.Tensor, rule: _Rule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantise normalised, padded rows: float32 [r, Kp] -> int8 codes [r, Kp], s [r, G], R [r]."""
     # The group goes first, so that a scale per group is a contiguous row to broadcast.
-    sizes = values.abs().view(-1, rule.group_size).t().contiguous()
+    sizes = values.abs().view(-1, rule.width).t().contiguous()
     ideal = sizes.amax(dim=0).view(len(values), -1) / rule.book.max_magnitude
     scales, rows = _choose_scales(sizes, ideal, rule)
     index = nearest_level(sizes, _levels(scales, rows, rule)).t().reshape(values.shape)
@@ -269,7 +292,7 @@ def _choose_scales(
             error = _group_errors(sizes, _levels(choice, rows, rule), rule.importance).view(ideal.shape)
             scales = torch.where(error < lowest, choice, scales)
             lowest = torch.minimum(error, lowest)
-        row_error = lowest.sum(dim=1)
+        row_error = _over_blocks(lowest.sum(dim=1), rule.scale_rows, torch.sum)
         better = row_error < best_error
         best_error = torch.where(better, row_error, best_error)
         best_scales = torch.where(better[:, None], scales, best_scales)
@@ -298,7 +321,7 @@ def _group_errors(sizes: torch.Tensor, levels: torch.Tensor, importance: torch.T
 
 def _candidates(ideal: torch.Tensor, rule: _Rule) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
     """Return row scales R [r], each with the group scales [r, G] to try under it; the plain choice first."""
-    largest = ideal.amax(dim=1)
+    largest = _over_blocks(ideal.amax(dim=1), rule.scale_rows, torch.amax)
     if rule.constraint == "none":
         base = torch.where(ideal > 0, ideal, 1.0)
         return [(torch.ones_like(largest), [base * factor for factor in CLIP_FACTORS])]
@@ -308,6 +331,8 @@ def _candidates(ideal: torch.Tensor, rule: _Rule) -> list[tuple[torch.Tensor, li
         wanted = ideal / rows[:, None] * (1 - 1e-6)  # R carries a rounding error
         steps = SCALE_STEPS[rule.constraint]
         result.append((rows, [_legal_scale(wanted, step, rule) for step in steps]))
+    if rule.constraint == "e4m3" and ideal.shape[1] <= FEW_GROUPS:
+        result += _candidates(ideal, replace(rule, constraint="m2"))
     return result
 
 

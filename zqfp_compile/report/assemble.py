@@ -18,7 +18,7 @@ from zqfp_compile import __version__
 from zqfp_compile.calibrate.samples import Samples
 from zqfp_compile.certificate import Certificate
 from zqfp_compile.evaluate import Evaluation
-from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan
+from zqfp_compile.plan import LinearSite, QuantPlan
 from zqfp_compile.recipe import Recipe
 from zqfp_compile.report.model import (
     CalibrationReport,
@@ -84,7 +84,7 @@ class Facts:
 
 def assemble(facts: Facts) -> Report:
     """Return the report of a run."""
-    bits, bits_with_lorc = _bits_per_weight(facts.plan)
+    bits, bits_with_lorc = _bits_per_weight(facts)
     return Report(
         model=str(facts.source),
         source_sha256=_sha256(facts.source),
@@ -126,6 +126,7 @@ def _histogram(site: LinearSite, facts: Facts) -> Histogram:
         codes=whole.codes[rows],
         group_scales=None if whole.group_scales is None else whole.group_scales[rows],
         row_scales=whole.row_scales[rows],
+        scale_rows=1,  # the rows left are no whole compute groups
     )
     tensors = facts.plan.tensors[site.name]
     histogram = layer_histogram(
@@ -142,38 +143,52 @@ def _histogram(site: LinearSite, facts: Facts) -> Histogram:
 
 def _layers(facts: Facts) -> tuple[LayerReport, ...]:
     checks = {} if facts.certificate is None else {layer.name: layer for layer in facts.certificate.layers}
-    rewritten = [
-        LayerReport(
-            name=site.name,
-            k=site.k,
-            n=site.n,
-            rewritten=True,
-            sqnr_db=checks[site.name].sqnr_db if site.name in checks else None,
-            bits=_bits(facts.plan.tensors[site.name]) / (site.n * site.k)
-            if site.name in facts.plan.tensors
-            else None,
+    rewritten = {site.name for site in facts.plan.rewritten}
+    planned = []
+    for site in facts.plan.linears:
+        tensors = facts.plan.tensors.get(site.name)
+        bits, bits_with_lorc = _bits(facts, site)
+        planned.append(
+            LayerReport(
+                name=site.name,
+                k=site.k,
+                n=site.n,
+                rewritten=site.name in rewritten,
+                reason=None if site.name in rewritten else "kept in float by mixed precision",
+                sqnr_db=checks[site.name].sqnr_db if site.name in checks else None,
+                bits=bits / (site.n * site.k),
+                weight_format=facts.plan.precision(site).weight_format,
+                lorc_rank=0 if tensors is None or tensors.lorc_u is None else int(tensors.lorc_u.shape[0]),
+                bits_with_lorc=bits_with_lorc / (site.n * site.k),
+            )
         )
-        for site in facts.plan.linears
-    ]
     skipped = [LayerReport(item.name, item.k, item.n, False, item.reason) for item in facts.plan.skipped]
-    return (*rewritten, *skipped)
+    return (*planned, *skipped)
 
 
-def _bits_per_weight(plan: QuantPlan) -> tuple[float | None, float | None]:
-    """Return stored bits per rewritten weight without and with LoRC factors; shared weights count once."""
-    unique = {id(plan.tensors[site.name]): site for site in plan.linears if site.name in plan.tensors}
-    weights = sum(site.n * site.k for site in unique.values())
-    if not weights:
+def _bits_per_weight(facts: Facts) -> tuple[float | None, float | None]:
+    """Return stored bits per decoder weight without and with LoRC factors; shared weights count once."""
+    plan = facts.plan
+    if not plan.tensors:
         return None, None
-    tensors = [plan.tensors[site.name] for site in unique.values()]
-    bits = sum(_bits(item) for item in tensors)
-    lorc = sum(8 * factor.nbytes for item in tensors for factor in (item.lorc_v, item.lorc_u) if factor)
-    return bits / weights, (bits + lorc) / weights
+    sites = [site for site in plan.linears if not site.is_lm_head] or plan.linears
+    unique = {(site.weight, id(plan.tensors.get(site.name))): site for site in sites}.values()
+    weights = sum(site.n * site.k for site in unique)
+    bits = [_bits(facts, site) for site in unique]
+    return sum(pair[0] for pair in bits) / weights, sum(pair[1] for pair in bits) / weights
 
 
-def _bits(tensors: LinearTensors) -> int:
-    stored = (tensors.codes, tensors.group_scales, tensors.row_scales)
-    return sum(8 * tensor.nbytes for tensor in stored if tensor is not None)
+def _bits(facts: Facts, site: LinearSite) -> tuple[int, int]:
+    """Return the stored bits of a layer's weight without and with LoRC factors."""
+    tensors = facts.plan.tensors.get(site.name)
+    if tensors is None:
+        stored = facts.model.graph.initializers[site.weight.initializer].const_value
+        bits = (stored.dtype if stored is not None else site.dtype).bitwidth * site.n * site.k
+        return bits, bits
+    weight = (tensors.codes, tensors.group_scales, tensors.row_scales)
+    factors = (tensors.lorc_v, tensors.lorc_u, tensors.lorc_v_scale, tensors.lorc_u_scale)
+    bits, lorc = (sum(8 * item.nbytes for item in items if item is not None) for items in (weight, factors))
+    return bits, bits + lorc
 
 
 def _perplexity(facts: Facts) -> Perplexity | None:
