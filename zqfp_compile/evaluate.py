@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from zqfp_compile.backends.ort import create_session, is_large
+from zqfp_compile.backends.ort import create_session, is_large, run_session
 from zqfp_compile.calibrate.causal_lm import CausalLm
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.errors import ModelError, UsageError
@@ -103,7 +103,7 @@ class _Model:
         # A batch that the graph fixes is filled with copies; the first is scored.
         feed = self.interface.make_feed(np.tile(window, (self.interface.batch_size or 1, 1)))
         try:
-            outputs = self.session.run([self.interface.logits], feed)
+            outputs = run_session(self.session, [self.interface.logits], feed)
         except Exception as error:
             raise _ort_error(self.path, "run", error) from error
         result: Array = outputs[0][0]

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from zqfp_compile.formats.quantized import QuantizedWeight
+
+Float32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,48 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class CacheSite:
+    """One tensor of the KV cache: ``present = Concat(past, new)``.
+
+    Attributes:
+        past: Name of the graph input.
+        present: Name of the graph output.
+        new: Name of the value the step appends; its range sets the scale.
+        concat: Name of the Concat node.
+        dtype: Element type in the original graph.
+    """
+
+    past: str
+    present: str
+    new: str
+    concat: str
+    dtype: ir.DataType
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One decomposed attention, ``mix = Softmax(f(MatMul(q, k))) @ v``.
+
+    Attributes:
+        name: Layer name.
+        scores: Name of the MatMul node of queries and keys.
+        mix: Name of the MatMul node of probabilities and values.
+        q: Name of the value whose range is that of the queries.
+        k: The same for the keys; what the step appends where they come from the cache.
+        v: The same for the values.
+        dtype: Element type of both products in the original graph.
+    """
+
+    name: str
+    scores: str
+    mix: str
+    q: str
+    k: str
+    v: str
+    dtype: ir.DataType
+
+
+@dataclass(frozen=True)
 class SitePrecision:
     """How one layer is stored.
 
@@ -117,14 +162,19 @@ class QuantPlan:
             layers that ``precisions`` does not name.
         activation_format: ``e4m3``, ``e5m2``, ``int8`` or ``none``.
         per_token: Dynamic per-token activation scales instead of static per-tensor ones.
-        group_size: Weights per group scale along K.
+        group_size: Weights per group scale along K; 0: one group per row.
         scale_constraint: ``none``, ``m1``, ``m2`` or ``e4m3``.
+        scale_rows: Rows that share a row scale (a compute group of ``m2``); 1 otherwise.
         activation_scales: Static scale per activation value name (empty when ``per_token``).
         tensors: Quantised tensors per layer name (filled by the quantize step).
         lorc_rank: Rank of the compensation of layers that ``precisions`` does not name.
         lorc_format: How LoRC factors are stored: ``float`` (the layer's dtype) or ``fp8``.
         precisions: Layers that differ from the above, by name. One with the format ``none`` is left as it is,
             its activation included.
+        caches: Tensors of the KV cache to hold in FP8.
+        attentions: Attentions whose two products run on FP8 operands.
+        attention_scales: Static E4M3 scale per value name: ``new`` of the caches, ``q``, ``k`` and ``v`` of
+            the attentions.
     """
 
     linears: tuple[LinearSite, ...] = ()
@@ -134,11 +184,22 @@ class QuantPlan:
     per_token: bool = False
     group_size: int = 64
     scale_constraint: str = "e4m3"
+    scale_rows: int = 1
     activation_scales: Mapping[str, float] = field(default_factory=dict)
     tensors: Mapping[str, LinearTensors] = field(default_factory=dict)
     lorc_rank: int = 0
     lorc_format: str = "float"
     precisions: Mapping[str, SitePrecision] = field(default_factory=dict)
+    caches: tuple[CacheSite, ...] = ()
+    attentions: tuple[AttentionSite, ...] = ()
+    attention_scales: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def attention_values(self) -> tuple[str, ...]:
+        """The values whose ranges set ``attention_scales``, each once, in graph order of their sites."""
+        names = [cache.new for cache in self.caches]
+        names += [name for site in self.attentions for name in (site.q, site.k, site.v)]
+        return tuple(dict.fromkeys(names))
 
     @property
     def rewritten(self) -> tuple[LinearSite, ...]:
@@ -155,17 +216,31 @@ class QuantPlan:
         """Return how ``site`` is stored."""
         return self.precisions.get(site.name) or SitePrecision(self.weight_format, self.lorc_rank)
 
+    def low_rank(self, site: LinearSite) -> tuple[Float32, Float32] | None:
+        """Read a layer's LoRC factors back as V [K, r] and U [r, N], or ``None`` without.
+
+        FP8 factors are multiplied by their scales in float32; the graph rounds that to the layer's type.
+        """
+        tensors = self.tensors.get(site.name)
+        if tensors is None or tensors.lorc_v is None or tensors.lorc_u is None:
+            return None
+        v, u = (factor.numpy().astype(np.float32) for factor in (tensors.lorc_v, tensors.lorc_u))
+        if tensors.lorc_v_scale is not None and tensors.lorc_u_scale is not None:
+            v *= tensors.lorc_v_scale.numpy()[None, :]
+            u *= tensors.lorc_u_scale.numpy()[:, None]
+        return v, u
+
     def replace(self, **changes: object) -> QuantPlan:
         """Return a copy with fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
-    def quantized_weight(self, site: LinearSite) -> QuantizedWeight:
-        """Read a layer's stored tensors back as the numpy reference.
+    def quantized_weight(self, site: LinearSite, tensors: LinearTensors | None = None) -> QuantizedWeight:
+        """Read a layer's stored tensors, by default those of the plan, back as the numpy reference.
 
         Raises:
             ValueError: When the tensors break the format's rules (DESIGN section 2).
         """
-        tensors = self.tensors[site.name]
+        tensors = tensors or self.tensors[site.name]
         codes, scales = tensors.codes.numpy(), tensors.group_scales
         weight_format = self.precision(site).weight_format
         return QuantizedWeight(
@@ -176,4 +251,5 @@ class QuantPlan:
             weight_format=weight_format,
             group_size=self.group_size,
             scale_constraint=self.scale_constraint,
+            scale_rows=self.scale_rows,
         )

@@ -21,6 +21,7 @@ _NARROW = FP8 | {ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.FLOAT4E2M1}
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _DOMAIN = "zqfp"
 _OP = "W4A8Linear"
+_OP_INPUTS = 11
 # Operators that pass a dequantised tensor on to the MatMul without a new quantisation.
 _TRANSPARENT = frozenset({"Cast", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 
@@ -156,15 +157,15 @@ def _w4a8_nodes(model: ir.Model) -> Iterator[str]:
             continue
         if node.op_type != _OP:
             yield f"{_place(node)} is no {_OP}"
-        elif not 5 <= len(node.inputs) <= 9 or len(node.outputs) != 1:
+        elif not 5 <= len(node.inputs) <= _OP_INPUTS or len(node.outputs) != 1:
             yield f"{_place(node)} has {len(node.inputs)} inputs and {len(node.outputs)} outputs"
         else:
             yield from (f"{_place(node)}: {problem}" for problem in _w4a8_inputs(node))
 
 
 def _w4a8_inputs(node: ir.Node) -> Iterator[str]:
-    inputs = [*node.inputs, *[None] * (9 - len(node.inputs))]
-    x8, a, codes, group_scales, row_scales, bias, x, v, u = inputs
+    inputs = [*node.inputs, *[None] * (_OP_INPUTS - len(node.inputs))]
+    x8, a, codes, group_scales, row_scales, bias, x, v, u, v_scale, u_scale = inputs
     y = node.outputs[0]
     if x8 is None or codes is None or row_scales is None:
         yield "x8, codes or row_scales is missing"
@@ -174,29 +175,34 @@ def _w4a8_inputs(node: ir.Node) -> Iterator[str]:
         yield f"x8 has type {x8.dtype} and a is {'missing' if a is None else 'given'}"
     if codes.dtype != ir.DataType.FLOAT8E4M3FN and group_scales is None:
         yield "group_scales is missing"
+    own = {y.dtype} if y.dtype else _FLOATS
+    factor = own if v_scale is None else {ir.DataType.FLOAT8E4M3FN}
     for name, value, allowed in (
         ("a", a, {ir.DataType.FLOAT}),
         ("codes", codes, {ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN}),
         ("group_scales", group_scales, {ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT}),
         ("row_scales", row_scales, {ir.DataType.FLOAT}),
-        ("bias", bias, {y.dtype} if y.dtype else _FLOATS),
-        ("x", x, {y.dtype} if y.dtype else _FLOATS),
-        ("lorc_v", v, {y.dtype} if y.dtype else _FLOATS),
-        ("lorc_u", u, {y.dtype} if y.dtype else _FLOATS),
+        ("bias", bias, own),
+        ("x", x, own),
+        ("lorc_v", v, factor),
+        ("lorc_u", u, factor),
+        ("lorc_v_scale", v_scale, {ir.DataType.FLOAT}),
+        ("lorc_u_scale", u_scale, {ir.DataType.FLOAT}),
     ):
         if value is not None and value.dtype is not None and value.dtype not in allowed:
             yield f"{name} has type {value.dtype}, not {' or '.join(str(dtype) for dtype in allowed)}"
     if len({value is None for value in (x, v, u)}) > 1:
         yield "x, lorc_v and lorc_u are not given together"
-    yield from _w4a8_shapes(codes, group_scales, row_scales, v, u)
+    if (v_scale is None) != (u_scale is None) or (v is None and v_scale is not None):
+        yield "lorc_v_scale and lorc_u_scale are not given together, with the factors"
+    yield from _w4a8_shapes(codes, group_scales, row_scales)
+    yield from _lorc_shapes(row_scales, v, u, v_scale, u_scale)
 
 
 def _w4a8_shapes(
     codes: ir.Value,
     group_scales: ir.Value | None,
     row_scales: ir.Value,
-    v: ir.Value | None,
-    u: ir.Value | None,
 ) -> Iterator[str]:
     code_dims, row_dims = _dims(codes), _dims(row_scales)
     if code_dims is None or row_dims is None:
@@ -207,9 +213,25 @@ def _w4a8_shapes(
     groups = None if group_scales is None else _dims(group_scales)
     if groups is not None and (len(groups) != 2 or groups[0] != code_dims[0] or code_dims[1] % groups[1]):
         yield f"codes have shape {code_dims}, group_scales {groups}"
+
+
+def _lorc_shapes(
+    row_scales: ir.Value,
+    v: ir.Value | None,
+    u: ir.Value | None,
+    v_scale: ir.Value | None,
+    u_scale: ir.Value | None,
+) -> Iterator[str]:
+    row_dims = _dims(row_scales)
     v_dims, u_dims = (None if value is None else _dims(value) for value in (v, u))
-    if v_dims is not None and u_dims is not None and (v_dims[1:] != u_dims[:1] or u_dims[1:] != row_dims):
+    if row_dims is None or v_dims is None or u_dims is None:
+        return
+    if v_dims[1:] != u_dims[:1] or u_dims[1:] != row_dims:
         yield f"lorc_v has shape {v_dims}, lorc_u {u_dims} for {row_dims[0]} outputs"
+    for name, scale in (("lorc_v_scale", v_scale), ("lorc_u_scale", u_scale)):
+        dims = None if scale is None else _dims(scale)
+        if dims is not None and dims != u_dims[:1]:
+            yield f"{name} has shape {dims} for rank {u_dims[0]}"
 
 
 def _dims(value: ir.Value) -> tuple[int, ...] | None:
@@ -246,7 +268,8 @@ def _no_calls(model: ir.Model) -> Iterator[str]:
 def _narrow_types(model: ir.Model) -> Iterator[str]:
     """4-bit and FP8 values are stored or made by QuantizeLinear, and read by DequantizeLinear or a plugin."""
     for interface in (*model.graph.inputs, *model.graph.outputs):
-        if interface.dtype in _NARROW:
+        # An FP8 KV cache: both builders take E4M3 network inputs and outputs.
+        if interface.dtype in _NARROW - {ir.DataType.FLOAT8E4M3FN}:
             yield f"graph input or output {interface.name!r} has type {interface.dtype}"
     for node in _all_nodes(model):
         if node.domain == _DOMAIN:

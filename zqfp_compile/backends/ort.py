@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from zqfp_compile.errors import MissingDependencyError
@@ -21,6 +23,13 @@ def is_large(model: ir.Model) -> bool:
     """Return whether a model's weights are so many that a session should be opened with ``low_memory``."""
     tensors = (value.const_value for value in model.graph.initializers.values())
     return sum(tensor.nbytes for tensor in tensors if tensor is not None) > LOW_MEMORY_BYTES
+
+# ONNX Runtime's name of an FP8 tensor -> the type; in numpy it knows the bytes only.
+_FP8_TYPES = {
+    "tensor(float8e4m3fn)": ir.DataType.FLOAT8E4M3FN,
+    "tensor(float8e5m2)": ir.DataType.FLOAT8E5M2,
+}
+_FP8_ARRAYS = {dtype.numpy(): dtype for dtype in _FP8_TYPES.values()}
 
 
 def import_onnxruntime() -> Any:
@@ -96,6 +105,38 @@ def create_session(
             "install onnxruntime-gpu with its CUDA libraries, or run on the CPU"
         )
     return session
+
+
+def run_session(
+    session: Any, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]
+) -> list[npt.NDArray[Any]]:
+    """Run a session whose inputs and outputs may be FP8 (a quantised KV cache).
+
+    Args:
+        session: An ``onnxruntime.InferenceSession``.
+        names: Outputs to return; ``None`` is all of them.
+        feed: Arrays by input name, FP8 ones of ``ml_dtypes``' types.
+
+    Returns:
+        The outputs, FP8 ones of ``ml_dtypes``' types.
+    """
+    outputs = session.run(names, {name: _to_runtime(array) for name, array in feed.items()})
+    narrow = {arg.name: _FP8_TYPES[arg.type] for arg in session.get_outputs() if arg.type in _FP8_TYPES}
+    if not narrow:
+        return list(outputs)
+    wanted = names or [arg.name for arg in session.get_outputs()]
+    return [
+        array.view(narrow[name].numpy()) if name in narrow else array
+        for name, array in zip(wanted, outputs, strict=True)
+    ]
+
+
+def _to_runtime(array: npt.NDArray[Any]) -> Any:
+    dtype = _FP8_ARRAYS.get(array.dtype)
+    if dtype is None:
+        return array
+    content = np.ascontiguousarray(array).view(np.uint8)
+    return import_onnxruntime().OrtValue.ortvalue_from_numpy_with_onnx_type(content, int(dtype))
 
 
 def _save_memory(ort: Any, options: Any) -> None:

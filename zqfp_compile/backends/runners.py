@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from zqfp_compile.backends.ort import create_session
+from zqfp_compile.backends.ort import create_session, run_session
 from zqfp_compile.calibrate.causal_lm import Feed, InputSpec, find_vocab_size, graph_inputs
 from zqfp_compile.errors import MissingDependencyError, ModelError, UsageError, ZqfpError
 from zqfp_compile.model_io import load_model
@@ -66,7 +66,7 @@ class OrtRunner:
         """See :class:`Runner`."""
         names = [spec.name for spec in self.outputs]
         try:
-            return dict(zip(names, self._session.run(names, feed), strict=True))
+            return dict(zip(names, run_session(self._session, names, feed), strict=True))
         except Exception as error:
             raise _runtime_error(self.path, "run", error) from error
 

@@ -38,6 +38,8 @@ _ORT_TYPES = {
     "int8": ir.DataType.INT8,
     "uint8": ir.DataType.UINT8,
     "bool": ir.DataType.BOOL,
+    "float8e4m3fn": ir.DataType.FLOAT8E4M3FN,
+    "float8e5m2": ir.DataType.FLOAT8E5M2,
 }
 
 
