@@ -59,6 +59,11 @@ def _choice(title: str, choices: Any, flag: str, note: str = "") -> Any:
     return _group(title, text, flag, metavar="NAME", autocompletion=lambda: values)
 
 
+def _group_size(text: str) -> int | str:
+    """A number as such; the recipe checks the rest."""
+    return int(text) if text.isdecimal() else text
+
+
 def _pass_names() -> list[str]:
     from zqfp_compile.registry import PASSES
 
@@ -91,16 +96,45 @@ def compile_command(
             QUANT, recipes.ActivationScale, "--activation-scale", "One static per tensor, or per token: "
         ),
     ] = None,
+    kv_cache_dtype: Annotated[
+        str | None,
+        _choice(
+            QUANT,
+            recipes.KvCacheDtype,
+            "--kv-cache-dtype",
+            "KV cache in the model's own type, or half of it: ",
+        ),
+    ] = None,
+    attention: Annotated[
+        str | None,
+        _choice(QUANT, recipes.Attention, "--attention", "Operands of attention's matrix products: "),
+    ] = None,
     group_size: Annotated[
-        int | None,
-        _group(QUANT, "Weights along K per group scale (default 64).", "--group-size", metavar="N"),
+        Any,
+        _group(
+            QUANT,
+            "Weights along K per group scale (default 64), or row.",
+            "--group-size",
+            metavar="N",
+            parser=_group_size,
+        ),
     ] = None,
     scale_constraint: Annotated[
         str | None, _choice(QUANT, recipes.ScaleConstraint, "--scale-constraint")
     ] = None,
+    scale_rows: Annotated[
+        int | None,
+        _group(QUANT, "Rows that share one scale under m2 (default 1).", "--scale-rows", metavar="N"),
+    ] = None,
     lorc_rank: Annotated[
         int | None,
         _group(QUANT, "Rank of the error compensation (default 16; 0: off).", "--lorc-rank", metavar="N"),
+    ] = None,
+    lorc_format: Annotated[
+        str | None,
+        _choice(
+            QUANT, recipes.LorcFormat, "--lorc-format", "Its factors in the layer's float type, or fp8: "
+        ),
     ] = None,
     include: Annotated[
         list[str] | None,

@@ -185,7 +185,11 @@ def _select(run: _Compilation) -> None:
         per_token=recipe.activation_scale == "token",
         group_size=recipe.group_size,
         scale_constraint=recipe.scale_constraint,
+        scale_rows=recipe.scale_rows,
+        lorc_rank=recipe.lorc_rank,
+        lorc_format="fp8" if recipe.lorc_format == "fp8" else "float",
     )
+    _select_attention(run)
     if run.explain:
         for site in plan.linears:
             run.reporter.info(f"rewritten  {site.name} [{site.n}x{site.k}]")
@@ -196,20 +200,37 @@ def _select(run: _Compilation) -> None:
         raise ModelError(f"{run.source}: no linear layer can be rewritten ({reasons}); see --explain")
 
 
+def _select_attention(run: _Compilation) -> None:
+    kv_cache, attention = run.recipe.kv_cache_dtype == "fp8", run.recipe.attention == "fp8"
+    if not (kv_cache or attention):
+        return
+    options = {"plan": run.plan, "kv_cache": kv_cache, "attention": attention}
+    result = run.runner.run(run.model, "select-attention", "exported", **options)
+    if result.plan is None:
+        raise RuntimeError("select-attention returned no plan")
+    run.plan = result.plan
+    run.warn([f"{item.place} stays as it is, not FP8: {item.reason}" for item in result.declined])
+
+
 def _calibrate(run: _Compilation) -> None:
     """Run text through the original: ranges and energies of activations, rows for the per-layer checks."""
     recipe = run.recipe
     activations = list(dict.fromkeys(site.activation for site in run.plan.linears))
     static = run.plan.activation_format != "none" and not run.plan.per_token
     lorc = recipe.lorc_rank > 0 and run.plan.weight_format != "none"
-    if not (static or lorc or recipe.evaluate):
+    attention = run.plan.attention_values
+    if not (static or lorc or attention or recipe.evaluate):
         run.rows = _random_rows(run.plan, recipe.seed)
         return
     with run.timer.step("calibrate"):
         run.samples = _load_samples(run)
         try:
             result = collect(
-                run.model, activations, run.samples.feeds, seed=recipe.seed, progress=run.reporter.update
+                run.model,
+                [*activations, *attention],
+                run.samples.feeds,
+                seed=recipe.seed,
+                progress=run.reporter.update,
             )
         except ModelError as error:
             culprit = find_nonfinite(run.model, run.plan)
@@ -223,9 +244,18 @@ def _calibrate(run: _Compilation) -> None:
     run.rows = result.rows
     run.energies = result.energies
     if static:
-        scales, warnings = activation_scales(result.ranges, run.plan.activation_format)
+        ranges = {name: result.ranges[name] for name in activations}
+        scales, warnings = activation_scales(ranges, run.plan.activation_format)
         run.warn(warnings)
         run.plan = run.plan.replace(activation_scales=scales)
+    _set_attention_scales(run, result.ranges)
+
+
+def _set_attention_scales(run: _Compilation, ranges: Mapping[str, float]) -> None:
+    wanted = {name: ranges[name] for name in run.plan.attention_values}
+    scales, warnings = activation_scales(wanted, "e4m3")
+    run.warn(warnings)
+    run.plan = run.plan.replace(attention_scales=scales)
 
 
 def _load_samples(run: _Compilation) -> Samples:
@@ -256,14 +286,13 @@ def _random_rows(plan: QuantPlan, seed: int) -> Rows:
 
 
 def _quantize(run: _Compilation) -> None:
-    if run.plan.weight_format == "none":
+    if not run.plan.quantizes_weights:
         return
     with run.timer.step("quantize"):
         run.plan = quantize_model(
             run.model,
             run.plan,
             run.store,
-            lorc_rank=run.recipe.lorc_rank,
             energies=run.energies,
             seed=run.recipe.seed,
             progress=run.reporter.update,
@@ -276,11 +305,14 @@ def _rewrite(run: _Compilation) -> None:
     phase: Phase = "exported"
     if run.plan.activation_format != "none":
         run.runner.run(model, "quantize-activations", phase, plan=run.plan)
-    if run.plan.weight_format != "none":
+    if run.plan.quantizes_weights:
         phase = "quantized"
         run.runner.run(model, "quantize-weights", phase, plan=run.plan)
-        if run.recipe.lorc_rank:
+        if any(tensors.lorc_v is not None for tensors in run.plan.tensors.values()):
             run.runner.run(model, "add-lorc", phase, plan=run.plan)
+    for name in ("quantize-kv-cache", "quantize-attention"):
+        if run.plan.caches if name == "quantize-kv-cache" else run.plan.attentions:
+            run.runner.run(model, name, phase, plan=run.plan)
     run.runner.run(model, "remove-unused", phase)
     with run.timer.step("save"):
         save_model(model, run.artifact, progress=run.reporter.update)

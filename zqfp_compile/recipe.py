@@ -21,17 +21,20 @@ import yaml
 from zqfp_compile.errors import UsageError
 
 Target = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "none"]
+LorcFormat = Literal["fp16", "fp8"]
 Weights = Literal["fp4", "int4", "fp8", "none"]
 Fp4Format = Literal["e2m1", "e3m0"]
 Activations = Literal["fp8", "fp8-e5m2", "int8", "none"]
 ActivationScale = Literal["tensor", "token"]
+KvCacheDtype = Literal["auto", "fp8"]
+Attention = Literal["none", "fp8"]
 ScaleConstraint = Literal["none", "m1", "m2", "e4m3"]
 WeightLowering = Literal["auto", "int4", "fp8", "plugin"]
 Emit = Literal["fp4", "engine-onnx"]
 
 MAX_LORC_RANK = 512
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-GROUP_SIZES = (16, 32, 64, 128, 256)
+GROUP_SIZES = (16, 32, 64, 128, 256, 0)  # 0 is written "row": one group per row
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,14 @@ class Recipe:
         fp4_format: The 4-bit code book when ``weights="fp4"``.
         activations: Quantisation of the linear layers' inputs.
         activation_scale: ``tensor`` is static and calibrated, ``token`` is dynamic.
-        group_size: Weights along K that share one group scale.
+        kv_cache_dtype: Type of the KV cache's inputs and outputs; ``auto`` is the model's own.
+        attention: Quantisation of the operands of attention's two matrix products.
+        group_size: Weights along K that share one group scale; 0, in files and flags also ``row``: the row.
         scale_constraint: How group scales are restricted (DESIGN section 2; ZeroQuant-FP section 4).
+        scale_rows: Rows of a compute group of ``m2``, which have one row scale.
         lorc_rank: Rank of the low-rank error compensation; 0 turns it off.
+        lorc_format: Storage of its factors: ``fp16`` is the layer's own float type, ``fp8`` is E4M3 and one
+            scale per rank.
         weight_lowering: How the engine holds the weights.
         emit: Extra files to write.
         calibration: Text or ``.npz`` used for calibration; ``None`` uses built-in text.
@@ -73,9 +81,13 @@ class Recipe:
     fp4_format: Fp4Format = "e2m1"
     activations: Activations = "fp8"
     activation_scale: ActivationScale = "tensor"
+    kv_cache_dtype: KvCacheDtype = "auto"
+    attention: Attention = "none"
     group_size: int = 64
     scale_constraint: ScaleConstraint = "e4m3"
+    scale_rows: int = 1
     lorc_rank: int = 16
+    lorc_format: LorcFormat = "fp16"
     weight_lowering: WeightLowering = "auto"
     emit: tuple[Emit, ...] = ()
     calibration: str | None = None
@@ -130,6 +142,8 @@ class Recipe:
         unknown = sorted(set(normal) - known)
         if unknown:
             raise UsageError(f"recipe: unknown option {unknown[0]!r}; {_options_like(unknown[0], known)}")
+        if normal.get("group_size") == "row":
+            normal["group_size"] = 0
         return cls(**normal)
 
     @classmethod
@@ -219,11 +233,12 @@ def _coerce_shapes(flag: str, value: Any) -> dict[str, tuple[int, ...]]:
 
 def _check_ranges(recipe: Recipe) -> None:
     if recipe.group_size not in GROUP_SIZES:
-        sizes = ", ".join(map(str, GROUP_SIZES))
+        sizes = ", ".join(str(size or "row") for size in GROUP_SIZES)
         raise UsageError(f"--group-size: {recipe.group_size} is not one of {sizes}")
     if not 0 <= recipe.lorc_rank <= MAX_LORC_RANK:
         raise UsageError(f"--lorc-rank: {recipe.lorc_rank} is outside 0..{MAX_LORC_RANK}")
     at_least = {
+        "scale_rows": 1,
         "calibration_samples": 1,
         "calibration_length": 2,
         "eval_tokens": 2,
@@ -248,6 +263,10 @@ def _check_ranges(recipe: Recipe) -> None:
 def _check_combinations(recipe: Recipe) -> None:
     if recipe.weights == "none" and recipe.activations == "none":
         raise UsageError("--weights none with --activations none leaves nothing to do; choose one of them")
+    if recipe.scale_rows > 1 and recipe.scale_constraint != "m2":
+        raise UsageError(
+            f"--scale-rows {recipe.scale_rows}: rows share a scale only under --scale-constraint m2; drop it"
+        )
     engine = recipe.target in ("tensorrt", "tensorrt-rtx")
     if engine and recipe.weights in ("fp4", "int4") and recipe.scale_constraint == "none":
         raise UsageError(

@@ -20,9 +20,13 @@ OTHERS: dict[str, Any] = {
     "fp4_format": "e3m0",
     "activations": "fp8-e5m2",
     "activation_scale": "token",
+    "kv_cache_dtype": "fp8",
+    "attention": "fp8",
     "group_size": 128,
     "scale_constraint": "m2",
+    "scale_rows": 16,
     "lorc_rank": 0,
+    "lorc_format": "fp8",
     "weight_lowering": "plugin",
     "emit": ("fp4", "engine-onnx"),
     "calibration": "text: with colon.txt",
@@ -57,6 +61,10 @@ def test_every_option_round_trips(tmp_path: Path) -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     dashes = {name.replace("_", "-"): value for name, value in recipe.to_dict().items()}
     assert Recipe.from_dict(dashes) == recipe
+
+
+def test_a_group_may_be_a_whole_row() -> None:
+    assert Recipe.from_dict({"group-size": "row"}) == Recipe(group_size=0)
 
 
 def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
@@ -104,6 +112,10 @@ def test_any_accepted_recipe_round_trips(values: dict[str, Any]) -> None:
         ({"emit": ["fp4", "fp5"]}, "--emit: 'fp5' is not one of"),
         ({"emit": 3}, "--emit: 3 is not a list"),
         ({"group_size": 48}, "--group-size: 48 is not one of 16, 32"),
+        ({"group_size": "rows"}, "--group-size: 'rows' is not a whole number"),
+        ({"group_size": -1}, "--group-size: -1 is not one of 16, 32, 64, 128, 256, row"),
+        ({"scale_rows": 0}, "--scale-rows: 0 is below 1"),
+        ({"scale_rows": 8}, "--scale-rows 8: rows share a scale only under --scale-constraint m2"),
         ({"group_size": "64"}, "--group-size: '64' is not a whole number"),
         ({"group_size": 64.0}, "--group-size: 64.0 is not a whole number"),
         ({"group_size": True}, "--group-size: True is not a whole number"),
