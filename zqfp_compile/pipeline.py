@@ -186,6 +186,7 @@ def _select(run: _Compilation) -> None:
         group_size=recipe.group_size,
         scale_constraint=recipe.scale_constraint,
         scale_rows=recipe.scale_rows,
+        scale_rows=recipe.scale_rows,
         lorc_rank=recipe.lorc_rank,
         lorc_format="fp8" if recipe.lorc_format == "fp8" else "float",
     )

@@ -66,6 +66,7 @@ def quantize_model(
                 weight_format=plan.weight_format,
                 group_size=plan.group_size,
                 scale_constraint=plan.scale_constraint,
+                scale_rows=plan.scale_rows,
                 name=site.name,
             )
             factors = _lorc(weight, quantized, lorc_rank, loudness.get(site.weight), seed)

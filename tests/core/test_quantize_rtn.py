@@ -10,7 +10,7 @@ from zqfp_compile.errors import ModelError
 from zqfp_compile.formats.codebook import CODE_BOOKS
 from zqfp_compile.formats.minifloat import E4M3FN
 from zqfp_compile.formats.scales import constrain_scales, legal_scales
-from zqfp_compile.quantize.rtn import decoded_levels, quantize_weight
+from zqfp_compile.quantize.rtn import SMALLEST_ROW, decoded_levels, quantize_weight
 
 CONSTRAINTS = ["none", "m1", "m2", "e4m3"]
 BOOKS = list(CODE_BOOKS)
@@ -119,7 +119,7 @@ def test_any_shape_and_size(n, k, group_size, weight_format, constraint, exponen
     assert quantized.dequantize().shape == (n, k)
     largest = weight.abs().amax(dim=1, keepdim=True).numpy()
     # Half the widest step below the maximum: E3M0 jumps from 8 to 16, and a clipping scale loses up to half.
-    assert (np.abs(weight.numpy() - quantized.dequantize()) <= 0.5 * largest).all()
+    assert (np.abs(weight.numpy() - quantized.dequantize()) <= 0.5 * largest + SMALLEST_ROW).all()
     if constraint != "none":
         values = quantized.fp8_weight()
         assert np.array_equal(values, E4M3FN.round(values))
