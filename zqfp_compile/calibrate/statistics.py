@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from zqfp_compile.backends.ort import create_session, is_large
+from zqfp_compile.calibrate.sessions import open_model, run_session
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.errors import ModelError, UsageError
 
 Progress = Callable[[int, int, str], None]
 Float32 = npt.NDArray[np.float32]
 
-_BF16 = ir.DataType.BFLOAT16.numpy()
 _FORMAT_MAX = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
 # Where in a run the sample rows come from: an extra input, fractions of the run's rows.
 _PICK = "zqfp_pick"
@@ -77,7 +75,7 @@ def collect(
     names = list(dict.fromkeys(activations))
     if not names:
         return CalibrationResult({}, {}, {}, 0, 0.0)
-    session = _open(_measuring_model(model, names))
+    session = open_model(_measuring_model(model, names))
     wanted = {arg.name for arg in session.get_inputs()}
     random = np.random.default_rng(seed)
     per_run = -(-rows_per_activation // len(feeds))
@@ -89,9 +87,9 @@ def collect(
         # Below 1 by enough that float32 rounding never reaches the row after the last.
         pick = np.sort(random.uniform(0.0, 0.999, per_run)).astype(np.float32)
         needed = {name: value for name, value in feed.items() if name in wanted}
-        outputs = _run(session, {**needed, _PICK: pick})
+        outputs = run_session(session, {**needed, _PICK: pick})
         for name, peak, sample, energy in zip(names, outputs[::3], outputs[1::3], outputs[2::3], strict=True):
-            ranges[name] = max(ranges[name], _finite(float(peak), name))
+            ranges[name] = max(ranges[name], finite_range(float(peak), name))
             rows[name].append(sample)
             # The graph divides by the peak: squares of large activations would leave float32.
             energies[name] = energies.get(name, 0.0) + energy.astype(np.float64) * float(peak) ** 2
@@ -174,51 +172,12 @@ def _all_values(graph: ir.Graph) -> list[ir.Value]:
     return [*graph.inputs, *(output for node in graph for output in node.outputs)]
 
 
-def _open(model: ir.Model) -> Any:
-    """Open the in-memory model beside its external data."""
-    folders = {
-        Path(value.const_value.base_dir)
-        for value in model.graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
-    if len(folders) > 1:
-        raise ModelError(
-            f"weights lie in {len(folders)} folders ({', '.join(map(str, sorted(folders)))}); "
-            "save the model with its data in one"
-        )
-    content = ir.to_proto(model).SerializeToString()
-    try:
-        return create_session(
-            content,
-            external_data=next(iter(folders)).resolve() if folders else None,
-            low_memory=is_large(model),
-        )
-    except Exception as error:
-        raise _ort_error("open", error) from error
+def finite_range(value: float, name: str) -> float:
+    """Return an activation's range.
 
-
-def _run(session: Any, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-    plain = {
-        name: value.astype(np.float32) if value.dtype == _BF16 else value for name, value in feed.items()
-    }
-    try:
-        outputs: list[npt.NDArray[Any]] = session.run(None, plain)
-    except Exception as error:
-        raise _ort_error("run", error) from error
-    return outputs
-
-
-def _ort_error(action: str, error: Exception) -> Exception:
-    """Turn ONNX Runtime's exceptions into one line; let everything else through."""
-    if not type(error).__module__.startswith("onnxruntime"):
-        return error
-    reason = " ".join(str(error).split())
-    return ModelError(
-        f"calibration: ONNX Runtime cannot {action} the model ({reason}); check it with onnx.checker"
-    )
-
-
-def _finite(value: float, name: str) -> float:
+    Raises:
+        ModelError: When it is NaN or infinite.
+    """
     if not np.isfinite(value):
         raise ModelError(
             f"activation {name} reaches {value} on the calibration samples; "

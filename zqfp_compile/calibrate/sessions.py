@@ -1,0 +1,74 @@
+"""In-memory models in ONNX Runtime, for calibration: beside their external data, errors in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from zqfp_compile.backends.ort import create_session, is_large
+from zqfp_compile.errors import ModelError
+
+Array = npt.NDArray[Any]
+
+_BF16 = ir.DataType.BFLOAT16.numpy()
+
+
+def open_model(model: ir.Model, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Any:
+    """Open the in-memory model beside its external data.
+
+    Raises:
+        ModelError: When its weights lie in several folders, or ONNX Runtime cannot open it.
+    """
+    folders = {
+        Path(value.const_value.base_dir)
+        for value in model.graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    if len(folders) > 1:
+        raise ModelError(
+            f"weights lie in {len(folders)} folders ({', '.join(map(str, sorted(folders)))}); "
+            "save the model with its data in one"
+        )
+    content = ir.to_proto(model).SerializeToString()
+    try:
+        return create_session(
+            content,
+            providers=providers,
+            external_data=next(iter(folders)).resolve() if folders else None,
+            low_memory=is_large(model),
+        )
+    except Exception as error:
+        raise _ort_error("open", error) from error
+
+
+def run_session(session: Any, feed: Mapping[str, Array]) -> list[Array]:
+    """Return all outputs; bfloat16 inputs are fed as float32 (``calibrate/widen.py``).
+
+    Raises:
+        ModelError: When ONNX Runtime fails.
+    """
+    try:
+        outputs: list[Array] = session.run(None, {name: widened(value) for name, value in feed.items()})
+    except Exception as error:
+        raise _ort_error("run", error) from error
+    return outputs
+
+
+def widened(array: Array) -> Array:
+    """Return a bfloat16 array as float32, any other as it is."""
+    return array.astype(np.float32) if array.dtype == _BF16 else array
+
+
+def _ort_error(action: str, error: Exception) -> Exception:
+    """Turn ONNX Runtime's exceptions into one line; let everything else through."""
+    if not type(error).__module__.startswith("onnxruntime"):
+        return error
+    reason = " ".join(str(error).split())
+    return ModelError(
+        f"calibration: ONNX Runtime cannot {action} the model ({reason}); check it with onnx.checker"
+    )

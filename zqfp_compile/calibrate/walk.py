@@ -1,0 +1,260 @@
+"""One pass through a model that calibrates and quantises: every layer sees its predecessors quantised.
+
+The graph is cut at the planned linears (``segments.py``). ONNX Runtime computes what lies between them, torch
+the linears themselves, first to measure their input, then with their new weights. Activations between two
+segments lie on disk, so memory holds the weights of one step and the activations of one sample.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from zqfp_compile.calibrate.activation_cache import ActivationCache
+from zqfp_compile.calibrate.linears import ActivationQuantizer, FloatLinear, QuantizedLinear, Replacement
+from zqfp_compile.calibrate.segments import Partition, Step, partition, segment_model
+from zqfp_compile.calibrate.sessions import open_model, run_session, widened
+from zqfp_compile.calibrate.statistics import CalibrationResult, activation_scale, finite_range
+from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
+from zqfp_compile.errors import ModelError, UsageError
+from zqfp_compile.plan import LinearSite, QuantPlan
+from zqfp_compile.quantize.moments import InputMoments
+from zqfp_compile.weights import read_bias, read_weight
+
+Array = npt.NDArray[Any]
+Progress = Callable[[int, int, str], None]
+# (layer, W float32 [N, K], moments of its input) -> what it multiplies with from now on.
+QuantizeSite = Callable[[LinearSite, torch.Tensor, InputMoments], Replacement]
+
+
+def walk(
+    model: ir.Model,
+    plan: QuantPlan,
+    feeds: Sequence[Mapping[str, Array]],
+    quantize: QuantizeSite,
+    *,
+    scratch: Path,
+    cross: bool = True,
+    device: str = "cpu",
+    rows_per_activation: int = 64,
+    seed: int = 0,
+    progress: Progress = lambda done, total, detail: None,
+) -> CalibrationResult:
+    """Calibrate and quantise ``plan.rewritten``, layer by layer in graph order.
+
+    ``quantize`` is called once per layer, when everything before it computes with its own replacement. The
+    moments it gets are shared by the layers that read the same activation; those of bfloat16 models are taken
+    in float32.
+
+    Args:
+        model: The model; it is not changed, external data stays where it is.
+        plan: Layers and activation format.
+        feeds: Inputs of each run, of any lengths.
+        quantize: See :data:`QuantizeSite`. Tensors are on ``device``.
+        scratch: Folder for activations: two samples' worth of what a layer passes on, times the samples.
+        cross: Also run the original model beside it, for the mixed moments.
+        device: ``cpu`` or ``cuda``.
+        rows_per_activation: Rows kept per activation over all runs, as the quantised layers see them.
+        seed: Seed of the choice of rows.
+        progress: Called with (steps done, steps, layer name).
+
+    Returns:
+        Ranges and sample rows of the inputs of the quantised layers; no energies.
+
+    Raises:
+        ModelError: When an activation is NaN or infinite, the layers cannot be visited in order, or ONNX
+            Runtime cannot run the model.
+        UsageError: When there is nothing to run.
+        MissingDependencyError: When the disk is full.
+    """
+    if not feeds:
+        raise UsageError("calibration has no samples; pass a longer --calibration text")
+    begin = time.perf_counter()
+    graph_model = model
+    if uses_bfloat16(model):
+        graph_model = model.clone()
+        widen_bfloat16(graph_model)
+    parts = partition(graph_model.graph, plan.rewritten)
+    random = np.random.default_rng(seed)
+    per_run = -(-rows_per_activation // len(feeds))
+    picks = [np.sort(random.uniform(0.0, 0.999, per_run)) for _ in feeds]
+    with ExitStack() as stack:
+        streams = [_Stream(feeds, stack.enter_context(ActivationCache(scratch)))]
+        if cross:
+            streams.append(_Stream(feeds, stack.enter_context(ActivationCache(scratch))))
+        state = _Walk(model, graph_model, plan, parts, quantize, device, streams, picks)
+        with torch.inference_mode():
+            state.run(progress)
+    tokens = sum(int(feed["input_ids"].size) for feed in feeds if "input_ids" in feed)
+    return CalibrationResult(state.ranges, state.rows, {}, tokens, time.perf_counter() - begin)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """The values of one form of the model, per sample: graph inputs, and what is kept between segments."""
+
+    feeds: Sequence[Mapping[str, Array]]
+    cache: ActivationCache
+
+    def value(self, sample: int, name: str) -> Array:
+        array = self.cache.get(sample, name)
+        if array is None:
+            if name not in self.feeds[sample]:
+                raise ModelError(f"calibration sample {sample} has no input {name!r}; add it to the samples")
+            array = widened(self.feeds[sample][name])
+        return array
+
+
+@dataclass(frozen=True)
+class _Visited:
+    """A step whose layers have their new weights."""
+
+    step: Step
+    quantizer: ActivationQuantizer
+    # Per layer whose output is needed: its name, the original and the new layer.
+    layers: Sequence[tuple[str, FloatLinear | None, QuantizedLinear]]
+
+    def outputs(self, x: torch.Tensor, original: bool) -> dict[str, torch.Tensor]:
+        """Return the layers' outputs [T, N] by name for the activation x, float32 [T, K]."""
+        if original:
+            return {name: layer(x) for name, layer, _ in self.layers if layer is not None}
+        x8, a = self.quantizer.split(x)
+        return {name: layer(x, x8, a) for name, _, layer in self.layers}
+
+
+@dataclass
+class _Walk:
+    """State of one walk. ``streams[0]`` is quantised up to where the walk is, ``streams[1]`` the original."""
+
+    model: ir.Model
+    graph_model: ir.Model
+    plan: QuantPlan
+    parts: Partition
+    quantize: QuantizeSite
+    device: str
+    streams: Sequence[_Stream]
+    picks: Sequence[npt.NDArray[np.float64]]
+    ranges: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+
+    def run(self, progress: Progress) -> None:
+        steps = self.parts.steps
+        visited: _Visited | None = None
+        for index, step in enumerate(steps):
+            progress(index, len(steps), step.sites[0].name)
+            self._advance(index, visited)
+            quantizer = self._survey(step)
+            visited = self._visit(step, quantizer, self._measure(step, quantizer))
+        progress(len(steps), len(steps), "")
+
+    def _advance(self, index: int, visited: _Visited | None) -> None:
+        """Compute the linears of the last step and the segment behind them, for every sample."""
+        segment = _Session(self.graph_model, self.parts, index, self.device)
+        for sample in range(len(self.picks)):
+            for stream in self.streams:
+                known = {} if visited is None else self._outputs(visited, stream, sample)
+                inputs = {
+                    name: known[name] if name in known else stream.value(sample, name)
+                    for name in segment.inputs
+                }
+                for name, array in {**known, **segment.run(inputs)}.items():
+                    if self.parts.last_use[name] > index:
+                        stream.cache.put(sample, name, array)
+                stream.cache.drop(sample, segment.finished)
+
+    def _outputs(self, visited: _Visited, stream: _Stream, sample: int) -> dict[str, Array]:
+        if not visited.layers:
+            return {}
+        array = stream.value(sample, visited.step.activation)
+        outputs = visited.outputs(self._rows(array), original=stream is not self.streams[0])
+        return {name: y.reshape(*array.shape[:-1], -1).cpu().numpy() for name, y in outputs.items()}
+
+    def _rows(self, array: Array) -> torch.Tensor:
+        """Return an activation [..., K] as float32 [T, K] on the device."""
+        x = torch.from_numpy(array).to(self.device)
+        return x.reshape(-1, x.shape[-1]).to(torch.float32)
+
+    def _survey(self, step: Step) -> ActivationQuantizer:
+        """Find the activation's range and sample rows; return how it is quantised."""
+        name, peak, rows = step.activation, 0.0, []
+        for sample, pick in enumerate(self.picks):
+            x = self._rows(self.streams[0].value(sample, name))
+            peak = max(peak, finite_range(float(x.abs().amax()), name))
+            rows.append(x[torch.from_numpy(pick * len(x)).long().to(x.device)].cpu().numpy())
+        self.ranges[name] = peak
+        self.rows[name] = np.concatenate(rows)
+        form = self.plan.activation_format
+        if form == "none" or self.plan.per_token:
+            return ActivationQuantizer(form)
+        return ActivationQuantizer(form, activation_scale(peak, form))
+
+    def _measure(self, step: Step, quantizer: ActivationQuantizer) -> InputMoments:
+        cross = len(self.streams) > 1
+        moments = InputMoments(step.sites[0].k, device=self.device, cross=cross)
+        for sample in range(len(self.picks)):
+            x8, a = quantizer.split(self._rows(self.streams[0].value(sample, step.activation)))
+            original = self._rows(self.streams[1].value(sample, step.activation)) if cross else None
+            moments.add(x8 * a, original)
+        if moments.cross is not None:
+            finite_range(float(moments.cross.abs().amax()), step.activation)
+        return moments
+
+    def _visit(self, step: Step, quantizer: ActivationQuantizer, moments: InputMoments) -> _Visited:
+        layers = []
+        for site in step.sites:
+            weight = torch.from_numpy(read_weight(self.model, site.weight)).to(self.device)
+            new = self.quantize(site, weight, moments).to(self.device)
+            if site.output not in step.computed:
+                continue
+            bias = read_bias(self.model, site)
+            row = None if bias is None else torch.from_numpy(bias).to(self.device)
+            # bfloat16 graphs were widened.
+            dtype = torch.float16 if site.dtype == ir.DataType.FLOAT16 else torch.float32
+            original = FloatLinear(weight, row, dtype) if len(self.streams) > 1 else None
+            layers.append(
+                (site.output, original, QuantizedLinear(new, row, dtype, self.plan.activation_format))
+            )
+        return _Visited(step, quantizer, layers)
+
+
+class _Session:
+    """A segment in ONNX Runtime, opened when the types of its first inputs are known."""
+
+    def __init__(self, model: ir.Model, parts: Partition, index: int, device: str) -> None:
+        self._model = model
+        self._segment = parts.segments[index]
+        self._device = device
+        self._session: Any = None
+        self.inputs = self._segment.inputs
+        self.finished = [name for name, last in parts.last_use.items() if last == index]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the segment's outputs by name."""
+        if not self._segment.outputs:
+            return {}
+        if self._session is None:
+            types = {name: (ir.DataType.from_numpy(a.dtype), a.ndim) for name, a in inputs.items()}
+            self._session = open_model(segment_model(self._model, self._segment, types), self._providers())
+        outputs = dict(zip(self._segment.outputs, run_session(self._session, inputs), strict=True))
+        for name, array in outputs.items():
+            if not isinstance(array, np.ndarray):
+                raise ModelError(f"value {name!r} is no tensor; layers cannot be calibrated across it")
+        return outputs
+
+    def _providers(self) -> Sequence[str]:
+        cpu = "CPUExecutionProvider"
+        if self._device == "cpu":
+            return (cpu,)
+        from zqfp_compile.backends.ort import import_onnxruntime
+
+        cuda = "CUDAExecutionProvider"
+        return (cuda, cpu) if cuda in import_onnxruntime().get_available_providers() else (cpu,)
