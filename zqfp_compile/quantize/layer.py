@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 
 from zqfp_compile.formats.quantized import QuantizedWeight
-from zqfp_compile.quantize.gptq import Grid, descend, gptq_round, refit_rows
+from zqfp_compile.quantize.descent import descend, refit_rows, refit_scales
+from zqfp_compile.quantize.gptq import gptq_round
+from zqfp_compile.quantize.grid import Grid
 from zqfp_compile.quantize.lorc import LowRank, low_rank_factors
 from zqfp_compile.quantize.moments import DAMPING, InputMoments, damp
 from zqfp_compile.quantize.rtn import check_finite, quantize_weight
@@ -45,8 +47,7 @@ class LayerOptions:
     correction: float = 1.0
     correction_damping: float = 0.1
     damping: float = DAMPING
-    refit: bool = True
-    importance: bool = False
+    importance: Literal["none", "energy", "conditional"] = "none"
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +126,11 @@ def corrected(weight: torch.Tensor, moments: InputMoments, options: LayerOptions
 def _quantize(
     target: torch.Tensor, options: LayerOptions, moments: InputMoments | None, name: str
 ) -> QuantizedWeight:
-    importance = moments.energy if moments is not None and options.importance else None
+    importance = None
+    if moments is not None and options.importance == "energy":
+        importance = moments.energy
+    elif moments is not None and options.importance == "conditional":
+        importance = moments.conditional_energy(options.damping)
     start = quantize_weight(
         target,
         weight_format=options.weight_format,
@@ -137,11 +142,11 @@ def _quantize(
     if options.algorithm == "rtn" or moments is None:
         return start
     grid = Grid(start, target.device)
-    values = gptq_round(target, moments, grid.nearest, damping=options.damping)
+    quantized = grid.encode(gptq_round(target, moments, grid.nearest, damping=options.damping))
     gram = damp(moments.gram, options.damping)
     for _ in range(options.sweeps):
-        values = descend(target, values, gram, grid.nearest)
-    quantized = grid.encode(values)
-    if options.refit:
-        quantized = refit_rows(quantized, target, gram)
+        quantized = refit_rows(refit_scales(quantized, target, gram), target, gram)
+        grid = Grid(quantized, target.device)
+        values = torch.from_numpy(quantized.dequantize()).to(target.device)
+        quantized = grid.encode(descend(target, values, gram, grid.nearest))
     return quantized

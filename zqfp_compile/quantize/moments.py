@@ -74,6 +74,12 @@ class InputMoments:
             self._factors[damping] = torch.linalg.cholesky(inverse, upper=True).float(), order
         return self._factors[damping]
 
+    def conditional_energy(self, damping: float = DAMPING) -> torch.Tensor:
+        factor, order = self.inverse_factor(damping)
+        energy = torch.empty(len(order), device=factor.device)
+        energy[order] = 1.0 / factor.square().sum(dim=0)
+        return energy
+
 
 def damp(gram: torch.Tensor, damping: float) -> torch.Tensor:
     """Add ``damping`` times the mean diagonal to the diagonal, in place; silent channels count as 1."""

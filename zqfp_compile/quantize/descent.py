@@ -1,0 +1,140 @@
+"""Coordinate descent on a layer's output error: codes, group scales and row scales in turn.
+
+All minimise ``tr((T - Q) G (T - Q)^T)``, T the weight wanted, Q the decoded weight, G the gram matrix of the
+input; none of them ever makes it larger.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from zqfp_compile.formats.codebook import CODE_BOOKS
+from zqfp_compile.formats.minifloat import E4M3FN
+from zqfp_compile.formats.quantized import QuantizedWeight
+from zqfp_compile.formats.scales import legal_scales
+from zqfp_compile.quantize.grid import RoundColumn
+from zqfp_compile.quantize.rounding import decode_codes, round_minifloat
+
+# Columns worked on before their changes go to all others in one matrix product.
+BLOCK = 128
+# Places among the legal scales that a group's scale may move in one sweep.
+STEPS = (-2, -1, 1, 2)
+# A row scale may move by this factor at most: its group scales were chosen for the old one.
+LARGEST_MOVE = 1.25
+_TINY = 1e-30
+
+
+def descend(
+    target: torch.Tensor, rounded: torch.Tensor, gram: torch.Tensor, nearest: RoundColumn
+) -> torch.Tensor:
+    """Improve rounded values by one sweep of coordinate descent on ``tr((T - Q) G (T - Q)^T)``.
+
+    Every column is set to the grid value nearest to its optimum given all others, so the error never grows
+    (QuantEase, arXiv 2309.01885, algorithm 1).
+
+    Args:
+        target: T [N, K], float32.
+        rounded: Q [N, K], grid values.
+        gram: G, float32 [K, K].
+        nearest: As in :func:`gptq_round`.
+
+    Returns:
+        The improved values, float32 [N, K].
+    """
+    values = rounded.t().contiguous()
+    slope = gram @ (target.t() - values)
+    size = gram.diagonal()
+    for begin in range(0, len(values), BLOCK):
+        end = min(begin + BLOCK, len(values))
+        inner, changes = gram[begin:end, begin:end], torch.zeros_like(values[begin:end])
+        for at in range(end - begin):
+            column = begin + at
+            best = values[column] + slope[column] / size[column].clamp_min(_TINY)
+            changes[at] = nearest(best, column) - values[column]
+            slope[begin:end].addr_(inner[at], changes[at], alpha=-1)
+        values[begin:end] += changes
+        slope[:begin].addmm_(gram[:begin, begin:end], changes, alpha=-1)
+        slope[end:].addmm_(gram[end:, begin:end], changes, alpha=-1)
+    return values.t()
+
+
+def refit_rows(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.Tensor) -> QuantizedWeight:
+    """Fit each row's scale R to the codes in closed form: ``R = (q G t) / (q G q)`` with q the row of w8.
+
+    Only where R is free (``m2``, ``e4m3``, and ``fp8`` weights); others come back unchanged.
+    """
+    if quantized.weight_format in CODE_BOOKS and quantized.scale_constraint not in ("m2", "e4m3"):
+        return quantized
+    w8 = torch.from_numpy(quantized.fp8_weight()).to(target.device)
+    weighted = w8 @ gram
+    old = torch.from_numpy(quantized.row_scales).to(target.device)
+    below = (weighted * w8).sum(dim=1)
+    fitted = (weighted * target).sum(dim=1) / below.clamp_min(_TINY)
+    good = (below > 0) & (fitted * LARGEST_MOVE > old) & (fitted < LARGEST_MOVE * old)
+    rows = torch.where(good, fitted, old)
+    return dataclasses.replace(quantized, row_scales=rows.cpu().numpy())
+
+
+def refit_scales(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.Tensor) -> QuantizedWeight:
+    """Move each group's scale to the best of its neighbours, group by group, the codes staying.
+
+    Only ``e4m3`` scales have neighbours close enough to win with unchanged codes, and ``none`` allows any
+    number: there the scale is fitted in closed form. Others come back unchanged.
+    """
+    if quantized.group_scales is None or quantized.scale_constraint not in ("e4m3", "none"):
+        return quantized
+    device = target.device
+    book = CODE_BOOKS[quantized.weight_format]
+    values = decode_codes(torch.from_numpy(quantized.codes).to(device), book)[:, : quantized.k]
+    scales = torch.from_numpy(quantized.group_scales).to(device)
+    rows = torch.from_numpy(quantized.row_scales).to(device)[:, None]
+    decoded = torch.from_numpy(quantized.dequantize()).to(device)
+    slope = (target - decoded) @ gram
+    size = values.shape[1] if quantized.group_size == 0 else quantized.group_size
+    for index in range(scales.shape[1]):
+        part = slice(index * size, min((index + 1) * size, quantized.k))
+        group = _Group(values[:, part], rows, slope[:, part], gram[part, part], decoded[:, part])
+        if quantized.scale_constraint == "none":
+            best, change = group.fit(scales[:, index])
+        else:
+            table = torch.from_numpy(legal_scales("e4m3", book)).to(device)
+            best, change = group.search(scales[:, index].contiguous(), table)
+        scales[:, index] = best
+        slope -= change @ gram[part]
+    return dataclasses.replace(quantized, group_scales=scales.cpu().numpy())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Group:
+    """One group of every row: [N, g] code-book values, slopes and decoded weights, and G's block [g, g]."""
+
+    values: torch.Tensor
+    rows: torch.Tensor
+    slope: torch.Tensor
+    gram: torch.Tensor
+    decoded: torch.Tensor
+
+    def search(self, scales: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the best scales [N] among the neighbours in ``table``, and the change of the weights."""
+        place = torch.searchsorted(table, scales)
+        best, change = scales, torch.zeros_like(self.decoded)
+        lowest = torch.zeros_like(scales)
+        for step in STEPS:
+            choice = table[(place + step).clamp(0, len(table) - 1)]
+            moved = round_minifloat(self.values * choice[:, None], E4M3FN) * self.rows - self.decoded
+            gain = ((moved @ self.gram - 2 * self.slope) * moved).sum(dim=1)
+            better = gain < lowest
+            lowest = torch.where(better, gain, lowest)
+            best = torch.where(better, choice, best)
+            change = torch.where(better[:, None], moved, change)
+        return best, change
+
+    def fit(self, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the optimal real scales [N], positive, and the change of the weights."""
+        below = ((self.values @ self.gram) * self.values).sum(dim=1)
+        move = (self.values * self.slope).sum(dim=1) / below.clamp_min(_TINY)
+        move = torch.where(below > 0, move, 0.0)
+        best = torch.where(scales + move > scales / LARGEST_MOVE, scales + move, scales)
+        return best, (best - scales)[:, None] * self.values
