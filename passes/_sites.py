@@ -17,14 +17,14 @@ def is_w4a8(node: ir.Node | None) -> bool:
 
 
 def planned_nodes(model: ir.Model, plan: QuantPlan) -> list[tuple[LinearSite, ir.Node]]:
-    """Return every planned linear with its node: the original MatMul/Gemm, or the ``W4A8Linear`` it became.
+    """Return every linear to rewrite with its node: a MatMul or Gemm, or the ``W4A8Linear`` it became.
 
     Raises:
         PassError: When a planned linear is not in the graph.
     """
     named = {node.name: node for node in model.graph}
     found = []
-    for site in plan.linears:
+    for site in plan.rewritten:
         node = named.get(site.name)
         if not is_w4a8(node):
             node = named.get(site.node)

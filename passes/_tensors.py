@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from passes._emit import Names, initializer_value
-from passes._w4a8_function import CODES, GROUP_SCALES, ROW_SCALES
+from passes._w4a8_function import CODES, GROUP_SCALES, LORC_V, LORC_V_SCALE, ROW_SCALES
 from zqfp_compile.formats.minifloat import E4M3FN
-from zqfp_compile.formats.quantized import QuantizedWeight
 from zqfp_compile.pass_base import PassError
-from zqfp_compile.plan import LinearTensors, QuantPlan
+from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan
+from zqfp_compile.weights import release
 
 
 class TensorSharer:
@@ -55,43 +53,51 @@ def w4a8_tensors(node: ir.Node) -> LinearTensors:
     return LinearTensors(codes, scales, rows)
 
 
-def decoded_weight(plan: QuantPlan, tensors: LinearTensors, k: int) -> ir.TensorProtocol:
+def decoded_weight(plan: QuantPlan, site: LinearSite, tensors: LinearTensors) -> ir.TensorProtocol:
     """Return the decoded weight [N, K] without row scales, computed each time it is read and never kept.
 
     FLOAT8E4M3FN, w8 of DESIGN section 2; FLOAT under the constraint ``none``, whose row scales are 1.
     """
-    if plan.weight_format == "fp8":
+    if plan.precision(site).weight_format == "fp8":
         return tensors.codes
     rounded = plan.scale_constraint != "none"
     dtype = ir.DataType.FLOAT8E4M3FN if rounded else ir.DataType.FLOAT
 
     def compute() -> ir.TensorProtocol:
-        values = _quantized(plan, tensors, k).fp8_weight()
-        _release(tensors)
+        values = plan.quantized_weight(site, tensors).fp8_weight()
+        release(tensors.codes, tensors.group_scales, tensors.row_scales)
         return ir.tensor(E4M3FN.encode(values) if rounded else np.ascontiguousarray(values), dtype=dtype)
 
-    return ir.LazyTensor(compute, dtype, ir.Shape([tensors.row_scales.size, k]))
+    return ir.LazyTensor(compute, dtype, ir.Shape([site.n, site.k]))
 
 
-def _quantized(plan: QuantPlan, tensors: LinearTensors, k: int) -> QuantizedWeight:
-    assert tensors.group_scales is not None
-    return QuantizedWeight(
-        codes=tensors.codes.numpy().astype(np.int8),
-        group_scales=tensors.group_scales.numpy().astype(np.float32),
-        row_scales=tensors.row_scales.numpy(),
-        k=k,
-        weight_format=plan.weight_format,
-        group_size=plan.group_size,
-        scale_constraint=plan.scale_constraint,
+def decoded_factor(node: ir.Node, index: int, dtype: ir.DataType) -> ir.TensorProtocol:
+    """Return an FP8 LoRC factor of ``node`` times its scales, in ``dtype``, computed each time it is read.
+
+    The same two roundings as in the function body: the product in float32, then to ``dtype``.
+
+    Args:
+        node: A ``W4A8Linear`` with factors in FP8.
+        index: ``LORC_V`` or ``LORC_U``.
+        dtype: Type of y.
+
+    Raises:
+        PassError: When the factor or its scale is not an initializer.
+    """
+    stored, scale = (
+        None if value is None else value.const_value
+        for value in (node.inputs[index], node.inputs[index + LORC_V_SCALE - LORC_V])
     )
+    if stored is None or scale is None:
+        raise PassError(f"layer {node.name!r}: its LoRC factors are no initializers; lower the artifact")
+    shape = (1, -1) if index == LORC_V else (-1, 1)
 
+    def compute() -> ir.TensorProtocol:
+        values = stored.numpy().astype(np.float32) * scale.numpy().reshape(shape)
+        release(stored, scale)
+        return ir.tensor(values.astype(dtype.numpy()), dtype=dtype)
 
-def _release(tensors: LinearTensors) -> None:
-    """Drop what reading has mapped and unpacked, which onnx-ir would keep for every layer."""
-    for tensor in (tensors.codes, tensors.group_scales, tensors.row_scales):
-        if isinstance(tensor, ir.ExternalTensor):
-            with contextlib.suppress(BufferError):  # somebody else still looks at it
-                tensor.release()
+    return ir.LazyTensor(compute, dtype, ir.Shape(stored.shape.numpy()))
 
 
 def fp4_weight(tensors: LinearTensors) -> ir.TensorProtocol:
@@ -99,7 +105,7 @@ def fp4_weight(tensors: LinearTensors) -> ir.TensorProtocol:
 
     def compute() -> ir.TensorProtocol:
         index = tensors.codes.numpy().astype(np.int8)
-        _release(tensors)
+        release(tensors.codes, tensors.group_scales, tensors.row_scales)
         bits = (np.abs(index) | np.where(index < 0, 8, 0)).astype(np.uint8)
         return ir.tensor(bits.view(ml_dtypes.float4_e2m1fn), dtype=ir.DataType.FLOAT4E2M1)
 

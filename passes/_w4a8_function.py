@@ -7,18 +7,27 @@ The equations are DESIGN section 2, the choice of ops section 3. The pieces a lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
 from passes._emit import Emitter
 from zqfp_compile.formats.codebook import CODE_BOOKS
+from zqfp_compile.formats.quantized import WHOLE_ROW, group_width
 from zqfp_compile.plan import LinearSite, QuantPlan
 
 DOMAIN = "zqfp"
 OP_TYPE = "W4A8Linear"
-INPUTS = ("x8", "a", "codes", "group_scales", "row_scales", "bias", "x", "lorc_v", "lorc_u")
-X8, A, CODES, GROUP_SCALES, ROW_SCALES, BIAS, X, LORC_V, LORC_U = range(len(INPUTS))
+INPUTS = (
+    *("x8", "a", "codes", "group_scales", "row_scales", "bias"),
+    *("x", "lorc_v", "lorc_u", "lorc_v_scale", "lorc_u_scale"),
+)
+X8, A, CODES, GROUP_SCALES, ROW_SCALES, BIAS = range(6)
+X, LORC_V, LORC_U, LORC_V_SCALE, LORC_U_SCALE = range(6, len(INPUTS))
+
+# The LoRC branch of a layer: none, factors in the layer's type, or in FP8 with scales.
+Lorc: TypeAlias = Literal["", "lorc", "lorc8"]
 
 ACTIVATION_TYPES = {
     "e4m3": ir.DataType.FLOAT8E4M3FN,
@@ -35,13 +44,13 @@ class Variant:
 
     Attributes:
         weight_format: ``e2m1``, ``e3m0``, ``int4`` or ``fp8``.
-        group_size: Weights per group scale along K.
+        group_size: Weights per group scale along K; 0: the whole row, and for ``fp8`` no groups.
         constrained: Whether decoded weights are rounded to E4M3 (every scale constraint but ``none``).
         activation_format: ``e4m3``, ``e5m2``, ``int8`` or ``none``.
         per_token: Whether ``a`` is [..., 1] instead of a scalar.
         dtype: Type of y.
         bias: Whether the bias input is present.
-        lorc: Whether the inputs x, lorc_v and lorc_u are present.
+        lorc: ``lorc``: x, lorc_v and lorc_u are present; ``lorc8``: lorc_v_scale and lorc_u_scale as well.
         k: Input features, when the group size does not divide them and the codes are padded; else ``None``.
     """
 
@@ -52,15 +61,16 @@ class Variant:
     per_token: bool
     dtype: ir.DataType
     bias: bool = False
-    lorc: bool = False
+    lorc: Lorc = ""
     k: int | None = None
 
     @classmethod
-    def of(cls, plan: QuantPlan, site: LinearSite, *, bias: bool, lorc: bool) -> Variant:
+    def of(cls, plan: QuantPlan, site: LinearSite, *, bias: bool, lorc: Lorc) -> Variant:
         """Return the variant that ``site`` of ``plan`` needs."""
-        grouped = plan.weight_format != "fp8"
+        weight_format = plan.precision(site).weight_format
+        grouped = weight_format != "fp8"
         return cls(
-            weight_format=plan.weight_format,
+            weight_format=weight_format,
             group_size=plan.group_size if grouped else 0,
             constrained=plan.scale_constraint != "none" or not grouped,
             activation_format=plan.activation_format,
@@ -68,8 +78,13 @@ class Variant:
             dtype=site.dtype,
             bias=bias,
             lorc=lorc,
-            k=site.k if grouped and site.k % plan.group_size else None,
+            k=site.k if grouped and site.k % group_width(site.k, plan.group_size) else None,
         )
+
+    @classmethod
+    def of_node(cls, plan: QuantPlan, site: LinearSite, node: ir.Node) -> Variant:
+        """Return the variant of ``node``, the ``W4A8Linear`` of ``site``."""
+        return cls.of(plan, site, bias=node.inputs[BIAS] is not None, lorc=_lorc(node))
 
     @property
     def activation(self) -> str:
@@ -81,7 +96,7 @@ class Variant:
     @property
     def overload(self) -> str:
         """The ONNX overload, such as ``e2m1_g64_fp8_tensor_float16_bias_lorc``."""
-        group = f"g{self.group_size}" if self.group_size else ""
+        group = "" if self.weight_format == "fp8" else f"g{self.group_size or 'row'}"
         parts = [
             self.weight_format,
             group,
@@ -89,7 +104,7 @@ class Variant:
             self.activation,
             self.dtype.name.lower(),
         ]
-        parts += ["bias" if self.bias else "", "lorc" if self.lorc else "", f"k{self.k}" if self.k else ""]
+        parts += ["bias" if self.bias else "", self.lorc, f"k{self.k}" if self.k else ""]
         return "_".join(filter(None, parts))
 
     def attributes(self) -> list[ir.Attr]:
@@ -99,6 +114,12 @@ class Variant:
             ir.AttrInt64("group_size", self.group_size),
             ir.AttrString("activation", self.activation),
         ]
+
+
+def _lorc(node: ir.Node) -> Lorc:
+    if node.inputs[LORC_V] is None:
+        return ""
+    return "lorc" if node.inputs[LORC_V_SCALE] is None else "lorc8"
 
 
 def w4a8_function(variant: Variant, opset: int) -> ir.Function:
@@ -152,12 +173,29 @@ def emit_output(
     if cast and variant.activation_format != "none":
         y = emit.op("Cast", [y], "y_cast", variant.dtype, to=int(variant.dtype))
     if variant.lorc:
-        down = emit.op("MatMul", [inputs[X], inputs[LORC_V]], "lorc_down", variant.dtype)
-        up = emit.op("MatMul", [down, inputs[LORC_U]], "lorc_up", variant.dtype)
+        v, u = _emit_factors(emit, variant, inputs)
+        down = emit.op("MatMul", [inputs[X], v], "lorc_down", variant.dtype)
+        up = emit.op("MatMul", [down, u], "lorc_up", variant.dtype)
         y = emit.op("Add", [y, up], "y_lorc", variant.dtype)
     if variant.bias:
         y = emit.op("Add", [y, inputs[BIAS]], "y_bias", variant.dtype)
     return y
+
+
+def _emit_factors(
+    emit: Emitter, variant: Variant, inputs: list[ir.Value | None]
+) -> tuple[ir.Value | None, ir.Value | None]:
+    """Return V [K, r] and U [r, N] in y's type; FP8 factors are scaled in FLOAT and rounded to it once."""
+    if variant.lorc != "lorc8":
+        return inputs[LORC_V], inputs[LORC_U]
+    factors = []
+    for name, factor, scale, axis in (("v", LORC_V, LORC_V_SCALE, 1), ("u", LORC_U, LORC_U_SCALE, 0)):
+        stored = [inputs[factor], inputs[scale]]
+        value = emit.op("DequantizeLinear", stored, f"lorc_{name}_hat", ir.DataType.FLOAT, axis=axis)
+        if variant.dtype != ir.DataType.FLOAT:
+            value = emit.op("Cast", [value], f"lorc_{name}_cast", variant.dtype, to=int(variant.dtype))
+        factors.append(value)
+    return factors[0], factors[1]
 
 
 def _emit_w_hat(
@@ -231,7 +269,8 @@ def _emit_scaled(emit: Emitter, variant: Variant, decoded: ir.Value, group_scale
         one = emit.constant("one", np.array(1, np.float32))
         group_scales = emit.op("DequantizeLinear", [group_scales, one], "scales", ir.DataType.FLOAT)
     by_group = emit.op("Unsqueeze", [group_scales, last_axis], "scales_3d", ir.DataType.FLOAT)
-    to_groups = emit.constant("to_groups", np.array([0, -1, variant.group_size]))
+    groups = [1, -1] if variant.group_size == WHOLE_ROW else [-1, variant.group_size]
+    to_groups = emit.constant("to_groups", np.array([0, *groups]))
     grouped = emit.op("Reshape", [decoded, to_groups], "w_groups", ir.DataType.FLOAT)
     product = emit.op("Mul", [grouped, by_group], "w_scaled", ir.DataType.FLOAT)
     to_rows = emit.constant("to_rows", np.array([0, -1]))

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from passes._emit import Names
 from passes._sites import layer_tensors, w4a8_nodes
 from passes._tensors import TensorSharer
-from passes._w4a8_function import BIAS, LORC_U, LORC_V, Variant, X, add_function
+from passes._w4a8_function import INPUTS, LORC_U, LORC_U_SCALE, LORC_V, LORC_V_SCALE, Variant, X, add_function
 from zqfp_compile.pass_base import Pass, PassError, PassResult
 from zqfp_compile.plan import QuantPlan
 
@@ -21,11 +21,15 @@ class AddLoRC(Pass):
 
     Before::
 
-        W4A8Linear(x8, a, codes, group_scales, row_scales, bias, "", "", "") -> y
+        W4A8Linear(x8, a, codes, group_scales, row_scales, bias, "", "", "", "", "") -> y
 
     After, with x the activation before any quantisation or cast, V [K, r] and U [r, N] in the type of y::
 
-        W4A8Linear(x8, a, codes, group_scales, row_scales, bias, x, V, U) -> y      (overload ..._lorc)
+        W4A8Linear(x8, a, codes, group_scales, row_scales, bias, x, V, U, "", "") -> y    (overload ..._lorc)
+
+    After, with factors in FP8 and a FLOAT scale [r] for each::
+
+        W4A8Linear(x8, a, codes, group_scales, row_scales, bias, x, V8, U8, v, u) -> y    (overload ..._lorc8)
 
     Layers without factors, and layers that have their branch already, are left alone.
 
@@ -54,9 +58,11 @@ class AddLoRC(Pass):
             if site.activation not in values:
                 raise PassError(f"layer {site.name!r}: its input {site.activation!r} is not in the graph")
             node.replace_input_with(X, values[site.activation])
-            node.replace_input_with(LORC_V, sharer.value(f"{site.name}.lorc_v", tensors.lorc_v))
-            node.replace_input_with(LORC_U, sharer.value(f"{site.name}.lorc_u", tensors.lorc_u))
-            variant = Variant.of(self.plan, site, bias=node.inputs[BIAS] is not None, lorc=True)
+            for index in (LORC_V, LORC_U, LORC_V_SCALE, LORC_U_SCALE):
+                tensor = getattr(tensors, INPUTS[index])
+                if tensor is not None:
+                    node.replace_input_with(index, sharer.value(f"{site.name}.{INPUTS[index]}", tensor))
+            variant = Variant.of_node(self.plan, site, node)
             node.overload = variant.overload
             add_function(model, variant)
             modified = True

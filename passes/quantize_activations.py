@@ -38,7 +38,8 @@ class QuantizeActivations(Pass):
 
     Q and DQ always run in FLOAT, since half precision overflows there (DESIGN section 5). All consumers of x
     that the plan names share one Q and one DQ; the others keep reading x. The result is a legal standard QDQ
-    model. Nothing happens when ``plan.activation_format`` is ``none`` or a linear is already quantised.
+    model. Nothing happens when ``plan.activation_format`` is ``none``, a linear is already quantised, or
+    ``plan.precisions`` leaves it in float.
 
     Attributes:
         plan: Linears, activation format and scales.

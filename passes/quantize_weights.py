@@ -11,7 +11,7 @@ import onnx_ir as ir
 from passes._emit import Names, initializer_value, replace_node
 from passes._sites import layer_tensors, planned_nodes
 from passes._tensors import TensorSharer
-from passes._w4a8_function import DOMAIN, OP_TYPE, Variant, add_function
+from passes._w4a8_function import DOMAIN, INPUTS, OP_TYPE, Variant, X, add_function
 from zqfp_compile.pass_base import Pass, PassError, PassResult
 from zqfp_compile.plan import LinearSite, QuantPlan
 
@@ -26,7 +26,7 @@ class QuantizeWeights(Pass):
 
     After::
 
-        zqfp::W4A8Linear(x8, a, codes, group_scales, row_scales, bias, "", "", "") -> y
+        zqfp::W4A8Linear(x8, a, codes, group_scales, row_scales, bias, "", "", "", "", "") -> y
 
     The op's model-local function (one overload per variant) is standard ONNX. The node is named after the
     layer and keeps the old node's metadata; y keeps its name and type. Gemm's C, times beta, becomes the bias
@@ -34,7 +34,8 @@ class QuantizeWeights(Pass):
     quantisation x itself takes the place of x8 and ``a`` is empty. The float weight and the orphaned Q/DQ
     nodes are left for remove-unused. No weight is loaded.
 
-    Nothing happens when ``plan.weight_format`` is ``none`` or the layer is a ``W4A8Linear`` already.
+    A layer whose weight format (``plan.precision``) is ``none`` is left alone, and one that is a
+    ``W4A8Linear`` already.
 
     Attributes:
         plan: Linears and their quantised tensors.
@@ -50,7 +51,7 @@ class QuantizeWeights(Pass):
             PassError: When a planned linear, its tensors, its bias or its quantised activation is missing, or
                 the opset is below 21.
         """
-        if self.plan.weight_format == "none":
+        if not self.plan.quantizes_weights:
             return PassResult(model, modified=False)
         if model.graph.opset_imports.get("", 0) < 21:
             raise PassError("quantize-weights: the model's opset is below 21; run raise-opset first")
@@ -59,7 +60,7 @@ class QuantizeWeights(Pass):
         biases: dict[tuple[str, float, ir.DataType], ir.Value] = {}
         modified = False
         for site, node in planned_nodes(model, self.plan):
-            if node.op_type not in ("MatMul", "Gemm"):
+            if node.op_type not in ("MatMul", "Gemm") or self.plan.precision(site).weight_format == "none":
                 continue
             bias = self._bias(model.graph, names, biases, site)
             self._replace(model, names, sharer, site, node, bias)
@@ -77,7 +78,7 @@ class QuantizeWeights(Pass):
     ) -> None:
         tensors = layer_tensors(self.plan, site.name)
         x8, a = self._activation(site, node)
-        variant = Variant.of(self.plan, site, bias=bias is not None, lorc=False)
+        variant = Variant.of(self.plan, site, bias=bias is not None, lorc="")
         scales = tensors.group_scales
         weight = [
             sharer.value(f"{site.name}.codes", tensors.codes),
@@ -87,7 +88,7 @@ class QuantizeWeights(Pass):
         linear = ir.Node(
             DOMAIN,
             OP_TYPE,
-            [x8, a, *weight, bias, None, None, None],
+            [x8, a, *weight, bias, *[None] * (len(INPUTS) - X)],
             variant.attributes(),
             overload=variant.overload,
             metadata_props=dict(node.metadata_props),

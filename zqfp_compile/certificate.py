@@ -97,7 +97,7 @@ def certify(
     original_bias: Callable[[LinearSite], Float32 | None],
     progress: Progress = lambda done, total, detail: None,
 ) -> Certificate:
-    """Check every linear of ``plan`` in the rewritten graph.
+    """Check every rewritten linear of ``plan`` in the rewritten graph.
 
     Args:
         artifact: The rewritten model, with its functions.
@@ -114,8 +114,9 @@ def certify(
     checks = []
     values = {value.name: value for node in artifact.graph for value in node.outputs}
     values.update({value.name: value for value in artifact.graph.inputs})
-    for index, site in enumerate(plan.linears):
-        progress(index, len(plan.linears), site.name)
+    sites = plan.rewritten
+    for index, site in enumerate(sites):
+        progress(index, len(sites), site.name)
         x = rows.get(site.activation)
         if x is None or x.size == 0:
             raise AccuracyError(
@@ -123,7 +124,7 @@ def certify(
             )
         alone, linear = _extract(artifact, values, site)
         checks.append(_check_layer(alone, linear, plan, site, x, original_weight, original_bias(site)))
-    progress(len(plan.linears), len(plan.linears), "")
+    progress(len(sites), len(sites), "")
     if not checks:
         raise AccuracyError("certificate: no linear was compared; the run proves nothing about the model")
     return Certificate(tuple(checks))
@@ -278,10 +279,10 @@ def _reference_output(
     if plan.activation_format == "none" and site.dtype == ir.DataType.FLOAT16:
         weight = weight.astype(np.float16)  # unquantised activations multiply in the layer's type
     y: Float64 = _product(quantized, weight)
-    tensors = plan.tensors.get(site.name)
-    if tensors is not None and tensors.lorc_v is not None and tensors.lorc_u is not None:
-        v, u = (factor.numpy().astype(np.float64) for factor in (tensors.lorc_v, tensors.lorc_u))
-        release(tensors.lorc_v, tensors.lorc_u)
+    factors = plan.low_rank(site)
+    if factors is not None:
+        v, u = (factor.astype(_computed_type(site).numpy()).astype(np.float64) for factor in factors)
+        release(plan.tensors[site.name].lorc_v, plan.tensors[site.name].lorc_u)
         y += _product(_product(x.astype(np.float64), v.T), u.T)
     return y if bias is None else y + bias
 

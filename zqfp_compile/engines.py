@@ -96,7 +96,7 @@ def _profiles(recipe: Recipe, inputs: Sequence[InputSpec], source: Path) -> tupl
 
 def runnable_model(place: Workplace, choice: TargetChoice) -> Path:
     """Return the model ONNX Runtime should run: FP8 weights, so that loading decodes nothing (made once)."""
-    if place.plan.weight_format == "none":
+    if not place.plan.quantizes_weights:
         return place.artifact
     folder = place.folder.path if choice.target == "onnxruntime" else place.folder.scratch
     path = folder / _ORT_MODEL
@@ -160,7 +160,8 @@ def _build_engine(
 ) -> EngineReport:
     plan = place.plan
     profiles = _profiles(recipe, inputs, place.source)
-    fp8 = plan.weight_format != "none" and plan.activation_format == "e4m3"
+    quantized = [site for site in plan.linears if plan.precision(site).weight_format != "none"]
+    fp8 = plan.activation_format == "e4m3"
     with place.timer.step("engine"):
         result = build_engine(
             onnx,
@@ -169,7 +170,7 @@ def _build_engine(
             profiles=profiles,
             compute_capability=recipe.compute_capability,
             timing_cache=None if recipe.timing_cache is None else Path(recipe.timing_cache),
-            linears=[f"{site.name}/MatMul" for site in plan.linears] if fp8 else [],
+            linears=[f"{site.name}/MatMul" for site in quantized] if fp8 else [],
             timeout_s=recipe.builder_timeout,
             memory_gb=recipe.builder_memory_gb,
             on_progress=lambda text: place.timer.reporter.update(0, None, text),

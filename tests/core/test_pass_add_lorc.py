@@ -9,6 +9,7 @@ from rewrite_models import Case, float_model, make_plan, unreadable
 from passes.add_lorc import AddLoRC
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
+from zqfp_compile import specs
 from zqfp_compile.pass_base import PassError
 from zqfp_compile.plan import QuantPlan
 
@@ -20,17 +21,31 @@ def _quantized(case: Case) -> tuple[ir.Model, QuantPlan]:
     return model, plan
 
 
-def test_golden(run_pass, golden):
-    model, plan = _quantized(Case(dtype=ir.DataType.FLOAT16, lorc=True))
+@pytest.mark.parametrize(("name", "fp8"), [("add_lorc", False), ("add_lorc_fp8", True)])
+def test_golden(run_pass, golden, name, fp8):
+    model, plan = _quantized(Case(dtype=ir.DataType.FLOAT16, lorc=True, lorc_fp8=fp8))
     assert run_pass(AddLoRC(plan), model).modified
-    golden("add_lorc", model)
+    golden(name, model)
+
+
+def test_fp8_factors_come_with_their_scales(run_pass):
+    model, plan = _quantized(Case(dtype=ir.DataType.FLOAT16, lorc=True, lorc_fp8=True))
+    run_pass(AddLoRC(plan), model)
+    specs.check(model, "quantized")
+    for node in (node for node in model.graph if node.op_type == "W4A8Linear"):
+        v, u, v_scale, u_scale = node.inputs[7:]
+        assert {v.dtype, u.dtype} == {ir.DataType.FLOAT8E4M3FN}
+        assert {v_scale.dtype, u_scale.dtype} == {ir.DataType.FLOAT}
+        assert tuple(v_scale.shape) == tuple(u_scale.shape) == (4,)
+        assert node.overload.endswith("_lorc8")
 
 
 def test_x_is_the_activation_before_the_cast_and_factors_have_its_type(run_pass):
     model, plan = _quantized(Case(dtype=ir.DataType.FLOAT16, lorc=True))
     run_pass(AddLoRC(plan), model)
     for node in (node for node in model.graph if node.op_type == "W4A8Linear"):
-        x, v, u = node.inputs[6:]
+        x, v, u = node.inputs[6:9]
+        assert list(node.inputs[9:]) == [None, None]
         assert x is model.graph.inputs[0]
         assert {x.dtype, v.dtype, u.dtype} == {ir.DataType.FLOAT16}
         assert "_lorc" in node.overload and node.op_identifier() in model.functions
@@ -55,6 +70,7 @@ def test_errors_name_the_layer():
         AddLoRC(plan.replace(linears=())).call(model)
 
 
-def test_no_tensor_is_read():
-    model, plan = _quantized(Case(lorc=True))
+@pytest.mark.parametrize("fp8", [False, True])
+def test_no_tensor_is_read(fp8):
+    model, plan = _quantized(Case(lorc=True, lorc_fp8=fp8))
     assert AddLoRC(unreadable(model, plan)).call(model).modified

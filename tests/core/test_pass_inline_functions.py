@@ -32,6 +32,7 @@ inner <alpha> (p) => (q) { [act] q = LeakyRelu <alpha: float = @alpha> (p) }
     ("name", "case"),
     [
         ("inline_functions_lorc", Case(dtype=ir.DataType.FLOAT16, lorc=True)),
+        ("inline_functions_lorc_fp8", Case(dtype=ir.DataType.FLOAT16, lorc=True, lorc_fp8=True)),
         ("inline_functions_token", Case(per_token=True, k=72)),
     ],
 )

@@ -5,10 +5,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
-from rewrite_models import Case, artifact, decoded, float_model, make_plan, reference, unreadable
+from rewrite_models import Case, artifact, decoded, float_model, make_plan, mixed_plan, reference, unreadable
 
 from passes.lower_weights_fp4 import LowerWeightsFp4
 from zqfp_compile.pass_base import PassError
+from zqfp_compile.plan import SitePrecision
 
 LAYERS = ("attn.q", "attn.v")
 
@@ -24,10 +25,10 @@ def test_golden(name, case, run_pass, golden):
 
 
 @pytest.mark.parametrize("constraint", ["none", "m1", "m2", "e4m3"])
-@pytest.mark.parametrize("k", [64, 72])
+@pytest.mark.parametrize(("k", "group_size"), [(64, 16), (72, 16), (71, 0)])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_onnx_reference_agrees(constraint, k, per_token):
-    case = Case(constraint=constraint, k=k, per_token=per_token, lorc=True)
+def test_onnx_reference_agrees(constraint, k, group_size, per_token):
+    case = Case(constraint=constraint, k=k, per_token=per_token, lorc=True, group_size=group_size)
     model, plan = artifact(case)
     LowerWeightsFp4(plan).call(model)
     proto = ir.to_proto(model)
@@ -37,6 +38,29 @@ def test_onnx_reference_agrees(constraint, k, per_token):
         wanted = reference(case, plan, float_model(case), layer, x)
         # float32 accumulation over K = 72 against float64: measured 1e-7.
         assert np.abs(y - wanted).max() <= 1e-6 * np.abs(wanted).max()
+
+
+def test_fp8_layers_keep_eight_bits():
+    case = Case(k=72, lorc_fp8=True)
+    plan = mixed_plan(case, q=SitePrecision("fp8", 3), v=SitePrecision("e2m1", 2))
+    model, _ = artifact(case, plan)
+    LowerWeightsFp4(plan).call(model)
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    assert model.graph.initializers["attn.q.codes"].dtype == ir.DataType.FLOAT8E4M3FN
+    assert model.graph.initializers["attn.v/w4"].dtype == ir.DataType.FLOAT4E2M1
+    x = np.random.default_rng(3).standard_normal((5, 72)).astype(np.float32)
+    for y, layer in zip(ReferenceEvaluator(proto).run(None, {"x": x}), LAYERS, strict=True):
+        wanted = reference(case, plan, float_model(case), layer, x)
+        # float32 accumulation over K = 72 against float64: measured 1e-7.
+        assert np.abs(y - wanted).max() <= 1e-6 * np.abs(wanted).max()
+
+
+def test_one_layer_of_another_format_is_an_error():
+    plan = mixed_plan(Case(), q=SitePrecision("int4", 0))
+    model, _ = artifact(Case(), plan)
+    with pytest.raises(PassError, match=r"--emit fp4: .* the weights are e2m1, int4"):
+        LowerWeightsFp4(plan).call(model)
 
 
 def test_the_decoded_weight_is_bit_equal():

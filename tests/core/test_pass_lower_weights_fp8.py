@@ -39,6 +39,33 @@ def test_weights_are_exact(weight_format, constraint, k):
         assert np.array_equal(stored.numpy().astype(np.float32), decoded(plan, layer).fp8_weight())
 
 
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+def test_fp8_factors_are_decoded_to_the_type_of_y(dtype, run_pass):
+    """Float32 product, then one rounding: bit for bit what the function body computes."""
+    case = Case(lorc=True, lorc_fp8=True, dtype=dtype)
+    model, plan = artifact(case)
+    run_pass(LowerWeightsFp8(plan), model)
+    for layer in ("attn.q", "attn.v"):
+        tensors = plan.tensors[layer]
+        wanted = {
+            "lorc_v": tensors.lorc_v.numpy().astype(np.float32) * tensors.lorc_v_scale.numpy(),
+            "lorc_u": tensors.lorc_u.numpy().astype(np.float32) * tensors.lorc_u_scale.numpy()[:, None],
+        }
+        for name, values in wanted.items():
+            stored = model.graph.initializers[f"{layer}/{name}"].const_value
+            assert stored.dtype == dtype
+            assert np.array_equal(stored.numpy(), values.astype(dtype.numpy()))
+
+
+def test_shared_factors_are_decoded_once(run_pass):
+    case = Case(lorc=True, lorc_fp8=True)
+    plan = make_plan(case)
+    model, plan = artifact(case, plan.replace(tensors=dict.fromkeys(plan.tensors, plan.tensors["attn.q"])))
+    run_pass(LowerWeightsFp8(plan), model)
+    decoded_factors = [name for name in model.graph.initializers if "/lorc_" in name]
+    assert decoded_factors == ["attn.q/lorc_v", "attn.q/lorc_u"]
+
+
 def test_main_products_are_named_and_share_one_dequantised_activation(run_pass):
     model, plan = artifact(Case(lorc=True, dtype=ir.DataType.FLOAT16))
     run_pass(LowerWeightsFp8(plan), model)
@@ -71,8 +98,9 @@ def test_a_plan_of_another_model_is_an_error():
         LowerWeightsFp8(plan.replace(linears=())).call(model)
 
 
-def test_no_tensor_is_read():
-    model, plan = artifact(Case(lorc=True))
+@pytest.mark.parametrize("fp8", [False, True])
+def test_no_tensor_is_read(fp8):
+    model, plan = artifact(Case(lorc=True, lorc_fp8=fp8))
     assert LowerWeightsFp8(unreadable(model, plan)).call(model).modified
 
 

@@ -5,12 +5,13 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 import pytest
-from rewrite_models import BETA, Case, float_model, make_plan, unreadable
+from rewrite_models import BETA, Case, float_model, make_plan, mixed_plan, unreadable
 
 from passes.quantize_activations import QuantizeActivations
 from passes.quantize_weights import QuantizeWeights
+from zqfp_compile import specs
 from zqfp_compile.pass_base import PassError
-from zqfp_compile.plan import QuantPlan
+from zqfp_compile.plan import QuantPlan, SitePrecision
 
 
 def _with_activations(case: Case) -> tuple[ir.Model, QuantPlan]:
@@ -45,7 +46,7 @@ def test_the_node_keeps_what_the_old_one_had_and_says_what_a_kernel_needs(run_pa
     run_pass(QuantizeWeights(plan), model)
     assert [(value.name, value.dtype, str(value.shape)) for value in model.graph.outputs] == outputs
     node = _linears(model)["attn.q"]
-    assert node.domain == "zqfp" and len(node.inputs) == 9
+    assert node.domain == "zqfp" and len(node.inputs) == 11
     assert node.metadata_props["pkg.torch.onnx.name_scopes"] == "['', 'attn.q']"
     assert {name: attr.value for name, attr in node.attributes.items()} == {
         "weight_format": "e2m1",
@@ -53,7 +54,7 @@ def test_the_node_keeps_what_the_old_one_had_and_says_what_a_kernel_needs(run_pa
         "activation": "fp8_tensor",
     }
     assert node.inputs[0].dtype == ir.DataType.FLOAT8E4M3FN
-    assert [i for i, value in enumerate(node.inputs) if value is None] == [5, 6, 7, 8]
+    assert [i for i, value in enumerate(node.inputs) if value is None] == [5, 6, 7, 8, 9, 10]
 
 
 def test_variants_that_are_equal_share_a_function(run_pass):
@@ -80,6 +81,39 @@ def test_a_plain_bias_is_used_as_it_is(run_pass):
     linears = (plan.linears[0], dataclasses.replace(plan.linears[1], bias_scale=1.0))
     run_pass(QuantizeWeights(plan.replace(linears=linears)), model)
     assert _linears(model)["attn.v"].inputs[5] is c
+
+
+def test_each_layer_has_its_own_format(run_pass):
+    plan = mixed_plan(Case(k=72), v=SitePrecision("fp8", 0))
+    model = float_model(Case(k=72))
+    QuantizeActivations(plan).call(model)
+    run_pass(QuantizeWeights(plan), model)
+    nodes = _linears(model)
+    assert nodes["attn.q"].overload == "e2m1_g16_fp8_tensor_float_k72"
+    assert nodes["attn.v"].overload == "fp8_fp8_tensor_float_bias"
+    assert nodes["attn.q"].inputs[0] is nodes["attn.v"].inputs[0]
+    specs.check(model, "quantized")
+
+
+def test_a_layer_of_format_none_keeps_its_weight_and_its_activation(run_pass):
+    plan = mixed_plan(Case(), q=SitePrecision("none", 0))
+    model = float_model(Case())
+    QuantizeActivations(plan).call(model)
+    run_pass(QuantizeWeights(plan), model)
+    q = next(node for node in model.graph if node.name == "node_q")
+    assert q.op_type == "MatMul" and [value.name for value in q.inputs] == ["x", "wq"]
+    assert list(_linears(model)) == ["attn.v"]
+
+
+def test_one_layer_can_be_quantised_where_the_others_are_not(run_pass):
+    plan = make_plan(Case())
+    plan = plan.replace(weight_format="none", precisions={"attn.v": SitePrecision("e2m1", 0)})
+    model = float_model(Case())
+    QuantizeActivations(plan).call(model)
+    run_pass(QuantizeWeights(plan), model)
+    assert list(_linears(model)) == ["attn.v"]
+    q = next(node for node in model.graph if node.name == "node_q")
+    assert q.inputs[0].producer().op_type == "DequantizeLinear"
 
 
 def test_layers_with_the_same_tensors_share_initializers(run_pass):

@@ -141,6 +141,9 @@ def test_json_has_the_promised_keys_and_values(tmp_path):
         "reason": None,
         "sqnr_db": 30.0,
         "bits": 4.27,
+        "weight_format": "none",
+        "lorc_rank": 0,
+        "bits_with_lorc": None,
     }
     assert data["layers"][-1]["reason"] == "output projection"
     assert data["engine"]["profiles"][1]["fp8_gemms"] == 121

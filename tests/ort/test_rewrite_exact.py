@@ -14,6 +14,7 @@ from rewrite_models import (
     decoded,
     float_model,
     make_plan,
+    mixed_plan,
     quantized_activation,
     reference,
 )
@@ -22,6 +23,8 @@ from passes.inline_functions import InlineFunctions
 from passes.lower_weights_fp8 import LowerWeightsFp8
 from passes.quantize_activations import QuantizeActivations
 from passes.remove_unused import RemoveUnused
+from zqfp_compile import specs
+from zqfp_compile.plan import SitePrecision
 
 pytest.importorskip("onnxruntime")
 LAYERS = ("attn.q", "attn.v")
@@ -39,9 +42,20 @@ CASES = [
         WEIGHTS, [("e4m3", False), ("e4m3", True), ("none", False)], NUMPY, BRANCHES
     )
 ]
+CASES += [  # one group a row; an odd K leaves an odd number of 4-bit codes in a row
+    Case(weights, constraint, k=71, group_size=0, lorc=True)
+    for weights, constraint in [("e2m1", "none"), ("e2m1", "e4m3"), ("int4", "m2")]
+]
 CASES += [
     Case(activation=activation, per_token=per_token, lorc=True)
     for activation, per_token in itertools.product(("e5m2", "int8"), (False, True))
+]
+CASES += [
+    # Not BFLOAT16: as FLOAT the body does not round the decoded factors, the lowered form did.
+    Case(weights, dtype=dtype, per_token=per_token, lorc=True, lorc_fp8=True, k=72)
+    for weights, dtype, per_token in itertools.product(
+        ("e2m1", "fp8"), (ir.DataType.FLOAT, ir.DataType.FLOAT16), (False, True)
+    )
 ]
 
 
@@ -106,7 +120,13 @@ def test_artifact_and_lowered_forms(case):
 
 
 @pytest.mark.parametrize(
-    "case", [Case(weights, constraint, k=k) for weights, constraint in WEIGHTS for k in (64, 72)], ids=str
+    "case",
+    [
+        Case(weights, constraint, k=k, group_size=group_size)
+        for weights, constraint in WEIGHTS
+        for k, group_size in [(64, 16), (72, 16), (71, 0)]
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("optimize", [False, True])
 def test_decoded_weight_is_bit_equal_to_numpy(case, optimize):
@@ -119,6 +139,38 @@ def test_decoded_weight_is_bit_equal_to_numpy(case, optimize):
     weights = _run(model, _inputs(case), optimize=optimize)[len(LAYERS) :]
     for layer, w_hat in zip(LAYERS, weights, strict=True):
         assert np.array_equal(w_hat, decoded(plan, layer).dequantize())
+
+
+MIXED = [
+    *itertools.product([SitePrecision("e2m1", 0), SitePrecision("none", 0)], [SitePrecision("fp8", 3)]),
+    *itertools.product([SitePrecision("fp8", 0)], [SitePrecision("none", 0), SitePrecision("e2m1", 2)]),
+    (SitePrecision("int4", 1), SitePrecision("e3m0", 5)),
+]
+
+
+@pytest.mark.parametrize("lorc_fp8", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize(("q", "v"), MIXED, ids=str)
+def test_layers_of_different_formats_and_ranks(q, v, per_token, lorc_fp8):
+    case = Case(dtype=ir.DataType.FLOAT16, per_token=per_token, lorc_fp8=lorc_fp8, k=72)
+    plan = mixed_plan(case, q=q, v=v)
+    model, _ = artifact(case, plan)
+    specs.check(model, "quantized")
+    x = _inputs(case)
+    outputs = _run(model, x)
+    for y, layer in zip(outputs, LAYERS, strict=True):
+        if layer in plan.tensors:
+            _assert_close(case, y, reference(case, plan, float_model(case), layer, x))
+    untouched = _run(float_model(case), x)
+    for y, plain, precision in zip(outputs, untouched, (q, v), strict=True):
+        assert np.array_equal(y, plain) == (precision.weight_format == "none")
+    for lowering in (LowerWeightsFp8(plan), InlineFunctions()):
+        lowered, _ = artifact(case, plan)
+        lowering.call(lowered)
+        RemoveUnused().call(lowered)
+        specs.check(lowered, "engine")
+        for y, other in zip(outputs, _run(lowered, x), strict=True):
+            assert np.array_equal(y, other), f"{lowering.name} is not bit-equal"
 
 
 @pytest.mark.parametrize("per_token", [False, True])

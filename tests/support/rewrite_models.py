@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -16,7 +17,7 @@ from zqfp_compile.formats.codebook import CODE_BOOKS
 from zqfp_compile.formats.minifloat import MINI_FLOATS
 from zqfp_compile.formats.quantized import QuantizedWeight
 from zqfp_compile.formats.scales import legal_scales
-from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan, WeightSource
+from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan, SitePrecision, WeightSource
 
 NUMPY = {
     ir.DataType.FLOAT: np.dtype(np.float32),
@@ -42,11 +43,17 @@ class Case:
     n: int = 48
     group_size: int = 16
     seed: int = 0
+    lorc_fp8: bool = False
+    rank: int = 4
 
     def __str__(self) -> str:
         scale = "token" if self.per_token else "tensor"
         parts = [self.weight_format, self.constraint, self.activation, scale, self.dtype.name.lower()]
-        return "-".join([*parts, "lorc" if self.lorc else "plain", f"k{self.k}"])
+        return "-".join([*parts, self.branch, f"k{self.k}"])
+
+    @property
+    def branch(self) -> str:
+        return "plain" if not self.lorc else "lorc8" if self.lorc_fp8 else "lorc"
 
 
 def float_model(case: Case) -> ir.Model:
@@ -121,19 +128,29 @@ def layer_tensors(case: Case, rng: np.random.Generator) -> LinearTensors:
     fp8 = case.weight_format == "fp8"
     scale_type = ir.DataType.FLOAT if case.constraint == "none" else ir.DataType.FLOAT8E4M3FN
     scales = weight.group_scales
-    lorc = [None, None]
-    if case.lorc:
-        lorc = [rng.standard_normal(shape).astype(np.float32) * 0.1 for shape in ((case.k, 4), (4, case.n))]
-        lorc = [ir.Tensor(a.astype(NUMPY[case.dtype]), dtype=case.dtype) for a in lorc]
     return LinearTensors(
         codes=ir.Tensor(weight.codes if fp8 else weight.codes.astype(ml_dtypes.int4)),
         group_scales=None
         if scales is None
         else ir.Tensor(scales.astype(scale_type.numpy()), dtype=scale_type),
         row_scales=ir.Tensor(weight.row_scales),
-        lorc_v=lorc[0],
-        lorc_u=lorc[1],
+        **(random_factors(case, rng) if case.lorc else {}),
     )
+
+
+def random_factors(case: Case, rng: np.random.Generator) -> dict[str, ir.Tensor]:
+    """V and U in the layer's type; in FP8 every code but NaN, times any scale."""
+    shapes = {"lorc_v": (case.k, case.rank), "lorc_u": (case.rank, case.n)}
+    if not case.lorc_fp8:
+        arrays = {key: rng.standard_normal(shape).astype(np.float32) * 0.1 for key, shape in shapes.items()}
+        return {key: ir.Tensor(a.astype(NUMPY[case.dtype]), dtype=case.dtype) for key, a in arrays.items()}
+    finite = np.array([code for code in range(256) if code & 0x7F != 0x7F], np.uint8)
+    factors = {
+        key: ir.Tensor(rng.choice(finite, shape).view(ml_dtypes.float8_e4m3fn))
+        for key, shape in shapes.items()
+    }
+    scales = {f"{key}_scale": rng.uniform(0.5, 2, case.rank).astype(np.float32) * 1e-3 for key in shapes}
+    return {**factors, **{key: ir.Tensor(array) for key, array in scales.items()}}
 
 
 def random_weight(case: Case, rng: np.random.Generator) -> QuantizedWeight:
@@ -147,8 +164,9 @@ def random_weight(case: Case, rng: np.random.Generator) -> QuantizedWeight:
     if case.weight_format == "fp8":
         codes = rng.uniform(-448, 448, (n, k)).astype(ml_dtypes.float8_e4m3fn)
         return QuantizedWeight(codes, None, rows, k, "fp8", case.group_size, case.constraint)
-    groups = -(-k // case.group_size)
-    codes = rng.integers(-7, 8, (n, groups * case.group_size)).astype(np.int8)
+    width = case.group_size or k
+    groups = -(-k // width)
+    codes = rng.integers(-7, 8, (n, groups * width)).astype(np.int8)
     codes[:, k:] = 0
     if case.constraint == "none":
         scales = rng.uniform(0.001, 0.1, (n, groups)).astype(np.float32)
@@ -172,7 +190,7 @@ def unreadable(model: ir.Model, plan: QuantPlan) -> QuantPlan:
             value.const_value = sealed(value.const_value)
     tensors = {}
     for layer, old in plan.tensors.items():
-        fields = (old.codes, old.group_scales, old.row_scales, old.lorc_v, old.lorc_u)
+        fields = [getattr(old, spec.name) for spec in dataclasses.fields(old)]
         new = [known.setdefault(id(tensor), sealed(tensor)) for tensor in fields]
         tensors[layer] = LinearTensors(*new)
     return plan.replace(tensors=tensors)
@@ -180,24 +198,27 @@ def unreadable(model: ir.Model, plan: QuantPlan) -> QuantPlan:
 
 def decoded(plan: QuantPlan, layer: str) -> QuantizedWeight:
     """The layer's weight, read back from the plan's tensors."""
-    tensors = plan.tensors[layer]
-    site = next(site for site in plan.linears if site.name == layer)
-    codes = tensors.codes.numpy()
-    scales = tensors.group_scales
-    return QuantizedWeight(
-        codes if plan.weight_format == "fp8" else codes.astype(np.int8),
-        None if scales is None else scales.numpy().astype(np.float32),
-        tensors.row_scales.numpy(),
-        site.k,
-        plan.weight_format,
-        plan.group_size,
-        plan.scale_constraint,
-    )
+    return plan.quantized_weight(next(site for site in plan.linears if site.name == layer))
 
 
-def artifact(case: Case) -> tuple[ir.Model, QuantPlan]:
+def mixed_plan(case: Case, **precisions: SitePrecision) -> QuantPlan:
+    """The plan of :func:`float_model` with formats and ranks per layer, ``q`` and ``v``."""
+    rng = np.random.default_rng(case.seed + 3)
+    plan = make_plan(dataclasses.replace(case, lorc=False))
+    named = {f"attn.{key}": precision for key, precision in precisions.items()}
+    tensors = dict(plan.tensors)
+    for name, precision in named.items():
+        lorc = precision.lorc_rank > 0
+        wanted = {"weight_format": precision.weight_format, "lorc": lorc, "rank": precision.lorc_rank}
+        del tensors[name]
+        if precision.weight_format != "none":
+            tensors[name] = layer_tensors(dataclasses.replace(case, **wanted), rng)
+    return plan.replace(tensors=tensors, precisions=named)
+
+
+def artifact(case: Case, plan: QuantPlan | None = None) -> tuple[ir.Model, QuantPlan]:
     """The model after the rewrite passes."""
-    model, plan = float_model(case), make_plan(case)
+    model, plan = float_model(case), plan or make_plan(case)
     for pass_ in (QuantizeActivations(plan), QuantizeWeights(plan), AddLoRC(plan), RemoveUnused()):
         pass_.call(model)
     return model, plan
@@ -219,13 +240,24 @@ def quantized_activation(case: Case, x: np.ndarray) -> tuple[np.ndarray, np.ndar
     return MINI_FLOATS[case.activation].round(scaled).astype(np.float64), a.astype(np.float64)
 
 
+def factors(case: Case, tensors: LinearTensors) -> tuple[np.ndarray, np.ndarray]:
+    """V and U as the graph multiplies by them: FP8 times scale in float32, rounded to the layer's type."""
+    v, u = (t.numpy().astype(np.float32) for t in (tensors.lorc_v, tensors.lorc_u))
+    if case.lorc_fp8:
+        v = v * tensors.lorc_v_scale.numpy()[None, :]
+        u = u * tensors.lorc_u_scale.numpy()[:, None]
+    # Tests run BFLOAT16 models as FLOAT.
+    dtype = np.dtype(np.float32) if case.dtype == ir.DataType.BFLOAT16 else NUMPY[case.dtype]
+    return v.astype(dtype).astype(np.float64), u.astype(dtype).astype(np.float64)
+
+
 def reference(case: Case, plan: QuantPlan, model: ir.Model, layer: str, x: np.ndarray) -> np.ndarray:
     """y = a R (x8 @ w8^T) + (x @ V) @ U + beta C in float64; ``model`` is the float model with the bias."""
     weight, tensors = decoded(plan, layer), plan.tensors[layer]
     x8, a = quantized_activation(case, x)
     y = a * (x8 @ weight.fp8_weight().astype(np.float64).T) * weight.row_scales.astype(np.float64)
     if tensors.lorc_v is not None and tensors.lorc_u is not None:
-        v, u = (t.numpy().astype(np.float64) for t in (tensors.lorc_v, tensors.lorc_u))
+        v, u = factors(case, tensors)
         y = y + (x.astype(np.float64) @ v) @ u
     site = next(site for site in plan.linears if site.name == layer)
     if site.bias is not None:

@@ -158,7 +158,7 @@ def _layers(facts: Facts) -> tuple[LayerReport, ...]:
                 sqnr_db=checks[site.name].sqnr_db if site.name in checks else None,
                 bits=bits / (site.n * site.k),
                 weight_format=facts.plan.precision(site).weight_format,
-                lorc_rank=0 if tensors is None or tensors.lorc_u is None else int(tensors.lorc_u.shape[0]),
+                lorc_rank=0 if tensors is None or tensors.lorc_u is None else tensors.lorc_u.shape.numpy()[0],
                 bits_with_lorc=bits_with_lorc / (site.n * site.k),
             )
         )

@@ -86,7 +86,11 @@ class LayerReport:
         rewritten: Whether the artifact holds it quantised.
         reason: Why it was left alone; ``None`` when rewritten.
         sqnr_db: SQNR of the layer's output on identical input, dB.
-        bits: Stored bits per weight: codes, group and row scales, without LoRC factors.
+        bits: Stored bits per weight: codes, group and row scales, without LoRC factors; the float type's of
+            a layer that mixed precision leaves as it is.
+        weight_format: ``e2m1``, ``e3m0``, ``int4``, ``fp8``, or ``none`` when the weight is not quantised.
+        lorc_rank: Rank of the error compensation, 0 without.
+        bits_with_lorc: ``bits`` and the LoRC factors with their scales.
     """
 
     name: str
@@ -96,6 +100,9 @@ class LayerReport:
     reason: str | None = None
     sqnr_db: float | None = None
     bits: float | None = None
+    weight_format: str = "none"
+    lorc_rank: int = 0
+    bits_with_lorc: float | None = None
 
 
 @dataclass(frozen=True)
@@ -198,8 +205,9 @@ class Report:
         layers: Every linear layer in graph order.
         perplexity: ``None`` without evaluation.
         logits: ``None`` without evaluation.
-        bits_per_weight: Codes, group and row scales over the rewritten weights.
-        bits_per_weight_with_lorc: The same with the LoRC factors.
+        bits_per_weight: Codes, group and row scales over the planned linears but lm_head; those that mixed
+            precision leaves in float count with the bits of their type.
+        bits_per_weight_with_lorc: The same with the LoRC factors and their scales.
         size: Bytes before and after.
         engine: ``None`` when the run did not get to engines.
         certificate: ``None`` when it was not run.
