@@ -17,6 +17,7 @@ from zqfp_compile.compare_inputs import make_inputs
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.progress import Reporter, SilentReporter, StepTimer
 from zqfp_compile.report import metrics
+from zqfp_compile.specs import FP8
 
 Array = npt.NDArray[Any]
 
@@ -158,6 +159,7 @@ def compare_models(
     with timer.step("inputs"):
         made = make_inputs(runner_a, runner_b, inputs, text, samples, length, seed)
     pairs, unmatched = _match_outputs(runner_a, runner_b)
+    pairs, unscaled = _drop_unscaled(runner_a, runner_b, pairs)
     logits = _logits_name(runner_a)
     if gates.min_top1 is not None and logits not in pairs:
         raise UsageError(f"--min-top1: {a} and {b} have no logits output in common; use --min-sqnr")
@@ -167,7 +169,7 @@ def compare_models(
             timer.reporter.update(done, len(made.feeds_a))
             out_a, out_b = runner_a.run(feed_a), runner_b.run(feed_b)
             for name, other in pairs.items():
-                totals[name].add(out_a[name], out_b[other])
+                totals[name].add(*_same_units(runner_a, runner_b, name, other, out_a[name], out_b[other]))
     outputs = tuple(total.result() for total in totals.values())
     return Comparison(
         a=str(a),
@@ -175,7 +177,7 @@ def compare_models(
         inputs=made.description,
         samples=len(made.feeds_a),
         outputs=outputs,
-        warnings=(*made.warnings, *unmatched),
+        warnings=(*made.warnings, *unmatched, *unscaled),
         failures=tuple(_failures(outputs, gates, logits)),
         seconds=timer.seconds,
     )
@@ -225,6 +227,35 @@ def _match_outputs(a: Runner, b: Runner) -> tuple[dict[str, str], tuple[str, ...
         if extra:
             warnings.append(f"not compared, only in {runner.path}: {_listing(extra)}")
     return pairs, tuple(warnings)
+
+
+def _drop_unscaled(a: Runner, b: Runner, pairs: dict[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Leave out what is FP8 in one model only, by a scale that nobody knows; one warning for all."""
+    types_a, types_b = ({spec.name: spec.dtype for spec in runner.outputs} for runner in (a, b))
+    dropped = [
+        name
+        for name, other in pairs.items()
+        if types_a[name] != types_b[other]
+        and any(
+            types[key] in FP8 and key not in runner.scales
+            for types, key, runner in ((types_a, name, a), (types_b, other, b))
+        )
+    ]
+    warnings = (f"not compared, FP8 by a scale only the .onnx knows: {_listing(dropped)}",) if dropped else ()
+    return {name: other for name, other in pairs.items() if name not in dropped}, warnings
+
+
+def _same_units(
+    a: Runner, b: Runner, name: str, other: str, value_a: Array, value_b: Array
+) -> tuple[Array, Array]:
+    """Return both outputs as numbers; two of one type are compared as they are."""
+    if value_a.dtype == value_b.dtype:
+        return value_a, value_b
+    scale_a, scale_b = a.scales.get(name), b.scales.get(other)
+    return (
+        value_a if scale_a is None else value_a.astype(np.float32) * np.float32(scale_a),
+        value_b if scale_b is None else value_b.astype(np.float32) * np.float32(scale_b),
+    )
 
 
 def _listing(names: Sequence[str]) -> str:

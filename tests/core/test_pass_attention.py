@@ -37,8 +37,8 @@ def test_the_plan_names_caches_and_products(run_pass):
     assert not result.modified and not result.declined and result.plan is not None
     half = ir.DataType.FLOAT16
     assert result.plan.caches == (
-        CacheSite("past.0.key", "present.0.key", "k", "n_key", half),
-        CacheSite("past.0.value", "present.0.value", "v", "n_value", half),
+        CacheSite("past_key", "present_key", "k", "n_key", half),
+        CacheSite("past_value", "present_value", "v", "n_value", half),
     )
     # Keys and values take the range of what is appended, so that cache and attention share one scale.
     assert result.plan.attentions == (AttentionSite("n_softmax", "n_scores", "n_mix", "q", "k", "v", half),)
@@ -95,9 +95,9 @@ def test_only_the_cache_changes_type():
     QuantizeKvCache(select(model)).call(model)
     types = {value.name: value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
     narrow = {name for name, dtype in types.items() if dtype == FP8}
-    assert narrow == {"past.0.key", "past.0.value", "present.0.key", "present.0.value"}
+    assert narrow == {"past_key", "past_value", "present_key", "present_value"}
     assert {dtype for name, dtype in types.items() if name not in narrow} == {ir.DataType.FLOAT16}
-    assert [value.name for value in model.graph.outputs] == ["y", "present.0.key", "present.0.value"]
+    assert [value.name for value in model.graph.outputs] == ["y", "present_key", "present_value"]
 
 
 def test_nothing_planned_nothing_changed(run_pass):
@@ -128,7 +128,7 @@ def _swapped() -> ir.Model:
 
 def _hidden_present() -> ir.Model:
     model = decoder()
-    del model.graph.outputs[1]
+    model.graph.outputs.pop(1)
     return model
 
 
@@ -171,8 +171,8 @@ def _branch() -> ir.Model:
 )
 def test_a_cache_left_alone_says_why(make, reason):
     model = make()
-    assert declined(model, kv_cache=True) == (Declined("past.0.key", reason),)
-    assert [site.past for site in select(model, attention=False).caches] == ["past.0.value"]
+    assert declined(model, kv_cache=True) == (Declined("past_key", reason),)
+    assert [site.past for site in select(model, attention=False).caches] == ["past_value"]
 
 
 def test_without_the_option_a_cache_is_nobodys_business():
@@ -185,7 +185,7 @@ def test_an_unused_cache_says_so():
     past.type = ir.TensorType(ir.DataType.FLOAT)
     past.replace_all_uses_with(model.graph.inputs[5])
     reasons = {item.place: item.reason for item in _no_cache(model)}
-    assert reasons["past.0.key"] == "nothing reads it"
+    assert reasons["past_key"] == "nothing reads it"
 
 
 def _no_cache(model: ir.Model) -> tuple[Declined, ...]:
@@ -278,7 +278,7 @@ def test_when_everything_is_declined_the_first_reason_is_told():
     for name in ("n_key", "n_value"):
         concat = node(model, name)
         concat.replace_input_with(1, concat.inputs[0])
-    with pytest.raises(UsageError, match=r"no KV cache input .* such as 'past.0.key': it is not appended to"):
+    with pytest.raises(UsageError, match=r"no KV cache input .* such as 'past_key': it is not appended to"):
         select(model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,12 +28,14 @@ class Runner(Protocol):
         inputs: What :meth:`run` takes.
         outputs: What :meth:`run` returns.
         vocab_size: Rows of the token embedding, when the graph shows it.
+        scales: What an FP8 output (KV cache) is multiplied by to give its numbers, where that is known.
     """
 
     path: Path
     inputs: tuple[InputSpec, ...]
     outputs: tuple[InputSpec, ...]
     vocab_size: int | None
+    scales: Mapping[str, float]
 
     def run(self, feed: Feed) -> dict[str, Array]:
         """Return every output by name.
@@ -56,6 +59,7 @@ class OrtRunner:
         self.inputs = graph_inputs(model)
         self.outputs = tuple(_value_spec(value) for value in model.graph.outputs)
         self.vocab_size = find_vocab_size(model)
+        self.scales: Mapping[str, float] = _output_scales(model)
         try:
             # Folding a compiled model decodes every weight to float: three times the memory.
             self._session = create_session(path, fold_constants=not model.functions)
@@ -82,6 +86,7 @@ class EngineRunner:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.vocab_size: int | None = None
+        self.scales: Mapping[str, float] = {}
         runtimes = _engine_runtimes(path)
         self._torch = _torch_with_gpu(path)
         self._trt, self._runtime, self._engine = self._deserialize(runtimes)
@@ -211,6 +216,17 @@ def _torch_with_gpu(path: Path) -> Any:
             "not here; compare the .onnx files instead"
         )
     return torch
+
+
+def _output_scales(model: ir.Model) -> dict[str, float]:
+    """Return the scalar scale of every output that a QuantizeLinear makes."""
+    scales = {}
+    for value in model.graph.outputs:
+        node = value.producer()
+        scale = node.inputs[1] if node is not None and node.op_type == "QuantizeLinear" else None
+        if scale is not None and scale.const_value is not None and scale.const_value.size == 1:
+            scales[str(value.name)] = float(scale.const_value.numpy())
+    return scales
 
 
 def _value_spec(value: ir.Value) -> InputSpec:
