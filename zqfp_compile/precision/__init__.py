@@ -1,0 +1,1 @@
+"""Which precision each layer gets: sensitivities, and the assignment under a budget."""
