@@ -29,7 +29,7 @@ FACTORS = {
     "activation_scale": ("tensor", "token"),
     "scale_constraint": ("e4m3", "none", "m1", "m2"),
     "lorc_rank": (0, 8),
-    "group_size": (16, 64, 256),  # K is 72 or 144: 16 divides one of them, 64 and 256 none
+    "group_size": (16, 64, 256, "row"),  # K is 72 or 144: 16 divides one of them, 64 and 256 none
 }
 
 
@@ -56,7 +56,7 @@ REPORT_KEYS = {
     "certificate": "layers_checked mismatches problems ok",
     "calibration": "description tokens",
 }
-LAYER_KEYS = "name k n sqnr_db rewritten reason bits"
+LAYER_KEYS = "name k n sqnr_db rewritten reason bits weight_format lorc_rank bits_with_lorc"
 SECONDS = {"load", "select-linears", "calibrate", "quantize", "quantize-weights", "save", "certificate"}
 SECONDS |= {"evaluate"}
 
@@ -161,8 +161,9 @@ def test_every_model(family: str, exporter: str, dtype: str, tiny_model, tmp_pat
         {"weights": "none"},
         {"activation_scale": "token", "scale_constraint": "m2", "group_size": 128},
         {"activations": "none", "group_size": 32},
+        {"scale_constraint": "m2", "scale_rows": 32, "group_size": "row"},
     ],
-    ids=["a8-only", "per-token-m2", "w4a16"],
+    ids=["a8-only", "per-token-m2", "w4a16", "compute-groups"],
 )
 def test_half_precision_options(options: dict, dtype: str, tiny_model, tmp_path: Path) -> None:
     source = tiny_model("opt", dtype=dtype)  # Gemm and biases
