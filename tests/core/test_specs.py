@@ -17,6 +17,7 @@ from zqfp_compile.specs import Phase, SpecError, check
 
 CASES = [
     Case(lorc=True, dtype=ir.DataType.FLOAT16),
+    Case(lorc=True, lorc_fp8=True, dtype=ir.DataType.FLOAT16),
     Case(per_token=True, k=72),
     Case(weight_format="fp8", activation="e5m2", dtype=ir.DataType.BFLOAT16),
     Case(constraint="none", activation="none"),
@@ -144,12 +145,31 @@ SABOTAGE: dict[str, tuple[Callable[[ir.Model], None], str]] = {
         "lorc_v has shape (64, 5)",
     ),
 }
+FP8_SABOTAGE: dict[str, tuple[Callable[[ir.Model], None], str]] = {
+    "one scale": (_replace(9, lambda model: None), "lorc_v has type FLOAT8E4M3FN, not FLOAT"),
+    "the other scale": (
+        _replace(10, lambda model: None),
+        "lorc_v_scale and lorc_u_scale are not given together",
+    ),
+    "scale type": (
+        _replace(9, lambda model: initializer(model, np.ones(4, "f2"))),
+        "lorc_v_scale has type FLOAT16",
+    ),
+    "scale size": (
+        _replace(10, lambda model: initializer(model, np.ones(48, "f4"))),
+        "lorc_u_scale has shape (48,) for rank 4",
+    ),
+    "float factor": (
+        _replace(8, lambda model: initializer(model, np.ones((4, 48), "f4"))),
+        "lorc_u has type FLOAT, not FLOAT8E4M3FN",
+    ),
+}
 
 
-@pytest.mark.parametrize("name", SABOTAGE)
+@pytest.mark.parametrize("name", [*SABOTAGE, *FP8_SABOTAGE])
 def test_sabotage_is_found(name: str) -> None:
-    sabotage, message = SABOTAGE[name]
-    model, _ = artifact(Case(lorc=True))
+    sabotage, message = {**SABOTAGE, **FP8_SABOTAGE}[name]
+    model, _ = artifact(Case(lorc=True, lorc_fp8=name in FP8_SABOTAGE))
     check(model, "quantized")
     sabotage(model)
     with pytest.raises(SpecError) as caught:

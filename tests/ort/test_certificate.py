@@ -8,13 +8,13 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-from rewrite_models import NUMPY, Case, artifact, float_model, make_plan
+from rewrite_models import NUMPY, Case, artifact, float_model, make_plan, mixed_plan
 
 from passes.quantize_activations import QuantizeActivations
 from passes.remove_unused import RemoveUnused
 from zqfp_compile.certificate import Certificate, certify
 from zqfp_compile.errors import AccuracyError
-from zqfp_compile.plan import QuantPlan
+from zqfp_compile.plan import QuantPlan, SitePrecision
 from zqfp_compile.report.metrics import sqnr_db
 from zqfp_compile.weights import read_bias, read_weight
 
@@ -32,6 +32,9 @@ CASES = [
     Case(activation="none", dtype=ir.DataType.FLOAT16),
     Case(weight_format="fp8", lorc=True),
     Case(constraint="none"),
+    Case(lorc=True, lorc_fp8=True, k=72),
+    Case(lorc=True, lorc_fp8=True, dtype=ir.DataType.FLOAT16),
+    Case(lorc=True, lorc_fp8=True, dtype=ir.DataType.BFLOAT16, per_token=True),
 ]
 
 
@@ -60,6 +63,38 @@ def test_every_variant_is_certified(case: Case) -> None:
         ("attn.v", case.k, case.n),
     ]
     assert all(layer.weight_bit_equal for layer in certificate.layers)
+
+
+def test_layers_of_different_formats_and_ranks() -> None:
+    case = Case(dtype=ir.DataType.FLOAT16, lorc_fp8=True)
+    plan = mixed_plan(case, q=SitePrecision("fp8", 2), v=SitePrecision("e2m1", 0))
+    certificate = check(case, *artifact(case, plan))
+    assert (certificate.layers_checked, certificate.mismatches) == (2, 0)
+
+
+def test_a_layer_left_in_float_is_not_compared() -> None:
+    plan = mixed_plan(Case(), q=SitePrecision("none", 0))
+    certificate = check(Case(), *artifact(Case(), plan))
+    assert [layer.name for layer in certificate.layers] == ["attn.v"] and certificate.mismatches == 0
+
+
+def test_one_quantised_weight_among_quantised_activations() -> None:
+    plan = mixed_plan(Case(), v=SitePrecision("e2m1", 0)).replace(weight_format="none")
+    plan = plan.replace(tensors={"attn.v": plan.tensors["attn.v"]})
+    certificate = check(Case(), *artifact(Case(), plan))
+    assert (certificate.layers_checked, certificate.mismatches) == (2, 0)
+
+
+@pytest.mark.parametrize("position", [7, 8, 9, 10], ids=["v", "u", "v-scale", "u-scale"])
+def test_damaged_fp8_factors_are_a_mismatch(position: int) -> None:
+    case = Case(lorc=True, lorc_fp8=True)
+    model, plan = artifact(case)
+    value = _initializer(model, "attn.q", position)
+    array = value.const_value.numpy().copy()
+    array.reshape(-1)[0] = array.reshape(-1)[0].astype(np.float32) * 0.5 + 1
+    value.const_value = ir.tensor(array)
+    layer = check(case, model, plan).layers[0]
+    assert layer.weight_bit_equal and not layer.ok
 
 
 def test_activations_only() -> None:
