@@ -1,8 +1,8 @@
 """Formats of the paper's tables that the product does not ship: INT8, asymmetric integers, E5M2 weights.
 
-They exist to be compared with (``tools/paper_table.py``): fake quantisation only, no packing. Scale rules,
-for a group of weights (a run of K, or a whole row) or for an activation (per token or per tensor), as in
-ZeroQuant-V2 (arXiv 2303.08302, section 2) and ZeroQuant-FP (arXiv 2307.09782, section 3):
+They exist to be compared with (``tools/paper_table.py``): fake quantisation only, no packing. Min-max scales,
+for a group of weights (a run of K, or a whole row) or for an activation (per token or per tensor), with the
+formats of ZeroQuant-V2 (arXiv 2303.08302) and ZeroQuant-FP (arXiv 2307.09782):
 
     integer, symmetric   s = max|w| / m,  m = 2^(b-1) - 1    q = clamp(round(w / s), -m, m)
     integer, asymmetric  s = (max w - min w) / (2^b - 1)     q = clamp(round(w / s) + z, 0, 2^b - 1)
@@ -10,6 +10,7 @@ ZeroQuant-V2 (arXiv 2303.08302, section 2) and ZeroQuant-FP (arXiv 2307.09782, s
     FP8 E5M2             s = max|w| / 57344                  q = E5M2(w / s)
 
 The value is ``s * q``, asymmetric ``s * (q - z)``. All rounding is to nearest even; scales are real numbers.
+Integer weights also try shrunken ranges, as the product's formats do, and keep the best by squared error.
 INT4 symmetric is a code book of the product (``weight_format="int4"``).
 """
 
