@@ -12,6 +12,8 @@ import pytest
 from zqfp_compile.recipe import Recipe
 from zqfp_compile.report import html, json_report, plots
 from zqfp_compile.report.model import (
+    AttentionReport,
+    CacheReport,
     CalibrationReport,
     CertificateReport,
     EngineProfile,
@@ -61,6 +63,8 @@ def full_report(**changes: object) -> Report:
         ),
         "certificate": CertificateReport(210, 0),
         "calibration": CalibrationReport("built-in text", 4096),
+        "kv_cache": (CacheReport("past.0.key", "present.0.<key>", 0.0123),),
+        "attention": (AttentionReport("layers.0.self_attn", 0.5, 0.25, 0.125),),
         "warnings": ("random tokens",),
         "seconds": {"load": 0.42, "engine": 245.0},
         "peak_rss_bytes": 3 * 2**30,
@@ -150,6 +154,9 @@ def test_json_has_the_promised_keys_and_values(tmp_path):
     assert data["engine"]["profiles"][0]["shapes"]["input_ids"] == [[1, 1], [1, 128], [1, 2048]]
     assert data["engine"]["lint"] == {"ok": True, "problems": []}
     assert data["certificate"] == {"layers_checked": 210, "mismatches": 0, "problems": [], "ok": True}
+    assert data["kv_cache"] == [{"past": "past.0.key", "present": "present.0.<key>", "scale": 0.0123}]
+    scales = {"q_scale": 0.5, "k_scale": 0.25, "v_scale": 0.125}
+    assert data["attention"] == [{"name": "layers.0.self_attn", **scales}]
     assert data["seconds"] == {"load": 0.42, "engine": 245.0}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", data["created"])
 

@@ -21,6 +21,8 @@ from zqfp_compile.evaluate import Evaluation
 from zqfp_compile.plan import LinearSite, QuantPlan
 from zqfp_compile.recipe import Recipe
 from zqfp_compile.report.model import (
+    AttentionReport,
+    CacheReport,
     CalibrationReport,
     CertificateReport,
     EngineReport,
@@ -100,10 +102,24 @@ def assemble(facts: Facts) -> Report:
         calibration=None
         if facts.samples is None
         else CalibrationReport(facts.samples.description, facts.samples.tokens),
+        kv_cache=_kv_cache(facts.plan),
+        attention=_attention(facts.plan),
         warnings=facts.warnings,
         seconds=facts.seconds,
         peak_rss_bytes=_peak_rss(),
         versions=tool_versions(),
+    )
+
+
+def _kv_cache(plan: QuantPlan) -> tuple[CacheReport, ...]:
+    scales = plan.attention_scales
+    return tuple(CacheReport(cache.past, cache.present, scales[cache.new]) for cache in plan.caches)
+
+
+def _attention(plan: QuantPlan) -> tuple[AttentionReport, ...]:
+    scales = plan.attention_scales
+    return tuple(
+        AttentionReport(site.name, scales[site.q], scales[site.k], scales[site.v]) for site in plan.attentions
     )
 
 

@@ -183,6 +183,41 @@ class CertificateReport:
 
 
 @dataclass(frozen=True)
+class CacheReport:
+    """One FP8 tensor of the KV cache: a number is its code times ``scale``.
+
+    Inside the graph the scale is a constant: a caller feeds ``past`` with what came out of ``present`` and
+    needs it only to read the numbers, or to fill a cache from elsewhere.
+
+    Attributes:
+        past: Input, FLOAT8E4M3FN.
+        present: Output, FLOAT8E4M3FN.
+        scale: Static, calibrated.
+    """
+
+    past: str
+    present: str
+    scale: float
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """One attention whose two products run on FP8 operands; probabilities always have the scale 1/448.
+
+    Attributes:
+        name: Layer name.
+        q_scale: Static scale of the queries.
+        k_scale: Of the keys.
+        v_scale: Of the values.
+    """
+
+    name: str
+    q_scale: float
+    k_scale: float
+    v_scale: float
+
+
+@dataclass(frozen=True)
 class CalibrationReport:
     """What the activations were calibrated on."""
 
@@ -212,6 +247,8 @@ class Report:
         engine: ``None`` when the run did not get to engines.
         certificate: ``None`` when it was not run.
         calibration: ``None`` when nothing had to be calibrated.
+        kv_cache: Tensors of the KV cache that are FP8; empty when the cache has the model's own type.
+        attention: Attentions on FP8 operands; empty when none is.
         warnings: What a reader must know before trusting the numbers.
         seconds: Wall time per step, in run order.
         peak_rss_bytes: Peak resident memory of the process.
@@ -231,6 +268,8 @@ class Report:
     engine: EngineReport | None = None
     certificate: CertificateReport | None = None
     calibration: CalibrationReport | None = None
+    kv_cache: tuple[CacheReport, ...] = ()
+    attention: tuple[AttentionReport, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_rss_bytes: int | None = None
@@ -274,6 +313,10 @@ class Report:
                 f"certificate: {self.certificate.layers_checked} layers checked, "
                 f"{self.certificate.mismatches} mismatches"
             )
+        if self.kv_cache:
+            lines.append(f"KV cache: {len(self.kv_cache)} tensors go in and out as FLOAT8E4M3FN")
+        if self.attention:
+            lines.append(f"attention: {len(self.attention)} layers multiply FP8 operands")
         if self.engine is not None and self.engine.path is not None and self.engine.bytes is not None:
             lines.append(f"engine: {self.engine.path}, {self.engine.bytes / 1e6:.1f} MB")
             for profile in (item for item in self.engine.profiles if item.fp8_linears is not None):
