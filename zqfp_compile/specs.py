@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from zqfp_compile.errors import ModelError
 
-Phase = Literal["exported", "quantized", "engine"]
+Phase = Literal["exported", "quantized", "engine", "onnxruntime"]
 Rule: TypeAlias = Callable[[ir.Model], Iterator[str]]
 
 FP8 = frozenset({ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2})
@@ -37,6 +37,7 @@ def check(model: ir.Model, phase: Phase, *, after: str | None = None, allow_plug
         model: The model after a pass.
         phase: ``exported``: the prepared source. ``quantized``: may hold ``zqfp::W4A8Linear`` nodes and their
             functions, and Q/DQ. ``engine``: nothing left to inline, and free of what TensorRT gets wrong.
+            ``onnxruntime``: nothing left to inline, and free of what its optimiser gets wrong.
         after: Name of the pass that ran last, for the message.
         allow_plugin: In the ``engine`` phase, accept ``zqfp`` nodes, which the plugin takes.
 
@@ -77,7 +78,7 @@ def _scope_order(graph: ir.Graph, outer: set[ir.Value], outer_names: set[str]) -
             if operand is not None and operand not in known:
                 yield f"{_place(node)} uses {operand.name!r}, which nothing before it produces"
         for attr in node.attributes.values():
-            for inner in _subgraphs(attr):
+            for inner in attribute_graphs(attr):
                 yield from _scope_order(inner, known, names)
         for value in node.outputs:
             yield from _define(value, _place(node), known, names)
@@ -97,7 +98,8 @@ def _define(value: ir.Value, place: str, known: set[ir.Value], names: set[str]) 
         names.add(value.name)
 
 
-def _subgraphs(attr: ir.Attr) -> tuple[ir.Graph, ...]:
+def attribute_graphs(attr: ir.Attr) -> tuple[ir.Graph, ...]:
+    """Return the graphs an attribute holds, such as the branches of an If."""
     if attr.is_ref():
         return ()
     if attr.type == ir.AttributeType.GRAPH:
@@ -343,6 +345,18 @@ def _half_row_scales(model: ir.Model) -> Iterator[str]:
                 yield f"{_place(node)} has an FP8 weight with row scales of type {scale.dtype}; use FLOAT"
 
 
+# ONNX Runtime's phase
+
+
+def _no_fp8_qdq(model: ir.Model) -> Iterator[str]:
+    """The default optimiser refuses FP8 Q/DQ or computes something else."""
+    for node in _all_nodes(model):
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            for value in (*node.inputs, *node.outputs):
+                if value is not None and value.dtype in FP8:
+                    yield f"{_place(node)} has the FP8 value {value.name!r}; write it as a Cast"
+
+
 _ALWAYS: tuple[Rule, ...] = (_order, _opsets)
 _RULES: dict[Phase, tuple[Rule, ...]] = {
     "exported": _ALWAYS,
@@ -358,4 +372,5 @@ _RULES: dict[Phase, tuple[Rule, ...]] = {
         _blocked_requantize,
         _half_row_scales,
     ),
+    "onnxruntime": (*_ALWAYS, _node_names, _quantize_scales, _no_zqfp_nodes, _no_calls, _no_fp8_qdq),
 }

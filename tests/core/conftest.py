@@ -18,6 +18,7 @@ import onnx_ir as ir
 import pytest
 
 from zqfp_compile.pass_base import Pass, PassResult
+from zqfp_compile.specs import attribute_graphs
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 SHOWN_ELEMENTS = 8
@@ -119,21 +120,13 @@ def _node_lines(nodes: Iterable[ir.Node], indent: str) -> Iterator[str]:
         inputs = ", ".join("-" if value is None else str(value.name) for value in node.inputs)
         outputs = ", ".join(str(value.name) for value in node.outputs)
         attributes = sorted(node.attributes.items())
-        plain = [f"{name}={_attribute(attr)}" for name, attr in attributes if not _subgraphs(attr)]
+        plain = [f"{name}={_attribute(attr)}" for name, attr in attributes if not attribute_graphs(attr)]
         yield f"{indent}{outputs} = {' '.join([f'{op}({inputs})', *plain])}  # {node.name or ''}".rstrip(" #")
         for key, text in sorted(node.metadata_props.items()):
             yield f"{indent}  meta {key}: {text}"
         for name, attr in attributes:
-            for graph in _subgraphs(attr):
+            for graph in attribute_graphs(attr):
                 yield from _graph_lines(graph, f"{name}:", indent + "  ")
-
-
-def _subgraphs(attr: ir.Attr) -> tuple[ir.Graph, ...]:
-    if attr.is_ref():
-        return ()
-    if attr.type == ir.AttributeType.GRAPH:
-        return (attr.as_graph(),)
-    return tuple(attr.as_graphs()) if attr.type == ir.AttributeType.GRAPHS else ()
 
 
 def _attribute(attr: ir.Attr) -> str:
