@@ -89,6 +89,9 @@ def compile_command(
     ] = None,
     weights: Annotated[str | None, _choice(QUANT, recipes.Weights, "--weights")] = None,
     fp4_format: Annotated[str | None, _choice(QUANT, recipes.Fp4Format, "--fp4-format")] = None,
+    algorithm: Annotated[
+        str | None, _choice(QUANT, recipes.Algorithm, "--algorithm", "Rounding of the weights: ")
+    ] = None,
     activations: Annotated[str | None, _choice(QUANT, recipes.Activations, "--activations")] = None,
     activation_scale: Annotated[
         str | None,
@@ -171,6 +174,9 @@ def compile_command(
         _group(
             CALIBRATION, "Tokens per calibration window (default 512).", "--calibration-length", metavar="N"
         ),
+    ] = None,
+    device: Annotated[
+        str | None, _choice(CALIBRATION, recipes.Device, "--device", "Where gptq computes: ")
     ] = None,
     seed: Annotated[
         int | None, _group(CALIBRATION, "Seed of everything random (default 0).", "--seed", metavar="N")

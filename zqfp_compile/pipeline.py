@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from zqfp_compile.calibrate.causal_lm import CausalLm, find_vocab_size, graph_in
 from zqfp_compile.calibrate.samples import EvalTokens, Samples, load_eval_tokens, load_samples
 from zqfp_compile.calibrate.statistics import activation_scales, collect
 from zqfp_compile.certificate import Certificate, certify
+from zqfp_compile.device import torch_device
 from zqfp_compile.errors import AccuracyError, ModelError, UsageError
 from zqfp_compile.evaluate import Evaluation, evaluate
 from zqfp_compile.model_io import load_model, save_model
@@ -25,7 +27,7 @@ from zqfp_compile.output_folder import OutputFolder
 from zqfp_compile.pass_runner import PassRunner
 from zqfp_compile.plan import QuantPlan
 from zqfp_compile.progress import Reporter, SilentReporter, StepTimer
-from zqfp_compile.quantize_model import quantize_model
+from zqfp_compile.quantize_model import quantize_model, quantize_while_walking
 from zqfp_compile.recipe import Recipe
 from zqfp_compile.report.assemble import Facts, assemble, tool_versions, worst_histograms
 from zqfp_compile.report.html import write_html
@@ -99,6 +101,11 @@ class _Compilation:
         return self.timer.reporter
 
     @property
+    def walks(self) -> bool:
+        """Whether calibration and quantisation are one step, layer by layer."""
+        return self.recipe.algorithm == "gptq" and self.plan.quantizes_weights
+
+    @property
     def artifact(self) -> Path:
         return self.folder.path / ARTIFACT
 
@@ -140,6 +147,7 @@ def compile_model(
     """
     source = Path(path)
     recipe = recipe or Recipe()
+    torch_device(recipe.device)  # a missing GPU is said before the work
     choice = resolve_target(recipe.target)
     engines.check_options(recipe, choice)
     import_onnxruntime()  # calibration and certificate need it: say so before the work
@@ -186,7 +194,6 @@ def _select(run: _Compilation) -> None:
         group_size=recipe.group_size,
         scale_constraint=recipe.scale_constraint,
         scale_rows=recipe.scale_rows,
-        scale_rows=recipe.scale_rows,
         lorc_rank=recipe.lorc_rank,
         lorc_format="fp8" if recipe.lorc_format == "fp8" else "float",
     )
@@ -220,12 +227,14 @@ def _calibrate(run: _Compilation) -> None:
     static = run.plan.activation_format != "none" and not run.plan.per_token
     lorc = recipe.lorc_rank > 0 and run.plan.weight_format != "none"
     attention = run.plan.attention_values
-    if not (static or lorc or attention or recipe.evaluate):
+    if run.walks:
+        activations = []  # measured while they are quantised
+    elif not (static or lorc or attention or recipe.evaluate):
         run.rows = _random_rows(run.plan, recipe.seed)
         return
     with run.timer.step("calibrate"):
         run.samples = _load_samples(run)
-        try:
+        with _naming_nonfinite(run):
             result = collect(
                 run.model,
                 [*activations, *attention],
@@ -233,23 +242,31 @@ def _calibrate(run: _Compilation) -> None:
                 seed=recipe.seed,
                 progress=run.reporter.update,
             )
-        except ModelError as error:
-            culprit = find_nonfinite(run.model, run.plan)
-            if culprit is None:
-                raise
-            raise ModelError(
-                f"{run.source}: {culprit} holds NaN or infinity; export the model again"
-            ) from error
     run.reporter.detail(f"calibrated on {run.samples.description}")
     run.warn(run.samples.warnings)
     run.rows = result.rows
     run.energies = result.energies
-    if static:
-        ranges = {name: result.ranges[name] for name in activations}
-        scales, warnings = activation_scales(ranges, run.plan.activation_format)
-        run.warn(warnings)
-        run.plan = run.plan.replace(activation_scales=scales)
+    if static and not run.walks:
+        _set_activation_scales(run, {name: result.ranges[name] for name in activations})
     _set_attention_scales(run, result.ranges)
+
+
+@contextlib.contextmanager
+def _naming_nonfinite(run: _Compilation) -> Iterator[None]:
+    """Name the tensor that is to blame when a weight's NaN or infinity spoils activations."""
+    try:
+        yield
+    except ModelError as error:
+        culprit = find_nonfinite(run.model, run.plan)
+        if culprit is None:
+            raise
+        raise ModelError(f"{run.source}: {culprit} holds NaN or infinity; export the model again") from error
+
+
+def _set_activation_scales(run: _Compilation, ranges: Mapping[str, float]) -> None:
+    scales, warnings = activation_scales(ranges, run.plan.activation_format)
+    run.warn(warnings)
+    run.plan = run.plan.replace(activation_scales=scales)
 
 
 def _set_attention_scales(run: _Compilation, ranges: Mapping[str, float]) -> None:
@@ -287,6 +304,9 @@ def _random_rows(plan: QuantPlan, seed: int) -> Rows:
 
 
 def _quantize(run: _Compilation) -> None:
+    if run.walks:
+        _walk(run)
+        return
     if not run.plan.quantizes_weights:
         return
     with run.timer.step("quantize"):
@@ -298,6 +318,26 @@ def _quantize(run: _Compilation) -> None:
             seed=run.recipe.seed,
             progress=run.reporter.update,
         )
+
+
+def _walk(run: _Compilation) -> None:
+    """Calibrate and quantise layer by layer, each seeing its predecessors quantised."""
+    if run.samples is None:
+        raise RuntimeError("the walk needs calibration samples")
+    with run.timer.step("quantize"), _naming_nonfinite(run):
+        run.plan, result = quantize_while_walking(
+            run.model,
+            run.plan,
+            run.store,
+            run.samples.feeds,
+            scratch=run.folder.scratch,
+            device=torch_device(run.recipe.device),
+            seed=run.recipe.seed,
+            progress=run.reporter.update,
+        )
+    run.rows = result.rows
+    if run.plan.activation_format != "none" and not run.plan.per_token:
+        _set_activation_scales(run, result.ranges)
 
 
 def _rewrite(run: _Compilation) -> None:

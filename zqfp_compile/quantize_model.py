@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from zqfp_compile.calibrate.linears import Replacement
+from zqfp_compile.calibrate.statistics import CalibrationResult
+from zqfp_compile.calibrate.walk import walk
 from zqfp_compile.formats.minifloat import E4M3FN
 from zqfp_compile.formats.quantized import QuantizedWeight
-from zqfp_compile.plan import LinearTensors, QuantPlan, SitePrecision, WeightSource
+from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan, SitePrecision, WeightSource
+from zqfp_compile.quantize.layer import LayerOptions, QuantizedLayer, quantize_layer
 from zqfp_compile.quantize.lorc import LowRank, low_rank_factors
+from zqfp_compile.quantize.moments import InputMoments
 from zqfp_compile.quantize.rtn import quantize_weight
 from zqfp_compile.tensor_store import TensorStore
 from zqfp_compile.weights import read_weight
@@ -66,13 +73,97 @@ def quantize_model(
                 scale_rows=plan.scale_rows,
                 name=site.name,
             )
-            dtype = "fp8" if plan.lorc_format == "fp8" else site.dtype.name.lower()
             energy = loudness.get(site.weight)
-            factors = _lorc(weight, quantized, precision.lorc_rank, dtype, energy, seed)
+            factors = _lorc(weight, quantized, precision.lorc_rank, _factor_dtype(plan, site), energy, seed)
             done[key] = store_layer(store, site.name, quantized, factors, site.dtype)
         tensors[site.name] = done[key]
     progress(len(sites), len(sites), "")
     return plan.replace(tensors=tensors)
+
+
+def quantize_while_walking(
+    model: ir.Model,
+    plan: QuantPlan,
+    store: TensorStore,
+    feeds: Sequence[Mapping[str, npt.NDArray[Any]]],
+    *,
+    scratch: Path,
+    device: str,
+    seed: int,
+    progress: Callable[[int, int, str], None],
+) -> tuple[QuantPlan, CalibrationResult]:
+    """Calibrate and quantise by GPTQ in one pass: every layer sees its predecessors quantised.
+
+    Linears that share a weight and its precision share its tensors: the first one in graph order decides,
+    with the moments of its own input. A layer whose format is ``none`` keeps its weight.
+
+    Args:
+        model: Model the weights are read from (memory-mapped external data).
+        plan: Layers, formats and ranks.
+        store: Where the quantised tensors go.
+        feeds: Calibration samples.
+        scratch: Folder for activations.
+        device: ``cpu`` or ``cuda``.
+        seed: Seed of the sample rows and of LoRC.
+        progress: Called with (done, total, layer name).
+
+    Returns:
+        The plan with ``tensors`` filled for every layer whose weight is quantised, and what :func:`walk`
+        measured.
+
+    Raises:
+        ModelError: When a weight or an activation holds NaN or Inf, or see :func:`walk`.
+    """
+    layers = _Layers(plan, store, seed)
+    result = walk(
+        model, plan, feeds, layers.quantize, scratch=scratch, device=device, seed=seed, progress=progress
+    )
+    return plan.replace(tensors=layers.tensors), result
+
+
+class _Layers:
+    """Quantises the layers of a walk one by one and stores them."""
+
+    def __init__(self, plan: QuantPlan, store: TensorStore, seed: int) -> None:
+        self.tensors: dict[str, LinearTensors] = {}
+        self._plan = plan
+        self._store = store
+        self._seed = seed
+        self._first: dict[tuple[WeightSource, SitePrecision], LinearSite] = {}
+
+    def quantize(self, site: LinearSite, weight: torch.Tensor, moments: InputMoments) -> Replacement:
+        precision = self._plan.precision(site)
+        if precision.weight_format == "none":  # its activation is quantised all the same
+            return Replacement(weight)
+        key = (site.weight, precision)
+        first = self._first.setdefault(key, site)
+        if first is not site:
+            self.tensors[site.name] = self.tensors[first.name]
+            return Replacement.of(self._read(site))
+        options = _layer_options(self._plan, site)
+        layer = quantize_layer(weight, options, moments=moments, seed=self._seed, name=site.name)
+        self.tensors[site.name] = store_layer(self._store, site.name, layer.weight, layer.lorc, site.dtype)
+        return Replacement.of(layer)
+
+    def _read(self, site: LinearSite) -> QuantizedLayer:
+        weight = self._plan.replace(tensors=self.tensors).quantized_weight(site)
+        return QuantizedLayer(weight, _read_factors(self.tensors[site.name]))
+
+
+def _layer_options(plan: QuantPlan, site: LinearSite) -> LayerOptions:
+    precision = plan.precision(site)
+    return LayerOptions(
+        algorithm="gptq",
+        weight_format=precision.weight_format,
+        group_size=plan.group_size,
+        scale_constraint=plan.scale_constraint,
+        lorc_rank=precision.lorc_rank,
+        lorc_dtype=_factor_dtype(plan, site),
+    )
+
+
+def _factor_dtype(plan: QuantPlan, site: LinearSite) -> str:
+    return "fp8" if plan.lorc_format == "fp8" else str(site.dtype.numpy())
 
 
 def _energy_per_weight(
@@ -144,3 +235,17 @@ def _store_factors(
             "lorc_u_scale": (u_scale, ir.DataType.FLOAT),
         }
     return {key: store.put(f"{name}.{key}", array, kind) for key, (array, kind) in arrays.items()}
+
+
+def _read_factors(tensors: LinearTensors) -> LowRank | None:
+    """Return the compensation that :func:`store_layer` wrote."""
+    if tensors.lorc_v is None or tensors.lorc_u is None:
+        return None
+    v, u = (
+        torch.from_numpy(factor.numpy().astype(np.float32)) for factor in (tensors.lorc_v, tensors.lorc_u)
+    )
+    if tensors.lorc_v_scale is None or tensors.lorc_u_scale is None:
+        return LowRank(v, u)
+    scales = (tensors.lorc_v_scale, tensors.lorc_u_scale)
+    v_scale, u_scale = (torch.from_numpy(scale.numpy().astype(np.float32)) for scale in scales)
+    return LowRank(v * v_scale, u * u_scale[:, None], v_scale, u_scale)

@@ -22,6 +22,8 @@ from zqfp_compile.errors import UsageError
 
 Target = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "none"]
 LorcFormat = Literal["fp16", "fp8"]
+Algorithm = Literal["rtn", "gptq"]
+Device = Literal["auto", "cpu", "cuda"]
 Weights = Literal["fp4", "int4", "fp8", "none"]
 Fp4Format = Literal["e2m1", "e3m0"]
 Activations = Literal["fp8", "fp8-e5m2", "int8", "none"]
@@ -45,6 +47,8 @@ class Recipe:
         target: Engine to build; ``auto`` picks the best one that can build here.
         weights: Storage of the linear layers' weights; ``none`` leaves them as they are (A8 only).
         fp4_format: The 4-bit code book when ``weights="fp4"``.
+        algorithm: How weights are rounded: ``rtn`` is to nearest; ``gptq`` minimises the error of the layer's
+            output on the calibration text, layer after layer, each seeing those before it quantised.
         activations: Quantisation of the linear layers' inputs.
         activation_scale: ``tensor`` is static and calibrated, ``token`` is dynamic.
         kv_cache_dtype: Type of the KV cache's inputs and outputs; ``auto`` is the model's own.
@@ -73,12 +77,14 @@ class Recipe:
         max_perplexity_increase: Gate, in percent of the original's perplexity.
         builder_timeout: Seconds the engine builder may take.
         builder_memory_gb: Memory the engine builder may allocate, in GiB; ``None`` is no limit.
+        device: Where ``gptq`` computes; ``auto`` takes a GPU when torch can use one.
         seed: Seed of everything random.
     """
 
     target: Target = "auto"
     weights: Weights = "fp4"
     fp4_format: Fp4Format = "e2m1"
+    algorithm: Algorithm = "rtn"
     activations: Activations = "fp8"
     activation_scale: ActivationScale = "tensor"
     kv_cache_dtype: KvCacheDtype = "auto"
@@ -108,6 +114,7 @@ class Recipe:
     max_perplexity_increase: float | None = None
     builder_timeout: int = 3600
     builder_memory_gb: float | None = None
+    device: Device = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -267,6 +274,8 @@ def _check_combinations(recipe: Recipe) -> None:
         raise UsageError(
             f"--scale-rows {recipe.scale_rows}: rows share a scale only under --scale-constraint m2; drop it"
         )
+    if recipe.scale_rows > 1 and recipe.algorithm != "rtn":
+        raise UsageError(f"--scale-rows {recipe.scale_rows} is not known to gptq; use --algorithm rtn")
     engine = recipe.target in ("tensorrt", "tensorrt-rtx")
     if engine and recipe.weights in ("fp4", "int4") and recipe.scale_constraint == "none":
         raise UsageError(
