@@ -15,6 +15,7 @@ from zqfp_compile.backends.ort import create_session, run_session
 from zqfp_compile.calibrate.causal_lm import Feed, InputSpec, find_vocab_size, graph_inputs
 from zqfp_compile.errors import MissingDependencyError, ModelError, UsageError, ZqfpError
 from zqfp_compile.model_io import load_model
+from zqfp_compile.specs import FP8
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -219,11 +220,13 @@ def _torch_with_gpu(path: Path) -> Any:
 
 
 def _output_scales(model: ir.Model) -> dict[str, float]:
-    """Return the scalar scale of every output that a QuantizeLinear makes."""
+    """Return the scalar scale of every output that QuantizeLinear, or Div and Cast to FP8, makes."""
     scales = {}
     for value in model.graph.outputs:
         node = value.producer()
-        scale = node.inputs[1] if node is not None and node.op_type == "QuantizeLinear" else None
+        if node is not None and node.op_type == "Cast" and node.inputs[0] is not None and value.dtype in FP8:
+            node = node.inputs[0].producer()
+        scale = node.inputs[1] if node is not None and node.op_type in ("QuantizeLinear", "Div") else None
         if scale is not None and scale.const_value is not None and scale.const_value.size == 1:
             scales[str(value.name)] = float(scale.const_value.numpy())
     return scales
