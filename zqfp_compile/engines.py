@@ -19,6 +19,7 @@ from zqfp_compile.plan import QuantPlan
 from zqfp_compile.progress import StepTimer
 from zqfp_compile.recipe import Recipe
 from zqfp_compile.report.model import EngineProfile, EngineReport, LintReport
+from zqfp_compile.specs import Phase
 
 _BUILDERS = ("tensorrt", "tensorrt-rtx")
 _ORT_MODEL = "onnxruntime.onnx"
@@ -95,13 +96,17 @@ def _profiles(recipe: Recipe, inputs: Sequence[InputSpec], source: Path) -> tupl
 
 
 def runnable_model(place: Workplace, choice: TargetChoice) -> Path:
-    """Return the model ONNX Runtime should run: FP8 weights, so that loading decodes nothing (made once)."""
-    if not place.plan.quantizes_weights:
+    """Return the model ONNX Runtime should run: FP8 weights, so that loading decodes nothing (made once).
+
+    For ONNX Runtime as the target it runs in anybody's session, whatever the options.
+    """
+    deployed = choice.target == "onnxruntime"
+    lowering = ["lower-weights-fp8"] if place.plan.quantizes_weights else []
+    if not (lowering or deployed):
         return place.artifact
-    folder = place.folder.path if choice.target == "onnxruntime" else place.folder.scratch
-    path = folder / _ORT_MODEL
+    path = (place.folder.path if deployed else place.folder.scratch) / _ORT_MODEL
     if not path.exists():
-        _lower(place, path, "lower-weights-fp8")
+        _lower(place, path, *lowering, *(["qdq-to-casts"] if deployed else []))
     return path
 
 
@@ -146,11 +151,14 @@ def _engine_onnx(place: Workplace, recipe: Recipe, choice: TargetChoice) -> Path
     return path
 
 
-def _lower(place: Workplace, path: Path, name: str) -> None:
-    options = {} if name == "inline-functions" else {"plan": place.plan}
+def _lower(place: Workplace, path: Path, *names: str) -> None:
+    """Run the passes on a copy of the artifact and write it."""
     model = load_model(place.artifact)
-    place.runner.run(model, name, "engine", **options)
-    place.runner.run(model, "remove-unused", "engine")
+    for name in names:
+        options = {"plan": place.plan} if name.startswith("lower-weights") else {}
+        phase: Phase = "onnxruntime" if name == "qdq-to-casts" else "engine"
+        place.runner.run(model, name, phase, **options)
+    place.runner.run(model, "remove-unused", phase)
     with place.timer.step(f"save {path.name}"):
         save_model(model, path, progress=place.timer.reporter.update)
 
