@@ -274,8 +274,6 @@ def _check_combinations(recipe: Recipe) -> None:
         raise UsageError(
             f"--scale-rows {recipe.scale_rows}: rows share a scale only under --scale-constraint m2; drop it"
         )
-    if recipe.scale_rows > 1 and recipe.algorithm != "rtn":
-        raise UsageError(f"--scale-rows {recipe.scale_rows} is not known to gptq; use --algorithm rtn")
     engine = recipe.target in ("tensorrt", "tensorrt-rtx")
     if engine and recipe.weights in ("fp4", "int4") and recipe.scale_constraint == "none":
         raise UsageError(

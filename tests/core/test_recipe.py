@@ -22,6 +22,8 @@ OTHERS: dict[str, Any] = {
     "activation_scale": "token",
     "kv_cache_dtype": "fp8",
     "attention": "fp8",
+    "algorithm": "gptq",
+    "device": "cpu",
     "group_size": 128,
     "scale_constraint": "m2",
     "scale_rows": 16,

@@ -16,7 +16,7 @@ from zqfp_compile.calibrate.causal_lm import CausalLm
 from zqfp_compile.calibrate.linears import Replacement
 from zqfp_compile.calibrate.walk import walk
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
-from zqfp_compile.errors import ModelError, UsageError
+from zqfp_compile.errors import ModelError, UsageError  # noqa: F401
 from zqfp_compile.model_io import load_model
 from zqfp_compile.plan import LinearSite, QuantPlan, SitePrecision
 from zqfp_compile.quantize.moments import InputMoments
