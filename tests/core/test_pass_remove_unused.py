@@ -53,5 +53,5 @@ def test_no_tensor_is_read_and_empty_inputs_stay():
     QuantizeWeights(plan).call(model)
     unreadable(model, plan)
     assert RemoveUnused().call(model).modified
-    assert all(len(node.inputs) == 9 for node in model.graph if node.op_type == "W4A8Linear")
+    assert all(len(node.inputs) == 11 for node in model.graph if node.op_type == "W4A8Linear")
     assert not {"wq", "wv", "c"} & set(model.graph.initializers)

@@ -29,6 +29,7 @@ FACTORS = {
     "activation_scale": ("tensor", "token"),
     "scale_constraint": ("e4m3", "none", "m1", "m2"),
     "lorc_rank": (0, 8),
+    "lorc_format": ("fp16", "fp8"),
     "group_size": (16, 64, 256, "row"),  # K is 72 or 144: 16 divides one of them, 64 and 256 none
 }
 
