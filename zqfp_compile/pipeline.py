@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from zqfp_compile import engines
+from zqfp_compile import __version__, engines
 from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.backends.target import TargetChoice, resolve_target
 from zqfp_compile.calibrate.causal_lm import CausalLm, find_vocab_size, graph_inputs
@@ -39,6 +39,7 @@ from zqfp_compile.weights import find_nonfinite, read_bias, read_weight
 
 ARTIFACT = "model.zqfp.onnx"
 DOMAIN = "zqfp"
+MARK = "zqfp.version"  # metadata of every model we write
 _ACTIVATION_FORMATS = {"fp8": "e4m3", "fp8-e5m2": "e5m2", "int8": "int8", "none": "none"}
 _RANDOM_ROWS = 16
 
@@ -169,7 +170,8 @@ def compile_model(
 
 
 def _prepare(run: _Compilation) -> None:
-    if any(node.domain == DOMAIN for node in run.model.graph):
+    # Lowered forms have no node of ours any more, but the mark.
+    if MARK in run.model.metadata_props or any(node.domain == DOMAIN for node in run.model.graph):
         raise ModelError(f"{run.source}: was compiled by zqfp-compile already; give the original model")
     run.reporter.info(f"target {run.choice.target}: {run.choice.reason}")
     run.reporter.detail(", ".join(f"{name} {version}" for name, version in tool_versions().items()))
@@ -357,6 +359,7 @@ def _rewrite(run: _Compilation) -> None:
         if run.plan.caches if name == "quantize-kv-cache" else run.plan.attentions:
             run.runner.run(model, name, phase, plan=run.plan)
     run.runner.run(model, "remove-unused", phase)
+    model.metadata_props[MARK] = __version__
     with run.timer.step("save"):
         save_model(model, run.artifact, progress=run.reporter.update)
         tokenizer = _tokenizer(run.source)

@@ -303,7 +303,15 @@ def test_fixed_shapes(batch: int, past: int, tiny_model, tmp_path: Path) -> None
 
 
 def test_a_compiled_model_is_refused(tiny_model, tmp_path: Path) -> None:
-    result = compile_model(tiny_model("gpt2"), quick(evaluate=False), output=tmp_path / "out")
-    with pytest.raises(ModelError, match=r"was compiled by zqfp-compile.*original"):
-        compile_model(result.artifact, quick(), output=tmp_path / "again")
-    assert not (tmp_path / "again").exists()
+    """In every form: the artifact, and what no longer has a node of ours."""
+    recipe = quick(evaluate=False, target="onnxruntime", emit=["fp4", "engine-onnx"])
+    result = compile_model(tiny_model("gpt2"), recipe, output=tmp_path / "out")
+    forms = sorted(result.folder.glob("*.onnx"))
+    assert [path.name for path in forms] == [
+        *("engine.onnx", "model.fp4.onnx", "model.zqfp.onnx", "onnxruntime.onnx"),
+    ]
+    for form in forms:
+        with pytest.raises(ModelError, match=r"was compiled by zqfp-compile.*original") as caught:
+            compile_model(form, quick(), output=tmp_path / "again")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "again").exists()
