@@ -243,13 +243,15 @@ def test_scales_fill_the_format_on_the_calibration_text(tiny_model, tmp_path: Pa
 
 def test_validate_compares_the_caches_numbers(tiny_model, tmp_path: Path) -> None:
     source = tiny_model("llama", dtype="float16")
-    compile_model(source, quick(evaluate=False, **CACHE), output=tmp_path / "out")
-    result = compare_models(source, tmp_path / "out", samples=1, length=16, text=Path(__file__))
-    by_name = {output.name: output for output in result.outputs}
-    caches = [output for name, output in by_name.items() if name.startswith("present")]
-    assert len(caches) == 4 and not result.warnings
-    # Raw codes would be a hundred times the numbers, far below 0 dB.
-    assert all(output.sqnr_db > 8 for output in caches)
+    recipe = quick(target="onnxruntime", evaluate=False, **CACHE)
+    compiled = compile_model(source, recipe, output=tmp_path / "out")
+    assert compiled.engine is not None
+    for path in (compiled.folder, compiled.engine):
+        result = compare_models(source, path, samples=1, length=16, text=Path(__file__))
+        caches = [output for output in result.outputs if output.name.startswith("present")]
+        assert len(caches) == 4 and not result.warnings
+        # Raw codes would be a hundred times the numbers, far below 0 dB.
+        assert all(output.sqnr_db > 8 for output in caches)
     same = compare_models(tmp_path / "out", tmp_path / "out", samples=1, length=16, text=Path(__file__))
     assert all(output.equal for output in same.outputs)
 
