@@ -331,3 +331,21 @@ def test_help_names_the_exit_codes(cli):
     code, out, _ = cli("--help")
     assert code == 0
     assert "4 accuracy gate failed" in " ".join(out.split())
+
+
+def test_large_models_run_with_their_weights_on_disk(a: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zqfp_compile.backends import ort, runners
+
+    wanted = []
+
+    def spy(path: Path, **options: Any) -> Any:
+        wanted.append(options["low_memory"])
+        return create_session(path, **options)
+
+    monkeypatch.setattr(runners, "create_session", spy)
+    feed = {"input_ids": np.arange(6).reshape(2, 3)}
+    expected = runners.OrtRunner(a).run(feed)
+    monkeypatch.setattr(ort, "LOW_MEMORY_BYTES", 1000)  # the model has 6400 bytes of weights
+    results = runners.OrtRunner(a).run(feed)
+    assert wanted == [False, True]
+    assert all(np.array_equal(results[name], value) for name, value in expected.items())

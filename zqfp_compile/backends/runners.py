@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from zqfp_compile.backends.ort import create_session, run_session
+from zqfp_compile.backends.ort import create_session, is_large, run_session
 from zqfp_compile.calibrate.causal_lm import Feed, InputSpec, find_vocab_size, graph_inputs
 from zqfp_compile.errors import MissingDependencyError, ModelError, UsageError, ZqfpError
 from zqfp_compile.model_io import load_model
@@ -63,7 +63,9 @@ class OrtRunner:
         self.scales: Mapping[str, float] = _output_scales(model)
         try:
             # Folding a compiled model decodes every weight to float: three times the memory.
-            self._session = create_session(path, fold_constants=not model.functions)
+            self._session = create_session(
+                path, fold_constants=not model.functions, low_memory=is_large(model)
+            )
         except Exception as error:
             raise _runtime_error(path, "load", error) from error
 
