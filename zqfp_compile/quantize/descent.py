@@ -14,7 +14,8 @@ from zqfp_compile.formats.codebook import CODE_BOOKS
 from zqfp_compile.formats.minifloat import E4M3FN
 from zqfp_compile.formats.quantized import QuantizedWeight
 from zqfp_compile.formats.scales import legal_scales
-from zqfp_compile.quantize.grid import RoundColumn
+from zqfp_compile.quantize import fused
+from zqfp_compile.quantize.grid import Grid
 from zqfp_compile.quantize.rounding import decode_codes, round_minifloat
 
 # Columns worked on before their changes go to all others in one matrix product.
@@ -26,9 +27,7 @@ LARGEST_MOVE = 1.25
 _TINY = 1e-30
 
 
-def descend(
-    target: torch.Tensor, rounded: torch.Tensor, gram: torch.Tensor, nearest: RoundColumn
-) -> torch.Tensor:
+def descend(target: torch.Tensor, rounded: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Improve rounded values by one sweep of coordinate descent on ``tr((T - Q) G (T - Q)^T)``.
 
     Every column is set to the grid value nearest to its optimum given all others, so the error never grows
@@ -38,26 +37,34 @@ def descend(
         target: T [N, K], float32.
         rounded: Q [N, K], grid values.
         gram: G, float32 [K, K].
-        nearest: As in :func:`gptq_round`.
+        grid: The values allowed.
 
     Returns:
         The improved values, float32 [N, K].
     """
     values = rounded.t().contiguous()
     slope = gram @ (target.t() - values)
-    size = gram.diagonal()
+    order = torch.arange(len(values), device=values.device)
     for begin in range(0, len(values), BLOCK):
         end = min(begin + BLOCK, len(values))
-        inner, changes = gram[begin:end, begin:end], torch.zeros_like(values[begin:end])
-        for at in range(end - begin):
-            column = begin + at
-            best = values[column] + slope[column] / size[column].clamp_min(_TINY)
-            changes[at] = nearest(best, column) - values[column]
-            slope[begin:end].addr_(inner[at], changes[at], alpha=-1)
-        values[begin:end] += changes
-        slope[:begin].addmm_(gram[:begin, begin:end], changes, alpha=-1)
-        slope[end:].addmm_(gram[end:, begin:end], changes, alpha=-1)
+        part, columns = slice(begin, end), order[begin:end]
+        change_block = fused.descend_block if fused.usable(grid, values) else _descend_block
+        changes = change_block(values[part], slope[part], gram[part, part], columns, grid)
+        values[part] += changes
+        slope.addmm_(gram[:, part], changes, alpha=-1)
     return values.t()
+
+
+def _descend_block(
+    values: torch.Tensor, slope: torch.Tensor, inner: torch.Tensor, columns: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Return the changes [B, N] of one block's values, given the slope ``G (T - Q)`` in it."""
+    slope, changes = slope.clone(), torch.empty_like(values)
+    size = inner.diagonal().clamp_min(_TINY)
+    for at, column in enumerate(columns.tolist()):
+        changes[at] = grid.nearest(values[at] + slope[at] / size[at], column) - values[at]
+        slope.addr_(inner[at], changes[at], alpha=-1)
+    return changes
 
 
 def refit_rows(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.Tensor) -> QuantizedWeight:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from zqfp_compile.quantize.grid import RoundColumn
+from zqfp_compile.quantize import fused
+from zqfp_compile.quantize.grid import Grid
 from zqfp_compile.quantize.moments import DAMPING, InputMoments
 
 # Columns worked on before their errors go to all later ones in one matrix product.
@@ -16,7 +17,7 @@ BLOCK = 128
 
 
 def gptq_round(
-    weight: torch.Tensor, moments: InputMoments, nearest: RoundColumn, *, damping: float = DAMPING
+    weight: torch.Tensor, moments: InputMoments, grid: Grid, *, damping: float = DAMPING
 ) -> torch.Tensor:
     """Round W[N, K] so that the layer's output, not the weight, stays close.
 
@@ -26,7 +27,7 @@ def gptq_round(
     Args:
         weight: [N, K], float32, on the moments' device.
         moments: Of the layer's input.
-        nearest: ``nearest(column, index)`` returns the values nearest to column ``index`` of W, [N] -> [N].
+        grid: The values allowed.
         damping: Share of G's mean diagonal added to its diagonal.
 
     Returns:
@@ -36,17 +37,26 @@ def gptq_round(
     # Columns of W as rows: each step then works on contiguous memory.
     work = weight.float()[:, order].t().contiguous()
     result = torch.empty_like(work)
-    columns = order.tolist()
     for begin in range(0, len(work), BLOCK):
         end = min(begin + BLOCK, len(work))
-        block, scaled = work[begin:end], torch.empty_like(work[begin:end])
-        inner = factor[begin:end, begin:end]
-        for at in range(end - begin):
-            rounded = nearest(block[at], columns[begin + at])
-            result[begin + at] = rounded
-            scaled[at] = (block[at] - rounded) / inner[at, at]
-            block[at + 1 :].addr_(inner[at, at + 1 :], scaled[at], alpha=-1)
+        columns, inner = order[begin:end], factor[begin:end, begin:end]
+        if fused.usable(grid, work):
+            result[begin:end], scaled = fused.round_block(work[begin:end], inner, columns, grid)
+        else:
+            result[begin:end], scaled = _round_block(work[begin:end], inner, columns, grid)
         work[end:].addmm_(factor[begin:end, end:].t(), scaled, alpha=-1)
     values = torch.empty_like(result)
     values[order] = result
     return values.t()
+
+
+def _round_block(
+    block: torch.Tensor, inner: torch.Tensor, columns: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the block's rounded columns and errors over the factor's diagonal; ``block`` is used up."""
+    result, scaled = torch.empty_like(block), torch.empty_like(block)
+    for at, column in enumerate(columns.tolist()):
+        result[at] = grid.nearest(block[at], column)
+        scaled[at] = (block[at] - result[at]) / inner[at, at]
+        block[at + 1 :].addr_(inner[at, at + 1 :], scaled[at], alpha=-1)
+    return result, scaled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -12,42 +12,54 @@ from zqfp_compile.formats.quantized import QuantizedWeight
 from zqfp_compile.quantize.rounding import nearest_level, round_minifloat
 from zqfp_compile.quantize.rtn import decoded_levels
 
-# ``nearest(column, index)``: the grid values nearest to column ``index`` of the weight, [N] -> [N].
-RoundColumn = Callable[[torch.Tensor, int], torch.Tensor]
+
+class Grid(Protocol):
+    """What a weight W[N, K] may be rounded to.
+
+    Attributes:
+        table: Ascending magnitudes per group, float32 [G, N, L], when signs are symmetric and L is small.
+        group_size: Columns per group of ``table``; 0 for one group.
+    """
+
+    table: torch.Tensor | None
+    group_size: int
+
+    def nearest(self, column: torch.Tensor, index: int) -> torch.Tensor:
+        """Return the grid values nearest to column ``index`` of the weight, [N] -> [N]."""
 
 
-class Grid:
-    """The values a quantised weight can take when its scales are fixed."""
+class WeightGrid:
+    """The values a quantised weight can take when its scales are fixed: a :class:`Grid`."""
 
     def __init__(self, start: QuantizedWeight, device: torch.device | str) -> None:
         """Take the scales of ``start``; its codes do not matter."""
         self._start = start
-        self._device = torch.device(device)
+        self.table: torch.Tensor | None = None
+        self.group_size = start.group_size
         if start.weight_format == "fp8":
             self._rows = torch.from_numpy(start.row_scales).to(device)
             return
-        self._levels = decoded_levels(start, self._device)
         # [G, N, 8] and [G, N, 7]: one group's table is contiguous.
-        self._table = self._levels.permute(2, 1, 0).contiguous()
-        self._middles = ((self._table[..., 1:] + self._table[..., :-1]) / 2).contiguous()
+        self.table = decoded_levels(start, torch.device(device)).permute(2, 1, 0).contiguous()
+        self._middles = ((self.table[..., 1:] + self.table[..., :-1]) / 2).contiguous()
 
     def nearest(self, column: torch.Tensor, index: int) -> torch.Tensor:
         """Return the grid values nearest to column ``index`` of the weight, [N] -> [N]."""
-        if self._start.weight_format == "fp8":
+        if self.table is None:
             return round_minifloat(column / self._rows, E4M3FN) * self._rows
-        group = index // self._start.group_size if self._start.group_size else 0
+        group = index // self.group_size if self.group_size else 0
         place = torch.searchsorted(self._middles[group], column.abs()[:, None])
-        return self._table[group].gather(1, place)[:, 0].copysign_(column)
+        return self.table[group].gather(1, place)[:, 0].copysign_(column)
 
     def encode(self, values: torch.Tensor) -> QuantizedWeight:
         """Return the quantised weight with the grid values nearest to ``values`` [N, K]."""
         start = self._start
-        if start.weight_format == "fp8":
+        if self.table is None:
             rounded = round_minifloat(values / self._rows[:, None], E4M3FN).to(torch.float8_e4m3fn)
             codes = rounded.contiguous().view(torch.uint8).cpu().numpy().view(E4M3FN.dtype)
             return dataclasses.replace(start, codes=codes)
         width = start.codes.shape[1]
         padded = torch.nn.functional.pad(values, (0, width - values.shape[1]))
-        groups = padded.reshape(len(values), self._levels.shape[2], -1)
-        index = nearest_level(groups.abs(), self._levels[..., None]).copysign_(groups)
+        groups = padded.reshape(len(values), len(self.table), -1)
+        index = nearest_level(groups.abs(), self.table.permute(2, 1, 0)[..., None]).copysign_(groups)
         return dataclasses.replace(start, codes=index.reshape(padded.shape).to(torch.int8).cpu().numpy())

@@ -10,10 +10,11 @@ import torch
 from zqfp_compile.formats.quantized import QuantizedWeight
 from zqfp_compile.quantize.descent import descend, refit_rows, refit_scales
 from zqfp_compile.quantize.gptq import gptq_round
-from zqfp_compile.quantize.grid import Grid
+from zqfp_compile.quantize.grid import WeightGrid
 from zqfp_compile.quantize.lorc import LowRank, low_rank_factors
 from zqfp_compile.quantize.moments import DAMPING, InputMoments, damp
 from zqfp_compile.quantize.rtn import check_finite, quantize_weight
+from zqfp_compile.quantize.threads import one_torch_thread
 
 Algorithm = Literal["rtn", "gptq"]
 
@@ -141,12 +142,12 @@ def _quantize(
     )
     if options.algorithm == "rtn" or moments is None:
         return start
-    grid = Grid(start, target.device)
-    quantized = grid.encode(gptq_round(target, moments, grid.nearest, damping=options.damping))
+    grid = WeightGrid(start, target.device)
+    quantized = grid.encode(gptq_round(target, moments, grid, damping=options.damping))
     gram = damp(moments.gram, options.damping)
     for _ in range(options.sweeps):
         quantized = refit_rows(refit_scales(quantized, target, gram), target, gram)
-        grid = Grid(quantized, target.device)
+        grid = WeightGrid(quantized, target.device)
         values = torch.from_numpy(quantized.dequantize()).to(target.device)
-        quantized = grid.encode(descend(target, values, gram, grid.nearest))
+        quantized = grid.encode(descend(target, values, gram, grid))
     return quantized

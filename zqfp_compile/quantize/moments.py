@@ -75,6 +75,10 @@ class InputMoments:
         return self._factors[damping]
 
     def conditional_energy(self, damping: float = DAMPING) -> torch.Tensor:
+        """Return every channel's energy that the other channels do not predict, float32 [K].
+
+        It is what an error in this channel's weights costs after the other weights have made up for it.
+        """
         factor, order = self.inverse_factor(damping)
         energy = torch.empty(len(order), device=factor.device)
         energy[order] = 1.0 / factor.square().sum(dim=0)

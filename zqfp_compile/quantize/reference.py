@@ -74,6 +74,7 @@ class ReferenceGrid:
             search: Choose each group's range among shrunken ones by the squared error.
         """
         self.format = REFERENCE_WEIGHTS[weight_format]
+        self.table, self.group_size = None, group_size  # no small table of symmetric magnitudes: grid.Grid
         self._k = weight.shape[1]
         self._width = min(group_size, self._k) if group_size else self._k
         groups = self._grouped(weight)
@@ -96,7 +97,7 @@ class ReferenceGrid:
         return self.format.bits + per_group * self.scale.shape[1] / self._k
 
     def nearest(self, column: torch.Tensor, index: int) -> torch.Tensor:
-        """Return the grid values nearest to column ``index`` of W, [N] -> [N] (``gptq.RoundColumn``)."""
+        """Return the grid values nearest to column ``index`` of W, [N] -> [N] (``grid.Grid``)."""
         group = index // self._width
         return self._round(column, self.scale[:, group], self.zero[:, group])
 
@@ -211,8 +212,8 @@ def _quantize(
     grid = ReferenceGrid(target, weight_format, options.group_size, search=True)
     if options.algorithm == "rtn" or moments is None:
         return grid.round(target), grid.bits_per_weight
-    values = gptq_round(target, moments, grid.nearest, damping=options.damping)
+    values = gptq_round(target, moments, grid, damping=options.damping)
     gram = damp(moments.gram, options.damping)
     for _ in range(options.sweeps):
-        values = descend(target, values, gram, grid.nearest)
+        values = descend(target, values, gram, grid)
     return values, grid.bits_per_weight

@@ -1,0 +1,46 @@
+"""The Triton forms of GPTQ's and coordinate descent's inner loops against their torch forms."""
+
+import pytest
+import torch
+
+from zqfp_compile.quantize import descent, fused, gptq
+from zqfp_compile.quantize.grid import WeightGrid
+from zqfp_compile.quantize.rtn import quantize_weight
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+
+def problem(n=200, k=300, columns=100, group_size=64):
+    torch.manual_seed(0)
+    weight = torch.randn(n, k, device="cuda")
+    mix = torch.randn(columns, 2 * columns, device="cuda")
+    gram = mix @ mix.t() / columns
+    order = torch.randperm(k, device="cuda")[:columns]
+    grid = WeightGrid(quantize_weight(weight, group_size=group_size), "cuda")
+    return weight, gram, order, grid
+
+
+@pytest.mark.parametrize(("columns", "group_size"), [(128, 64), (100, 64), (7, 0)])
+def test_round_block(columns, group_size):
+    weight, gram, order, grid = problem(columns=columns, group_size=group_size)
+    factor = torch.linalg.cholesky(gram, upper=True)
+    block = weight[:, order].t().contiguous()
+    assert fused.usable(grid, block)
+    rounded, scaled = fused.round_block(block, factor, order, grid)
+    wanted, wanted_scaled = gptq._round_block(block.clone(), factor, order, grid)
+    # A value within float32 rounding of a midpoint may go the other way and take later ones with it.
+    assert (rounded == wanted).float().mean() > 0.995
+    same = (rounded == wanted).all(dim=0)
+    torch.testing.assert_close(scaled[:, same], wanted_scaled[:, same], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [128, 100, 7])
+def test_descend_block(columns):
+    weight, gram, order, grid = problem(columns=columns)
+    values = torch.stack([grid.nearest(weight[:, c], c) for c in order.tolist()])
+    slope = gram @ torch.randn_like(values) * 0.1
+    changes = fused.descend_block(values, slope, gram, order, grid)
+    wanted = descent._descend_block(values, slope, gram, order, grid)
+    assert (changes == wanted).float().mean() > 0.995
+    assert bool((wanted != 0).any())
