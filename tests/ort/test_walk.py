@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,24 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from compiled_models import quick, sqnr
 
 from zqfp_compile.backends.ort import create_session
-from zqfp_compile.calibrate.causal_lm import CausalLm
-from zqfp_compile.calibrate.linears import Replacement
+from zqfp_compile.calibrate.causal_lm import CausalLm, graph_inputs
+from zqfp_compile.calibrate.linears import ActivationQuantizer, QuantizedLinear, Replacement
+from zqfp_compile.calibrate.samples import load_samples
 from zqfp_compile.calibrate.walk import walk
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
-from zqfp_compile.errors import ModelError, UsageError  # noqa: F401
+from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.model_io import load_model
+from zqfp_compile.pipeline import compile_model
 from zqfp_compile.plan import LinearSite, QuantPlan, SitePrecision
+from zqfp_compile.quantize.activation import fake_quantize_activation
+from zqfp_compile.quantize.layer import LayerOptions, quantize_layer
 from zqfp_compile.quantize.moments import InputMoments
+from zqfp_compile.quantize_model import quantize_while_walking
 from zqfp_compile.registry import create_pass
+from zqfp_compile.tensor_store import TensorStore
 
 pytest.importorskip("onnxruntime")
 
@@ -43,7 +50,9 @@ def feeds_for(model: ir.Model) -> list[dict[str, np.ndarray]]:
     return [interface.make_feed(random.integers(2, 320, (1, length))) for length in LENGTHS]
 
 
-def whole_activations(model: ir.Model, names: list[str], feeds: list) -> dict[str, np.ndarray]:
+def whole_activations(
+    model: ir.Model, names: list[str], feeds: Sequence, folder: Path | None = None
+) -> dict[str, np.ndarray]:
     """Every activation over all runs, [tokens, K], from one session of the whole model."""
     full = model.clone()
     if uses_bfloat16(full):
@@ -51,7 +60,7 @@ def whole_activations(model: ir.Model, names: list[str], feeds: list) -> dict[st
     values = {value.name: value for node in full.graph for value in node.outputs}
     full.graph.outputs.clear()
     full.graph.outputs.extend(values[name] for name in names)
-    session = create_session(ir.to_proto(full).SerializeToString())
+    session = create_session(ir.to_proto(full).SerializeToString(), external_data=folder)
     inputs = {arg.name for arg in session.get_inputs()}
     runs = []
     for feed in feeds:
@@ -108,3 +117,224 @@ def test_unquantised_walk_is_a_plain_run(family: str, dtype: str, tiny_model, tm
         assert moments.tokens == sum(LENGTHS) and moments.cross is not None
         for found in (moments.gram, moments.cross):  # the original stream is the plain run as well
             np.testing.assert_allclose(found.numpy(), gram, rtol=0, atol=2 * tolerance * np.abs(gram).max())
+
+
+def test_streams_differ_as_the_models_do(tiny_model, tmp_path: Path) -> None:
+    """With other weights, one stream is the changed model and the other still the original."""
+
+    def coarse(weight: torch.Tensor) -> torch.Tensor:
+        return (weight * 16).round() / 16
+
+    model, plan = planned(tiny_model("llama"))
+    plan = plan.replace(activation_format="none")
+    feeds = feeds_for(model)
+    recorder = Recorder(coarse)
+    result = walk(model, plan, feeds, recorder, scratch=tmp_path)
+    names = list(result.ranges)
+    original = whole_activations(model, names, feeds)
+    changed = model.clone()
+    for site in plan.linears:
+        value = changed.graph.initializers[site.weight.initializer]
+        value.const_value = ir.tensor(coarse(torch.tensor(value.const_value.numpy())).numpy())
+    seen = whole_activations(changed, names, feeds)
+    for name in names:
+        moments, tokens = recorder.moments[name], sum(LENGTHS)
+        for found, left in ((moments.gram, seen[name]), (moments.cross, original[name])):
+            expected = left.T @ seen[name] / tokens
+            np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    drift = np.abs(seen[names[-1]] - original[names[-1]]).max()
+    assert drift > 1e-2 * np.abs(original[names[-1]]).max(), "the change is too small to tell streams apart"
+
+
+def test_one_stream_alone(tiny_model, tmp_path: Path) -> None:
+    model, plan = planned(tiny_model("opt"))
+    both, alone = Recorder(), Recorder()
+    walk(model, plan, feeds_for(model), both, scratch=tmp_path)
+    walk(model, plan, feeds_for(model), alone, scratch=tmp_path, cross=False)
+    for name, moments in alone.moments.items():
+        assert moments.cross is None and torch.equal(moments.gram, both.moments[name].gram)
+
+
+def test_little_is_kept_between_segments(tiny_model, tmp_path: Path) -> None:
+    """At most the residual, the step's activation and one value more, whatever the depth."""
+    model, plan = planned(tiny_model("llama"))
+    feeds = [feeds_for(model)[0]] * 2
+    most = 0
+
+    def count(site: LinearSite, weight: torch.Tensor, moments: InputMoments) -> Replacement:
+        nonlocal most
+        most = max(most, len(list(tmp_path.rglob("*.npy"))))
+        return Replacement(weight)
+
+    walk(model, plan, feeds, count, scratch=tmp_path, cross=False)
+    assert 2 <= most <= 3 * len(feeds)
+
+
+def test_layers_left_out_run_as_they_are(tiny_model, tmp_path: Path) -> None:
+    model, plan = planned(tiny_model("llama"))
+    plan = plan.replace(activation_format="none")
+    kept = [site for site in plan.linears if "layers.0" in site.name or "down_proj" in site.name]
+    feeds = feeds_for(model)
+    left = plan.replace(precisions={site.name: SitePrecision("none", 0) for site in kept})
+    recorder = Recorder()
+    result = walk(model, left, feeds, recorder, scratch=tmp_path)
+    assert recorder.visited == [site.name for site in plan.linears if site not in kept]
+    expected = whole_activations(model, list(result.ranges), feeds)
+    for name, peak in result.ranges.items():
+        assert peak == pytest.approx(np.abs(expected[name]).max(), rel=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_optimum_exports(family: str, tiny_model, tmp_path: Path) -> None:
+    model, plan = planned(tiny_model(family, exporter="optimum"))
+    plan = plan.replace(activation_format="none")
+    feeds = feeds_for(model)
+    result = walk(model, plan, feeds, Recorder(), scratch=tmp_path)
+    expected = whole_activations(model, list(result.ranges), feeds)
+    for name, peak in result.ranges.items():
+        assert peak == pytest.approx(np.abs(expected[name]).max(), rel=2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_walk_sees_what_the_artifact_computes(family: str, tiny_model, tmp_path: Path) -> None:
+    """Every layer's input while walking, against the compiled model's own in ONNX Runtime."""
+    path = tiny_model(family)
+    recipe = quick(algorithm="gptq", lorc_rank=4, calibration_length=32, calibration=__file__)
+    compiled = compile_model(path, recipe, output=tmp_path / "out")
+    report = compiled.report
+    assert report.certificate is not None and report.certificate.mismatches == 0
+    model, plan = planned(path)
+    feeds = load_feeds(model, path, recipe.calibration_samples, recipe.calibration_length)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with TensorStore(scratch) as store:
+        plan = plan.replace(lorc_rank=4)
+        plan, result = quantize_while_walking(
+            model,
+            plan,
+            store,
+            feeds,
+            scratch=scratch,
+            device="cpu",
+            seed=0,
+            progress=lambda done, total, detail: None,
+        )
+    names = list(result.rows)
+    found = whole_activations(load_model(compiled.artifact), names, feeds, compiled.folder)
+    for name in names:
+        rows = result.rows[name]
+        nearest = np.abs(rows[:, None] - found[name][None]).sum(axis=-1).argmin(axis=1)
+        # FP8 roundings that fall the other way leave 21 dB and more between correct implementations.
+        assert sqnr(found[name][nearest], rows) > 20, name
+
+
+def load_feeds(model: ir.Model, path: Path, samples: int, length: int) -> tuple:
+    return load_samples(
+        __file__,
+        tokenizer_path=path.parent / "tokenizer.json",
+        interface=CausalLm.from_model(model),
+        inputs=graph_inputs(model),
+        samples=samples,
+        length=length,
+        seed=0,
+    ).feeds
+
+
+@pytest.mark.parametrize("scale", [None, 0.02])
+@pytest.mark.parametrize("form", ["e4m3", "e5m2", "int8"])
+def test_quantised_layers_compute_the_definition(form: str, scale: float | None) -> None:
+    """y = a R (x8 w8^T) + (x V) U + bias, against the product in float64."""
+    torch.manual_seed(0)
+    x, bias = torch.randn(33, 72), torch.randn(40)
+    layer = quantize_layer(torch.randn(40, 72), LayerOptions(algorithm="rtn", lorc_rank=3, group_size=32))
+    quantizer = ActivationQuantizer(form, scale)
+    x8, a = quantizer.split(x)
+    x_hat = fake_quantize_activation(x, form, scale)
+    torch.testing.assert_close(x8 * a, x_hat, rtol=0, atol=0)
+    y = QuantizedLinear(Replacement.of(layer), bias, torch.float32, form)(x, x8, a)
+    assert layer.lorc is not None
+    lorc = x.double() @ layer.lorc.v.double() @ layer.lorc.u.double()
+    expected = x_hat.double() @ layer.effective_weight().double().t() + lorc + bias
+    # float32 sums of 72 products; bfloat16 products would be a thousand times further off.
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=3e-6 * float(expected.abs().max()))
+
+
+TIED = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[b, 8] x, float[8, 8] W) => (float[b, 8] y) {
+        h = MatMul(x, W)  r = Relu(h)  i = MatMul(r, W)  s = Tanh(i)  y = MatMul(s, W)
+    }
+"""
+
+
+def small(text: str) -> tuple[ir.Model, QuantPlan]:
+    model = ir.from_onnx_text(text)
+    (value,) = [value for value in model.graph.inputs if value.name == "W"]
+    weight = np.random.default_rng(0).standard_normal((8, 8), dtype=np.float32)
+    value.const_value = ir.tensor(weight, name="W")
+    model.graph.inputs.remove(value)
+    model.graph.initializers["W"] = value
+    plan = create_pass("select-linears", quantize_lm_head=True).call(model).plan
+    assert plan is not None
+    return model, plan
+
+
+@pytest.mark.parametrize("lorc_format", ["float", "fp8"])
+def test_a_shared_weight_is_quantised_once(lorc_format: str, tmp_path: Path) -> None:
+    model, plan = small(TIED)
+    plan = plan.replace(lorc_rank=2, lorc_format=lorc_format, group_size=32)
+    feeds = [{"x": np.random.default_rng(1).standard_normal((50, 8)).astype(np.float32)}]
+    calls: list[tuple[int, int, str]] = []
+    with TensorStore(tmp_path) as store:
+        plan, result = quantize_while_walking(
+            model,
+            plan,
+            store,
+            feeds,
+            scratch=tmp_path,
+            device="cpu",
+            seed=0,
+            progress=lambda *call: calls.append(call),
+        )
+        tensors = list(plan.tensors.values())
+        assert len(tensors) == 3 and all(item is tensors[0] for item in tensors)
+        weight = torch.from_numpy(plan.quantized_weight(plan.linears[0]).dequantize())
+    assert [(done, total) for done, total, _ in calls] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    # The second layer runs with the same stored weight as the first: its output is about x @ W_hat twice.
+    x_hat = fake_quantize_activation(torch.from_numpy(result.rows["r"]), "e4m3", result.ranges["r"] / 448)
+    seen = torch.from_numpy(result.rows["s"])
+    assert sqnr(seen.numpy(), torch.tanh(x_hat @ weight.t()).numpy()) > 10
+
+
+OVERFLOW = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[b, 8] x, float[8, 8] W) => (float[b, 8] y) {
+        h = MatMul(x, W)  r = Exp(h)  y = MatMul(r, W)
+    }
+"""
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    model, plan = small(OVERFLOW)
+
+    def run(feeds: list[dict[str, np.ndarray]]) -> None:
+        walk(model, plan, feeds, Recorder(), scratch=tmp_path)
+
+    with pytest.raises(UsageError, match="no samples"):
+        run([])
+    column = model.graph.initializers["W"].const_value.numpy()[:, 0]
+    with pytest.raises(ModelError, match="activation r reaches inf"):
+        run([{"x": np.tile(np.sign(column) * 1e3, (2, 1)).astype(np.float32)}])
+    with pytest.raises(ModelError, match="activation x reaches nan"):
+        run([{"x": np.full((2, 8), np.nan, np.float32)}])
+    with pytest.raises(ModelError, match="sample 0 has no input 'x'"):
+        run([{"z": np.zeros((2, 8), np.float32)}])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_repeatable(tiny_model, tmp_path: Path) -> None:
+    model, plan = planned(tiny_model("gpt2"))
+    feeds = feeds_for(model)
+    first, second = (walk(model, plan, feeds, Recorder(), scratch=tmp_path, seed=3) for _ in range(2))
+    assert first.ranges == second.ranges
+    assert all((first.rows[name] == second.rows[name]).all() for name in first.rows)

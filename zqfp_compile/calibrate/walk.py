@@ -188,7 +188,8 @@ class _Walk:
         name, peak, rows = step.activation, 0.0, []
         for sample, pick in enumerate(self.picks):
             x = self._rows(self.streams[0].value(sample, name))
-            peak = max(peak, finite_range(float(x.abs().amax()), name))
+            low, high = torch.aminmax(x)
+            peak = max(peak, finite_range(max(-float(low), float(high)), name))
             rows.append(x[torch.from_numpy(pick * len(x)).long().to(x.device)].cpu().numpy())
         self.ranges[name] = peak
         self.rows[name] = np.concatenate(rows)
