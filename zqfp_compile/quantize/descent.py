@@ -17,6 +17,7 @@ from zqfp_compile.formats.scales import legal_scales
 from zqfp_compile.quantize import fused
 from zqfp_compile.quantize.grid import Grid
 from zqfp_compile.quantize.rounding import decode_codes, round_minifloat
+from zqfp_compile.quantize.rtn import over_blocks
 
 # Columns worked on before their changes go to all others in one matrix product.
 BLOCK = 128
@@ -70,6 +71,7 @@ def _descend_block(
 def refit_rows(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.Tensor) -> QuantizedWeight:
     """Fit each row's scale R to the codes in closed form: ``R = (q G t) / (q G q)`` with q the row of w8.
 
+    Rows of one compute group have one R: both products are summed over them.
     Only where R is free (``m2``, ``e4m3``, and ``fp8`` weights); others come back unchanged.
     """
     if quantized.weight_format in CODE_BOOKS and quantized.scale_constraint not in ("m2", "e4m3"):
@@ -77,8 +79,10 @@ def refit_rows(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.Ten
     w8 = torch.from_numpy(quantized.fp8_weight()).to(target.device)
     weighted = w8 @ gram
     old = torch.from_numpy(quantized.row_scales).to(target.device)
-    below = (weighted * w8).sum(dim=1)
-    fitted = (weighted * target).sum(dim=1) / below.clamp_min(_TINY)
+    below, above = (
+        over_blocks((weighted * other).sum(dim=1), quantized.scale_rows, torch.sum) for other in (w8, target)
+    )
+    fitted = above / below.clamp_min(_TINY)
     good = (below > 0) & (fitted * LARGEST_MOVE > old) & (fitted < LARGEST_MOVE * old)
     rows = torch.where(good, fitted, old)
     return dataclasses.replace(quantized, row_scales=rows.cpu().numpy())

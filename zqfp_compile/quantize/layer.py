@@ -14,7 +14,7 @@ from zqfp_compile.quantize.grid import WeightGrid
 from zqfp_compile.quantize.lorc import LowRank, low_rank_factors
 from zqfp_compile.quantize.moments import DAMPING, InputMoments, damp
 from zqfp_compile.quantize.rtn import check_finite, quantize_weight
-from zqfp_compile.quantize.threads import one_torch_thread
+from zqfp_compile.quantize.threads import threads_for
 
 Algorithm = Literal["rtn", "gptq"]
 
@@ -41,6 +41,7 @@ class LayerOptions:
     weight_format: str = "e2m1"
     group_size: int = 64
     scale_constraint: str = "e4m3"
+    scale_rows: int = 1
     lorc_rank: int = 0
     lorc_dtype: str = "float16"
     repeats: int = 1
@@ -94,18 +95,17 @@ def quantize_layer(
     device = weight.device if moments is None else moments.gram.device
     weight = weight.detach().to(device=device, dtype=torch.float32)
     moment = energy if moments is None else moments.gram
-    target = weight if moments is None else corrected(weight, moments, options)
-    quantized = _quantize(target, options, moments, name)
-    if not options.lorc_rank:
-        return QuantizedLayer(quantized, None)
-    for _ in range(options.repeats + 1):
-        error = target - torch.from_numpy(quantized.dequantize()).to(device)
-        low_rank = low_rank_factors(
-            error, options.lorc_rank, moment=moment, dtype=options.lorc_dtype, seed=seed
-        )
-        if _ == options.repeats:
-            break
-        quantized = _quantize(target - low_rank.weight(), options, moments, name)
+    with threads_for(weight):
+        target = weight if moments is None else corrected(weight, moments, options)
+        quantized = _quantize(target, options, moments, name)
+        low_rank: LowRank | None = None
+        for repeat in range(options.repeats + 1 if options.lorc_rank else 0):
+            if low_rank is not None:
+                quantized = _quantize(target - low_rank.weight(), options, moments, name)
+            error = target - torch.from_numpy(quantized.dequantize()).to(device)
+            low_rank = low_rank_factors(
+                error, options.lorc_rank, moment=moment, dtype=options.lorc_dtype, seed=seed + repeat
+            )
     return QuantizedLayer(quantized, low_rank)
 
 
@@ -137,6 +137,7 @@ def _quantize(
         weight_format=options.weight_format,
         group_size=options.group_size,
         scale_constraint=options.scale_constraint,
+        scale_rows=options.scale_rows,
         name=name,
         importance=importance,
     )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
 from zqfp_compile.formats.minifloat import E4M3FN
 from zqfp_compile.quantize.rounding import round_minifloat
-from zqfp_compile.quantize.threads import one_torch_thread
+from zqfp_compile.quantize.threads import threads_for
 
 # Up to this many rows the exact decomposition takes milliseconds.
 EXACT_SIZE = 256
@@ -18,9 +16,6 @@ EXACT_SIZE = 256
 # that the exact factors capture (measured, 1536 x 576, ranks 8 to 64) in a twentieth of the time.
 OVERSAMPLING = 32
 POWER_ITERATIONS = 6
-# Up to this size threads gain nothing and, on a busy machine, wait for each other: 45 ms on one thread, 140
-# to 2000 on two (measured, 1536 x 576, two cores at a load of 6).
-ONE_THREAD_SIZE = 1 << 22
 
 _FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FACTOR_DTYPES = (*_FLOAT_DTYPES, "fp8")
@@ -94,7 +89,7 @@ def low_rank_factors(
     error = error.detach().to(torch.float32)
     metric = _Metric(moment, error)
     rank = min(rank, *error.shape)
-    with _threads_for(error):
+    with threads_for(error):
         leading = _leading_vectors(error, metric, rank, seed)
         v = error.t() @ leading
         v, u = _balanced(v, leading.t())
@@ -170,10 +165,3 @@ def _round(factor: torch.Tensor, dtype: str, axis: int) -> tuple[torch.Tensor, t
     largest = factor.abs().amax(dim=axis, keepdim=True)
     scale = torch.where(largest > 0, largest / E4M3FN.max_value, 1.0)
     return round_minifloat(factor / scale, E4M3FN) * scale, scale.reshape(-1)
-
-
-def _threads_for(matrix: torch.Tensor) -> AbstractContextManager[object]:
-    """Keep torch to one thread for the duration when the matrix is small."""
-    if matrix.is_cuda or matrix.numel() > ONE_THREAD_SIZE:
-        return contextlib.nullcontext()
-    return one_torch_thread()

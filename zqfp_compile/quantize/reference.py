@@ -74,7 +74,8 @@ class ReferenceGrid:
             search: Choose each group's range among shrunken ones by the squared error.
         """
         self.format = REFERENCE_WEIGHTS[weight_format]
-        self.table, self.group_size = None, group_size  # no small table of symmetric magnitudes: grid.Grid
+        self.table: torch.Tensor | None = None  # grid.Grid: not made of symmetric magnitudes
+        self.group_size = group_size
         self._k = weight.shape[1]
         self._width = min(group_size, self._k) if group_size else self._k
         groups = self._grouped(weight)

@@ -236,15 +236,18 @@ def _normalise(rows: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tens
         float32 rows [r, K], those below the floor being all zeros, and the factors [r] that undo the scaling.
     """
     rows = rows.to(torch.float32)
-    largest = _over_blocks(rows.abs().amax(dim=1), block, torch.amax)
+    largest = over_blocks(rows.abs().amax(dim=1), block, torch.amax)
     usable = largest >= SMALLEST_ROW
     power = largest.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
     factor = torch.where(usable, power, 1.0)
     return torch.where(usable[:, None], rows / factor[:, None], 0.0), factor
 
 
-def _over_blocks(values: torch.Tensor, block: int, combine: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """Replace values [r], none negative, by what ``combine`` makes of their block; the last may be short."""
+def over_blocks(values: torch.Tensor, block: int, combine: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Replace each of the values [r] by ``combine`` (``torch.sum``, ``torch.amax``) of its block of rows.
+
+    The last block may be short: zeros fill it up, so values to take a maximum of must not be negative.
+    """
     if block == 1:
         return values
     padded = torch.nn.functional.pad(values, (0, -len(values) % block))
@@ -292,7 +295,7 @@ def _choose_scales(
             error = _group_errors(sizes, _levels(choice, rows, rule), rule.importance).view(ideal.shape)
             scales = torch.where(error < lowest, choice, scales)
             lowest = torch.minimum(error, lowest)
-        row_error = _over_blocks(lowest.sum(dim=1), rule.scale_rows, torch.sum)
+        row_error = over_blocks(lowest.sum(dim=1), rule.scale_rows, torch.sum)
         better = row_error < best_error
         best_error = torch.where(better, row_error, best_error)
         best_scales = torch.where(better[:, None], scales, best_scales)
@@ -321,7 +324,7 @@ def _group_errors(sizes: torch.Tensor, levels: torch.Tensor, importance: torch.T
 
 def _candidates(ideal: torch.Tensor, rule: _Rule) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
     """Return row scales R [r], each with the group scales [r, G] to try under it; the plain choice first."""
-    largest = _over_blocks(ideal.amax(dim=1), rule.scale_rows, torch.amax)
+    largest = over_blocks(ideal.amax(dim=1), rule.scale_rows, torch.amax)
     if rule.constraint == "none":
         base = torch.where(ideal > 0, ideal, 1.0)
         return [(torch.ones_like(largest), [base * factor for factor in CLIP_FACTORS])]
