@@ -157,6 +157,7 @@ def _layer_options(plan: QuantPlan, site: LinearSite) -> LayerOptions:
         weight_format=precision.weight_format,
         group_size=plan.group_size,
         scale_constraint=plan.scale_constraint,
+        scale_rows=plan.scale_rows,
         lorc_rank=precision.lorc_rank,
         lorc_dtype=_factor_dtype(plan, site),
     )
