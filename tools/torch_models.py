@@ -46,7 +46,7 @@ class LoadedModel:
 
 
 def load(path: Path, *, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
-    """Load a ``.gguf`` file (weights dequantised) or a Hugging Face folder.
+    """Load a ``.gguf`` file (weights dequantised) or a Hugging Face folder with a ``tokenizer.json``.
 
     SmolLM2's GGUF goes through ``models/export_smollm2.py``, so that torch and ONNX hold the same weights;
     others through transformers' own GGUF reader.
@@ -64,15 +64,13 @@ def load(path: Path, *, device: str = "cpu", dtype: str = "float32") -> LoadedMo
     torch.backends.cudnn.allow_tf32 = False
     if path.suffix == ".gguf":
         model = _load_gguf(path, dtype)
-        tokenizer = _auto_tokenizer(path.parent, gguf_file=path.name)
     else:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), local_files_only=True)
-        tokenizer = _auto_tokenizer(path)
     model.config.use_cache = False
     model.requires_grad_(False)
-    return LoadedModel(path.stem if path.is_file() else path.name, model.eval().to(device), tokenizer)
+    return LoadedModel(path.stem if path.is_file() else path.name, model.eval().to(device), _tokenizer(path))
 
 
 def _load_gguf(path: Path, dtype: str) -> Any:
@@ -88,10 +86,15 @@ def _load_gguf(path: Path, dtype: str) -> Any:
     )
 
 
-def _auto_tokenizer(folder: Path, **options: str) -> Any:
-    from transformers import AutoTokenizer
+def _tokenizer(path: Path) -> Any:
+    if path.suffix == ".gguf":
+        from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), **options).backend_tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).backend_tokenizer
+    else:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
