@@ -1,8 +1,11 @@
-"""Which processor torch computes on."""
+"""Which processor computes, in torch and in ONNX Runtime."""
 
 from __future__ import annotations
 
+from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.errors import MissingDependencyError
+
+CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 def torch_device(choice: str) -> str:
@@ -23,3 +26,10 @@ def torch_device(choice: str) -> str:
             "or use --device cpu"
         )
     return "cpu"
+
+
+def providers_for(device: str) -> tuple[str, ...]:
+    """Return ONNX Runtime's providers for a device; without its CUDA provider the CPU does the work."""
+    if device == "cuda" and CUDA_PROVIDER in import_onnxruntime().get_available_providers():
+        return (CUDA_PROVIDER, CPU_PROVIDER)
+    return (CPU_PROVIDER,)

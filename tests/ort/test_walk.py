@@ -16,6 +16,7 @@ from zqfp_compile.backends.ort import create_session
 from zqfp_compile.calibrate.causal_lm import CausalLm, graph_inputs
 from zqfp_compile.calibrate.linears import ActivationQuantizer, QuantizedLinear, Replacement
 from zqfp_compile.calibrate.samples import load_samples
+from zqfp_compile.calibrate.sessions import run_bound
 from zqfp_compile.calibrate.walk import walk
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.errors import ModelError, UsageError
@@ -168,6 +169,24 @@ def test_little_is_kept_between_segments(tiny_model, tmp_path: Path) -> None:
 
     walk(model, plan, feeds, count, scratch=tmp_path, cross=False)
     assert 2 <= most <= 3 * len(feeds)
+
+
+def test_tensors_bound_to_a_device_give_the_same(tiny_model, tmp_path: Path, monkeypatch) -> None:
+    """The path of GPUs (DLPack in and out), with the CPU as the device."""
+    model, plan = planned(tiny_model("llama", dtype="float16"))
+    feeds = feeds_for(model)
+    first, second = Recorder(), Recorder()
+    walk(model, plan, feeds, first, scratch=tmp_path)
+    monkeypatch.setattr(
+        "zqfp_compile.calibrate.walk.run_session",
+        lambda session, feed: [
+            tensor.numpy()
+            for tensor in run_bound(session, {name: torch.from_numpy(a) for name, a in feed.items()}, "cpu")
+        ],
+    )
+    walk(model, plan, feeds, second, scratch=tmp_path)
+    for name, moments in first.moments.items():
+        assert torch.equal(moments.gram, second.moments[name].gram)
 
 
 def test_layers_left_out_run_as_they_are(tiny_model, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class Replacement:
         rounded = layer.weight.scale_constraint != "none" or layer.weight.weight_format == "fp8"
         return cls(
             weight=torch.from_numpy(layer.weight.fp8_weight()),
-            row_scales=torch.from_numpy(layer.weight.row_scales),
+            row_scales=torch.tensor(layer.weight.row_scales),  # read back, it is read-only
             lorc=layer.lorc,
             exact=rounded,
         )

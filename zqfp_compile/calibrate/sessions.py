@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
+from torch.utils.dlpack import from_dlpack
 
-from zqfp_compile.backends.ort import create_session, is_large
+from zqfp_compile.backends.ort import create_session, import_onnxruntime, is_large
 from zqfp_compile.errors import ModelError
 
 Array = npt.NDArray[Any]
 
 _BF16 = ir.DataType.BFLOAT16.numpy()
+_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
 def open_model(model: ir.Model, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Any:
@@ -57,6 +60,34 @@ def run_session(session: Any, feed: Mapping[str, Array]) -> list[Array]:
     except Exception as error:
         raise _ort_error("run", error) from error
     return outputs
+
+
+def run_bound(session: Any, feed: Mapping[str, torch.Tensor], device: str) -> list[torch.Tensor]:
+    """Run with tensors where they are: nothing is copied between ``device`` and the host but shapes.
+
+    Args:
+        session: A session whose first provider computes on ``device``.
+        feed: Inputs, on ``device`` or the host.
+        device: Where floating-point outputs stay; the others (shapes, masks) come to the host.
+
+    Raises:
+        ModelError: When ONNX Runtime fails.
+    """
+    ort = import_onnxruntime()
+    binding = session.io_binding()
+    for name, tensor in feed.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.from_dlpack(tensor.contiguous()))
+    for output in session.get_outputs():
+        binding.bind_output(output.name, device if output.type in _FLOATS else "cpu")
+    if device == "cuda":
+        torch.cuda.synchronize()  # ONNX Runtime has a stream of its own
+    try:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+    except Exception as error:
+        raise _ort_error("run", error) from error
+    # A copy: memory that the session lent would keep its whole arena alive.
+    return [from_dlpack(value).clone() for value in binding.get_outputs()]
 
 
 def widened(array: Array) -> Array:

@@ -22,9 +22,10 @@ import torch
 from zqfp_compile.calibrate.activation_cache import ActivationCache
 from zqfp_compile.calibrate.linears import ActivationQuantizer, FloatLinear, QuantizedLinear, Replacement
 from zqfp_compile.calibrate.segments import Partition, Step, partition, segment_model
-from zqfp_compile.calibrate.sessions import open_model, run_session, widened
+from zqfp_compile.calibrate.sessions import open_model, run_bound, run_session, widened
 from zqfp_compile.calibrate.statistics import CalibrationResult, activation_scale, finite_range
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
+from zqfp_compile.device import CUDA_PROVIDER, providers_for
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.plan import LinearSite, QuantPlan
 from zqfp_compile.quantize.moments import InputMoments
@@ -88,9 +89,9 @@ def walk(
     per_run = -(-rows_per_activation // len(feeds))
     picks = [np.sort(random.uniform(0.0, 0.999, per_run)) for _ in feeds]
     with ExitStack() as stack:
-        streams = [_Stream(feeds, stack.enter_context(ActivationCache(scratch)))]
-        if cross:
-            streams.append(_Stream(feeds, stack.enter_context(ActivationCache(scratch))))
+        room = torch.cuda.mem_get_info()[0] // 4 if device == "cuda" else 0
+        caches = [ActivationCache(scratch, gpu_bytes=room) for _ in range(2 if cross else 1)]
+        streams = [_Stream(feeds, stack.enter_context(cache)) for cache in caches]
         state = _Walk(model, graph_model, plan, parts, quantize, device, streams, picks)
         with torch.inference_mode():
             state.run(progress)
@@ -105,13 +106,13 @@ class _Stream:
     feeds: Sequence[Mapping[str, Array]]
     cache: ActivationCache
 
-    def value(self, sample: int, name: str) -> Array:
-        array = self.cache.get(sample, name)
-        if array is None:
+    def value(self, sample: int, name: str) -> torch.Tensor:
+        tensor = self.cache.get(sample, name)
+        if tensor is None:
             if name not in self.feeds[sample]:
                 raise ModelError(f"calibration sample {sample} has no input {name!r}; add it to the samples")
-            array = widened(self.feeds[sample][name])
-        return array
+            tensor = torch.from_numpy(widened(self.feeds[sample][name]))
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -166,22 +167,21 @@ class _Walk:
                     name: known[name] if name in known else stream.value(sample, name)
                     for name in segment.inputs
                 }
-                for name, array in {**known, **segment.run(inputs)}.items():
+                for name, tensor in {**known, **segment.run(inputs)}.items():
                     if self.parts.last_use[name] > index:
-                        stream.cache.put(sample, name, array)
+                        stream.cache.put(sample, name, tensor)
                 stream.cache.drop(sample, segment.finished)
 
-    def _outputs(self, visited: _Visited, stream: _Stream, sample: int) -> dict[str, Array]:
+    def _outputs(self, visited: _Visited, stream: _Stream, sample: int) -> dict[str, torch.Tensor]:
         if not visited.layers:
             return {}
-        array = stream.value(sample, visited.step.activation)
-        outputs = visited.outputs(self._rows(array), original=stream is not self.streams[0])
-        return {name: y.reshape(*array.shape[:-1], -1).cpu().numpy() for name, y in outputs.items()}
+        x = stream.value(sample, visited.step.activation)
+        outputs = visited.outputs(self._rows(x), original=stream is not self.streams[0])
+        return {name: y.reshape(*x.shape[:-1], -1) for name, y in outputs.items()}
 
-    def _rows(self, array: Array) -> torch.Tensor:
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
         """Return an activation [..., K] as float32 [T, K] on the device."""
-        x = torch.from_numpy(array).to(self.device)
-        return x.reshape(-1, x.shape[-1]).to(torch.float32)
+        return x.reshape(-1, x.shape[-1]).to(self.device).to(torch.float32)
 
     def _survey(self, step: Step) -> ActivationQuantizer:
         """Find the activation's range and sample rows; return how it is quantised."""
@@ -238,24 +238,27 @@ class _Session:
         self.inputs = self._segment.inputs
         self.finished = [name for name, last in parts.last_use.items() if last == index]
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the segment's outputs by name."""
-        if not self._segment.outputs:
+        names = self._segment.outputs
+        if not names:
             return {}
         if self._session is None:
-            types = {name: (ir.DataType.from_numpy(a.dtype), a.ndim) for name, a in inputs.items()}
-            self._session = open_model(segment_model(self._model, self._segment, types), self._providers())
-        outputs = dict(zip(self._segment.outputs, run_session(self._session, inputs), strict=True))
-        for name, array in outputs.items():
-            if not isinstance(array, np.ndarray):
-                raise ModelError(f"value {name!r} is no tensor; layers cannot be calibrated across it")
-        return outputs
+            self._open(inputs)
+        if self._session.get_providers()[0] == CUDA_PROVIDER:
+            return dict(zip(names, run_bound(self._session, inputs, "cuda"), strict=True))
+        arrays = run_session(self._session, {name: tensor.cpu().numpy() for name, tensor in inputs.items()})
+        return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
-    def _providers(self) -> Sequence[str]:
-        cpu = "CPUExecutionProvider"
-        if self._device == "cpu":
-            return (cpu,)
-        from zqfp_compile.backends.ort import import_onnxruntime
-
-        cuda = "CUDAExecutionProvider"
-        return (cuda, cpu) if cuda in import_onnxruntime().get_available_providers() else (cpu,)
+    def _open(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        types = {
+            name: (ir.DataType.from_numpy(torch.empty(0, dtype=tensor.dtype).numpy().dtype), tensor.ndim)
+            for name, tensor in inputs.items()
+        }
+        model = segment_model(self._model, self._segment, types)
+        self._session = open_model(model, providers_for(self._device))
+        for output in self._session.get_outputs():
+            if not output.type.startswith("tensor(") or output.type == "tensor(string)":
+                raise ModelError(
+                    f"value {output.name!r} is no tensor of numbers; layers cannot be calibrated across it"
+                )
