@@ -133,6 +133,25 @@ def compile_command(
         int | None,
         _group(QUANT, "Rank of the error compensation (default 16; 0: off).", "--lorc-rank", metavar="N"),
     ] = None,
+    lorc_budget: Annotated[
+        float | None,
+        _group(
+            QUANT,
+            "Choose ranks per layer for this many bits per weight (rank: at most --lorc-rank, default 64).",
+            "--lorc-budget",
+            metavar="BITS",
+        ),
+    ] = None,
+    auto: Annotated[
+        str | None,
+        _group(
+            QUANT,
+            "Choose formats and ranks per layer: bits=4.5 or perplexity=+2%.",
+            "--auto",
+            metavar="GOAL",
+            autocompletion=lambda: ["bits=4.5", "perplexity=+2%"],
+        ),
+    ] = None,
     lorc_format: Annotated[
         str | None,
         _choice(

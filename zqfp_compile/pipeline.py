@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from zqfp_compile.model_io import load_model, save_model
 from zqfp_compile.output_folder import OutputFolder
 from zqfp_compile.pass_runner import PassRunner
 from zqfp_compile.plan import QuantPlan
+from zqfp_compile.precision.auto import Chooser, sensitivities
+from zqfp_compile.precision.sensitivity import Statistics
 from zqfp_compile.progress import Reporter, SilentReporter, StepTimer
 from zqfp_compile.quantize_model import quantize_model, quantize_while_walking
 from zqfp_compile.recipe import Recipe
@@ -42,6 +45,8 @@ DOMAIN = "zqfp"
 MARK = "zqfp.version"  # metadata of every model we write
 _ACTIVATION_FORMATS = {"fp8": "e4m3", "fp8-e5m2": "e5m2", "int8": "int8", "none": "none"}
 _RANDOM_ROWS = 16
+# Calibration windows kept for measuring a perplexity to reach.
+_HELD_OUT = 4
 
 Rows = Mapping[str, npt.NDArray[np.float32]]
 
@@ -89,6 +94,8 @@ class _Compilation:
     model: ir.Model
     plan: QuantPlan = field(default_factory=QuantPlan)
     samples: Samples | None = None
+    held_out: Samples | None = None
+    chooser: Chooser | None = None
     rows: Rows = field(default_factory=dict)
     energies: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     certificate: Certificate | None = None
@@ -233,7 +240,7 @@ def _calibrate(run: _Compilation) -> None:
     attention = run.plan.attention_values
     if run.walks:
         activations = []  # measured while they are quantised
-    elif not (static or lorc or attention or recipe.evaluate):
+    elif not (static or lorc or attention or recipe.evaluate or recipe.mixed):
         run.rows = _random_rows(run.plan, recipe.seed)
         return
     with run.timer.step("calibrate"):
@@ -281,7 +288,10 @@ def _set_attention_scales(run: _Compilation, ranges: Mapping[str, float]) -> Non
 
 
 def _load_samples(run: _Compilation) -> Samples:
+    """Return the calibration samples; for a perplexity to reach, others are kept in ``run.held_out``."""
     recipe = run.recipe
+    goal = recipe.goal
+    measures = goal is not None and goal.kind == "perplexity"
     from_npz = recipe.calibration is not None and recipe.calibration.endswith(".npz")
     try:
         interface = CausalLm.from_model(run.model)
@@ -289,22 +299,103 @@ def _load_samples(run: _Compilation) -> Samples:
         if not from_npz:
             raise
         interface = None
-    return load_samples(
+    samples = load_samples(
         recipe.calibration,
         tokenizer_path=_tokenizer(run.source),
         interface=interface,
         inputs=graph_inputs(run.model),
-        samples=recipe.calibration_samples,
+        samples=recipe.calibration_samples + (_HELD_OUT if measures else 0),
         length=recipe.calibration_length,
         seed=recipe.seed,
         vocab_size=find_vocab_size(run.model),
     )
+    if measures:
+        samples, run.held_out = samples.hold_out(_HELD_OUT)
+    return samples
 
 
 def _random_rows(plan: QuantPlan, seed: int) -> Rows:
     random = np.random.default_rng(seed)
     widths = {site.activation: site.k for site in plan.linears}
     return {name: random.standard_normal((_RANDOM_ROWS, k), dtype=np.float32) for name, k in widths.items()}
+
+
+def _assign(run: _Compilation) -> None:
+    """Choose the format and the rank of every layer (``--auto``, ``--lorc-budget``)."""
+    recipe = run.recipe
+    if not recipe.mixed:
+        return
+    if run.samples is None:
+        raise RuntimeError("the assignment needs calibration samples")
+    with run.timer.step("assign"):
+        layers = sensitivities(
+            run.model,
+            run.plan,
+            run.samples.feeds,
+            _statistics(run),
+            max_rank=recipe.lorc_rank,
+            seed=recipe.seed,
+            device=torch_device(recipe.device),
+            progress=run.reporter.update,
+        )
+    run.chooser = Chooser(run.plan, layers, recipe.goal, recipe.lorc_budget)
+    _choose(run, run.chooser)
+
+
+def _choose(run: _Compilation, chooser: Chooser) -> None:
+    choice = chooser.choose()
+    run.plan = run.plan.replace(precisions=choice.precisions, tensors={})
+    run.reporter.info(choice.summary)
+
+
+def _statistics(run: _Compilation) -> Statistics:
+    """What calibration measured; the walk measures later than the assignment needs it."""
+    activations = list(dict.fromkeys(site.activation for site in run.plan.linears))
+    if run.samples is None or all(name in run.energies for name in activations):
+        return Statistics(run.energies, run.rows, run.plan.activation_scales)
+    with _naming_nonfinite(run):
+        result = collect(
+            run.model, activations, run.samples.feeds, seed=run.recipe.seed, progress=run.reporter.update
+        )
+    static = run.plan.activation_format != "none" and not run.plan.per_token
+    scales = activation_scales(result.ranges, run.plan.activation_format)[0] if static else {}
+    return Statistics(result.energies, result.rows, scales)
+
+
+def _reach_perplexity(run: _Compilation) -> None:
+    """Measure what the chosen precisions cost on text that was held out, and adjust them (``--auto``)."""
+    chooser = run.chooser
+    if chooser is None or chooser.search is None or run.held_out is None:
+        return
+    while True:
+        loss = _held_out_loss(run, run.held_out)
+        run.reporter.info(f"perplexity on held-out calibration text: {100 * math.expm1(loss):+.2f}%")
+        if not chooser.adjust(loss):
+            break
+        _choose(run, chooser)
+        _quantize(run)
+        _rewrite(run)
+    run.warn(chooser.warnings)
+
+
+def _held_out_loss(run: _Compilation, samples: Samples) -> float:
+    """Return by how much the loss rises on held-out windows, nats per token."""
+    windows = [feed["input_ids"][0].astype(np.int64) for feed in samples.feeds]
+    runnable = engines.runnable_model(run.place, run.choice)
+    with run.timer.step("measure"):
+        result = evaluate(
+            run.source,
+            runnable,
+            np.concatenate(windows),
+            length=len(windows[0]),
+            progress=run.reporter.update,
+        )
+    for path in (runnable, runnable.with_name(f"{runnable.name}.data")):
+        if runnable != run.artifact:
+            path.unlink(missing_ok=True)  # the evaluation makes it from the final artifact
+    if result.nll_compiled is None:
+        raise RuntimeError("two models were compared")
+    return result.nll_compiled - result.nll_original
 
 
 def _quantize(run: _Compilation) -> None:
@@ -446,8 +537,10 @@ _STEPS = (
     _select,
     _load_eval_text,
     _calibrate,
+    _assign,
     _quantize,
     _rewrite,
+    _reach_perplexity,
     _certify,
     _evaluate,
     _build,

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from zqfp_compile.errors import UsageError
+from zqfp_compile.precision.goal import Goal, parse_goal
 
 Target = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "none"]
 LorcFormat = Literal["fp16", "fp8"]
@@ -35,6 +36,7 @@ WeightLowering = Literal["auto", "int4", "fp8", "plugin"]
 Emit = Literal["fp4", "engine-onnx"]
 
 MAX_LORC_RANK = 512
+DEFAULT_LORC_RANK, MIXED_LORC_RANK = 16, 64
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 GROUP_SIZES = (16, 32, 64, 128, 256, 0)  # 0 is written "row": one group per row
 
@@ -56,7 +58,11 @@ class Recipe:
         group_size: Weights along K that share one group scale; 0, in files and flags also ``row``: the row.
         scale_constraint: How group scales are restricted (DESIGN section 2; ZeroQuant-FP section 4).
         scale_rows: Rows of a compute group of ``m2``, which have one row scale.
-        lorc_rank: Rank of the low-rank error compensation; 0 turns it off.
+        lorc_rank: Rank of the low-rank error compensation, 16 by default; 0 turns it off. With ``auto`` or
+            ``lorc_budget`` the largest rank a layer may get, 64 by default.
+        lorc_budget: Bits per weight that the compensation may take on average; ranks are chosen per layer.
+        auto: Choose formats and ranks per layer for ``bits=4.5`` (average bits per weight) or
+            ``perplexity=+2%`` (rise on calibration windows that are held out).
         lorc_format: Storage of its factors: ``fp16`` is the layer's own float type, ``fp8`` is E4M3 and one
             scale per rank.
         weight_lowering: How the engine holds the weights.
@@ -92,7 +98,9 @@ class Recipe:
     group_size: int = 64
     scale_constraint: ScaleConstraint = "e4m3"
     scale_rows: int = 1
-    lorc_rank: int = 16
+    lorc_rank: int = typing.cast(int, None)  # depends on auto and lorc_budget; never None afterwards
+    lorc_budget: float | None = None
+    auto: str | None = None
     lorc_format: LorcFormat = "fp16"
     weight_lowering: WeightLowering = "auto"
     emit: tuple[Emit, ...] = ()
@@ -118,12 +126,24 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.lorc_rank is None:
+            object.__setattr__(self, "lorc_rank", MIXED_LORC_RANK if self.mixed else DEFAULT_LORC_RANK)
         hints = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
             value = _coerce(spec.name, getattr(self, spec.name), hints[spec.name])
             object.__setattr__(self, spec.name, value)
         _check_ranges(self)
         _check_combinations(self)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether precisions are chosen per layer."""
+        return self.auto is not None or self.lorc_budget is not None
+
+    @property
+    def goal(self) -> Goal | None:
+        """What ``auto`` asks for."""
+        return None if self.auto is None else parse_goal(self.auto)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain YAML/JSON types, one key per option in declaration order."""
@@ -246,6 +266,7 @@ def _check_ranges(recipe: Recipe) -> None:
         raise UsageError(f"--lorc-rank: {recipe.lorc_rank} is outside 0..{MAX_LORC_RANK}")
     at_least = {
         "scale_rows": 1,
+        "lorc_budget": 0.01,
         "calibration_samples": 1,
         "calibration_length": 2,
         "eval_tokens": 2,
@@ -285,5 +306,20 @@ def _check_combinations(recipe: Recipe) -> None:
             f"--activations {recipe.activations} has no FP8 tensor-core form with these weights; "
             "use fp8, or --target onnxruntime"
         )
+    if recipe.mixed:
+        _check_mixed(recipe)
     if recipe.max_perplexity_increase is not None and not recipe.evaluate:
         raise UsageError("--max-perplexity-increase needs the evaluation; drop --no-evaluate")
+
+
+def _check_mixed(recipe: Recipe) -> None:
+    if recipe.auto is not None and recipe.lorc_budget is not None:
+        raise UsageError("--auto chooses LoRC ranks itself; drop --lorc-budget")
+    if recipe.auto is not None:
+        parse_goal(recipe.auto)
+        if recipe.weights not in ("fp4", "int4"):
+            raise UsageError(f"--auto chooses which layers get 4 bits; drop --weights {recipe.weights}")
+    elif recipe.weights == "none":
+        raise UsageError("--lorc-budget has no error to compensate with --weights none; drop one of them")
+    elif recipe.lorc_rank == 0:
+        raise UsageError("--lorc-budget with --lorc-rank 0 leaves no rank to choose; drop --lorc-rank")

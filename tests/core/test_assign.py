@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zqfp_compile.errors import UsageError
 from zqfp_compile.precision.assign import Assignment, Candidate, least_bits, least_cost
+from zqfp_compile.precision.goal import Goal, Search, parse_goal
 
 Layers = Sequence[Sequence[Candidate]]
 
@@ -128,3 +130,55 @@ def test_hundreds_of_layers_are_within_half_a_percent_of_the_lower_bound() -> No
 def test_a_layer_without_candidates_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="no candidates"):
         least_cost([[]], 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "goal"),
+    [
+        ("bits=4.5", Goal("bits", 4.5)),
+        ("perplexity=+2%", Goal("perplexity", 2.0)),
+        ("perplexity=0.5%", Goal("perplexity", 0.5)),
+    ],
+)
+def test_goals_are_read(text: str, goal: Goal) -> None:
+    assert parse_goal(text) == goal
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "4.5",
+        "bits=",
+        "bits=4.5.1",
+        "bits=0.5",
+        "bits=33",
+        "perplexity=2",
+        "perplexity=+0%",
+        "perplexity=-2%",
+    ],
+)
+def test_other_goals_are_refused_by_name(text: str) -> None:
+    with pytest.raises(UsageError, match="--auto: "):
+        parse_goal(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(0.2, 5.0), st.floats(0.6, 1.6), st.floats(0.005, 0.2))
+def test_search_ends_below_the_limit_and_close_to_it(factor: float, power: float, limit: float) -> None:
+    """The prediction may be off by a factor, and by a power of the size of the error."""
+    search, measurements = Search(limit), []
+    while True:
+        measurements.append(factor * limit * (search.predicted / limit) ** power)
+        if not search.adjust(measurements[-1]):
+            break
+    assert len(measurements) <= 4
+    assert search.best is not None
+    assert max(value for value in measurements if value <= limit) >= 0.6 * limit
+
+
+def test_search_gives_up_on_a_cost_that_never_falls() -> None:
+    search, count = Search(0.02), 1
+    while search.adjust(0.05):
+        count += 1
+    assert count == 4 and search.best is None

@@ -27,7 +27,8 @@ OTHERS: dict[str, Any] = {
     "group_size": 128,
     "scale_constraint": "m2",
     "scale_rows": 16,
-    "lorc_rank": 0,
+    "lorc_rank": 24,
+    "lorc_budget": 0.25,
     "lorc_format": "fp8",
     "weight_lowering": "plugin",
     "emit": ("fp4", "engine-onnx"),
@@ -54,7 +55,7 @@ OTHERS: dict[str, Any] = {
 
 def test_every_option_round_trips(tmp_path: Path) -> None:
     """Through the YAML file that is written to the output, with no option at its default."""
-    assert {field.name for field in dataclasses.fields(Recipe)} == {*OTHERS, "evaluate"}
+    assert {field.name for field in dataclasses.fields(Recipe)} == {*OTHERS, "evaluate", "auto"}
     recipe = Recipe(**OTHERS)
     for name, value in OTHERS.items():
         assert getattr(recipe, name) == value != getattr(Recipe(), name)
@@ -74,6 +75,8 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     recipe = Recipe()
     assert (recipe.weights, recipe.fp4_format, recipe.activations) == ("fp4", "e2m1", "fp8")
     assert (recipe.scale_constraint, recipe.group_size, recipe.lorc_rank) == ("e4m3", 64, 16)
+    assert Recipe(auto="bits=4.5").lorc_rank == Recipe(lorc_budget=0.2).lorc_rank == 64  # the largest
+    assert Recipe(auto="bits=4.5", lorc_rank=16).lorc_rank == 16
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert Recipe.from_yaml(tmp_path / "empty.yaml") == recipe
 
@@ -121,6 +124,13 @@ def test_any_accepted_recipe_round_trips(values: dict[str, Any]) -> None:
         ({"group_size": "64"}, "--group-size: '64' is not a whole number"),
         ({"group_size": 64.0}, "--group-size: 64.0 is not a whole number"),
         ({"group_size": True}, "--group-size: True is not a whole number"),
+        ({"auto": "bits"}, "--auto: 'bits' is not of the form bits=4.5 or perplexity=+2%"),
+        ({"auto": 4.5}, "--auto: 4.5 is not text"),
+        ({"auto": "bits=4.5", "lorc_budget": 0.1}, "--auto chooses LoRC ranks itself; drop --lorc-budget"),
+        ({"auto": "bits=4.5", "weights": "fp8"}, "--auto chooses which layers get 4 bits; drop --weights"),
+        ({"lorc_budget": 0.1, "weights": "none"}, "--lorc-budget has no error to compensate"),
+        ({"lorc_budget": 0.1, "lorc_rank": 0}, "--lorc-budget with --lorc-rank 0 leaves no rank"),
+        ({"lorc_budget": 0}, "--lorc-budget: 0.0 is below"),
         ({"lorc_rank": -1}, "--lorc-rank: -1 is outside"),
         ({"lorc_rank": MAX_LORC_RANK + 1}, "--lorc-rank"),
         ({"evaluate": "yes"}, "--evaluate: 'yes' is not true or false"),

@@ -39,6 +39,38 @@ class Samples:
     warnings: tuple[str, ...]
     tokens: int
 
+    def hold_out(self, count: int) -> tuple[Samples, Samples]:
+        """Split off up to ``count`` runs spread over the others; at least one stays on either side.
+
+        Returns:
+            What is left, and what was taken.
+
+        Raises:
+            UsageError: When there are fewer than two runs, or they have no tokens.
+        """
+        if len(self.feeds) < 2 or any("input_ids" not in feed for feed in self.feeds):
+            raise UsageError(
+                f"{self.description}: too little to measure a perplexity on text that is held out; "
+                "give a longer --calibration text"
+            )
+        count = min(count, len(self.feeds) // 2)
+        step = len(self.feeds) / count
+        taken = {int(step * (index + 0.5)) for index in range(count)}
+        parts = [
+            tuple(feed for index, feed in enumerate(self.feeds) if (index in taken) == held)
+            for held in (False, True)
+        ]
+        rest, held_out = (
+            Samples(
+                feeds,
+                f"{self.description} ({len(feeds)} {what})",
+                self.warnings,
+                sum(int(feed["input_ids"].size) for feed in feeds),
+            )
+            for feeds, what in zip(parts, ("used", "held out"), strict=True)
+        )
+        return rest, held_out
+
 
 @dataclass(frozen=True)
 class EvalTokens:

@@ -8,6 +8,7 @@ every exchange rate (Sinha and Zoltners, "The multiple-choice knapsack problem",
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -130,7 +131,7 @@ def _steps(hulls: Sequence[Sequence[Candidate]]) -> Iterable[_Step]:
     steps = [
         _Step(index, after, after.bits - before.bits, before.cost - after.cost)
         for index, hull in enumerate(hulls)
-        for before, after in zip(hull, hull[1:], strict=False)
+        for before, after in itertools.pairwise(hull)
     ]
     return sorted(steps, key=lambda step: -step.rate)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from zqfp_compile.backends.ort import create_session, is_large
+from zqfp_compile.backends.ort import import_onnxruntime
+from zqfp_compile.calibrate.sessions import open_model, run_session
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.errors import ModelError
 from zqfp_compile.plan import LinearSite
@@ -20,7 +20,6 @@ from zqfp_compile.plan import LinearSite
 Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]
 
-_BF16 = ir.DataType.BFLOAT16.numpy()
 # Positions at once: 64 x 128k vocabulary is 32 MB of float32.
 _SLICE = 64
 
@@ -47,7 +46,7 @@ class Probe:
         feeds: Sequence[Feed],
         *,
         logits: str,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        device: str = "cpu",
     ) -> None:
         """Open the session and run the unchanged model.
 
@@ -56,17 +55,17 @@ class Probe:
             sites: Layers that errors can be given to.
             feeds: Windows of tokens, as graph inputs.
             logits: Name of the logits output, [B, S, V].
-            providers: Execution providers of the session.
+            device: ``cpu`` or ``cuda``, which ONNX Runtime takes where it can.
 
         Raises:
             ModelError: When ONNX Runtime cannot run the model, or its logits are NaN or infinite.
         """
         self._inputs = {site.name: f"zqfp_error_{index}" for index, site in enumerate(sites)}
-        self._feeds = [{name: _plain(value) for name, value in feed.items()} for feed in feeds]
+        self._feeds = list(feeds)
         probed = _probing_model(model, sites, self._inputs, logits)
         if uses_bfloat16(probed):
             widen_bfloat16(probed)
-        self._session = _open(probed, providers)
+        self._session = open_model(probed, providers_for(device))
         self._wanted = {arg.name for arg in self._session.get_inputs()}
         types = {arg.name: arg.type for arg in self._session.get_inputs()}
         self._dtypes = {
@@ -98,10 +97,7 @@ class Probe:
         for name, key in self._inputs.items():
             error = errors.get(name, np.zeros((0, 0), np.float32))
             inputs[key] = np.ascontiguousarray(error.T, dtype=self._dtypes[name])
-        try:
-            (logits,) = self._session.run(None, inputs)
-        except Exception as error:
-            raise _ort_error(error) from error
+        (logits,) = run_session(self._session, inputs)
         flat: Array = logits.reshape(-1, logits.shape[-1])
         return flat
 
@@ -168,27 +164,8 @@ def _branch(nodes: Sequence[ir.Node], name: str) -> ir.Graph:
     return ir.Graph([], nodes[-1].outputs, nodes=nodes, name=name)
 
 
-def _open(model: ir.Model, providers: Sequence[str]) -> Any:
-    tensors = [value.const_value for value in model.graph.initializers.values()]
-    folders = {Path(tensor.base_dir) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-    try:
-        return create_session(
-            ir.to_proto(model).SerializeToString(),
-            providers=providers,
-            external_data=next(iter(folders)).resolve() if folders else None,
-            low_memory=is_large(model),
-        )
-    except Exception as error:
-        raise _ort_error(error) from error
-
-
-def _plain(value: Array) -> Array:
-    return value.astype(np.float32) if value.dtype == _BF16 else value
-
-
-def _ort_error(error: Exception) -> Exception:
-    """Turn ONNX Runtime's exceptions into one line; let everything else through."""
-    if not type(error).__module__.startswith("onnxruntime"):
-        return error
-    reason = " ".join(str(error).split())
-    return ModelError(f"--auto: ONNX Runtime cannot run the model ({reason}); check it with onnx.checker")
+def providers_for(device: str) -> tuple[str, ...]:
+    """Return ONNX Runtime's providers for a device; without its CUDA provider the CPU does the work."""
+    cuda, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
+    use_cuda = device == "cuda" and cuda in import_onnxruntime().get_available_providers()
+    return (cuda, cpu) if use_cuda else (cpu,)
