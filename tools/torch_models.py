@@ -46,10 +46,7 @@ class LoadedModel:
 
 
 def load(path: Path, *, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
-    """Load a ``.gguf`` file (weights dequantised) or a Hugging Face folder with a ``tokenizer.json``.
-
-    SmolLM2's GGUF goes through ``models/export_smollm2.py``, so that torch and ONNX hold the same weights;
-    others through transformers' own GGUF reader.
+    """Load a ``.gguf`` file (``models/gguf_model.py``) or a Hugging Face folder with a ``tokenizer.json``.
 
     Args:
         path: The file or folder.
@@ -74,16 +71,10 @@ def load(path: Path, *, device: str = "cpu", dtype: str = "float32") -> LoadedMo
 
 
 def _load_gguf(path: Path, dtype: str) -> Any:
-    if "smollm2-135m" in path.name.lower():
-        sys.path.insert(0, str(ROOT / "models"))
-        from export_smollm2 import load_model
+    sys.path.insert(0, str(ROOT / "models"))
+    from gguf_model import load_gguf
 
-        return load_model(path, dtype)
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), local_files_only=True
-    )
+    return load_gguf(path, dtype)
 
 
 def _tokenizer(path: Path) -> Any:
