@@ -50,6 +50,8 @@ _GPTQ = QuantConfig(algorithm="gptq")
 OURS = {
     "zqfp-fp8": QuantConfig(weights="fp8-e4m3", group_size=0),
     "zqfp-rtn": QuantConfig(),
+    # Fewer bits than INT4 AWQ's: by whole rows for any K, by groups of 128 where they divide K (Qwen).
+    "zqfp-gptq-row": dataclasses.replace(_GPTQ, group_size=0),
     "zqfp-gptq-g128": dataclasses.replace(_GPTQ, group_size=128),
     "zqfp-gptq": _GPTQ,
     "zqfp-gptq-none": dataclasses.replace(_GPTQ, constraint="none"),
