@@ -15,7 +15,7 @@ from zqfp_compile.formats.minifloat import E4M3FN
 from zqfp_compile.formats.quantized import QuantizedWeight
 from zqfp_compile.formats.scales import legal_scales
 from zqfp_compile.quantize import fused
-from zqfp_compile.quantize.grid import Grid
+from zqfp_compile.quantize.grid import Grid, decoded, decoded_w8
 from zqfp_compile.quantize.rounding import decode_codes, round_minifloat
 from zqfp_compile.quantize.rtn import over_blocks
 
@@ -76,7 +76,7 @@ def refit_rows(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.Ten
     """
     if quantized.weight_format in CODE_BOOKS and quantized.scale_constraint not in ("m2", "e4m3"):
         return quantized
-    w8 = torch.from_numpy(quantized.fp8_weight()).to(target.device)
+    w8 = decoded_w8(quantized, target.device)
     weighted = w8 @ gram
     old = torch.from_numpy(quantized.row_scales).to(target.device)
     below, above = (
@@ -101,12 +101,12 @@ def refit_scales(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.T
     values = decode_codes(torch.from_numpy(quantized.codes).to(device), book)[:, : quantized.k]
     scales = torch.from_numpy(quantized.group_scales).to(device)
     rows = torch.from_numpy(quantized.row_scales).to(device)[:, None]
-    decoded = torch.from_numpy(quantized.dequantize()).to(device)
-    slope = (target - decoded) @ gram
+    weight = decoded(quantized, device)
+    slope = (target - weight) @ gram
     size = values.shape[1] if quantized.group_size == 0 else quantized.group_size
     for index in range(scales.shape[1]):
         part = slice(index * size, min((index + 1) * size, quantized.k))
-        group = _Group(values[:, part], rows, slope[:, part], gram[part, part], decoded[:, part])
+        group = _Group(values[:, part], rows, slope[:, part], gram[part, part], weight[:, part])
         if quantized.scale_constraint == "none":
             best, change = group.fit(scales[:, index])
         else:

@@ -7,9 +7,10 @@ from typing import Protocol
 
 import torch
 
+from zqfp_compile.formats.codebook import CODE_BOOKS
 from zqfp_compile.formats.minifloat import E4M3FN
 from zqfp_compile.formats.quantized import QuantizedWeight
-from zqfp_compile.quantize.rounding import nearest_level, round_minifloat
+from zqfp_compile.quantize.rounding import decode_codes, nearest_level, round_minifloat
 from zqfp_compile.quantize.rtn import decoded_levels
 
 
@@ -63,3 +64,19 @@ class WeightGrid:
         groups = padded.reshape(len(values), len(self.table), -1)
         index = nearest_level(groups.abs(), self.table.permute(2, 1, 0)[..., None]).copysign_(groups)
         return dataclasses.replace(start, codes=index.reshape(padded.shape).to(torch.int8).cpu().numpy())
+
+
+def decoded_w8(weight: QuantizedWeight, device: torch.device | str) -> torch.Tensor:
+    """Return w8, float32 [N, K]: :meth:`QuantizedWeight.fp8_weight` in torch."""
+    if weight.group_scales is None:
+        return torch.from_numpy(weight.fp8_weight()).to(device)
+    codes = torch.from_numpy(weight.codes).to(device)
+    values = decode_codes(codes, CODE_BOOKS[weight.weight_format])
+    scales = torch.from_numpy(weight.group_scales).to(device)
+    values = (values.view(*scales.shape, -1) * scales[..., None]).view(codes.shape)[:, : weight.k]
+    return values if weight.scale_constraint == "none" else round_minifloat(values, E4M3FN)
+
+
+def decoded(weight: QuantizedWeight, device: torch.device | str) -> torch.Tensor:
+    """Return W_hat, float32 [N, K]: :meth:`QuantizedWeight.dequantize` in torch."""
+    return decoded_w8(weight, device) * torch.from_numpy(weight.row_scales).to(device)[:, None]

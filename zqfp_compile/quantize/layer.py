@@ -10,7 +10,7 @@ import torch
 from zqfp_compile.formats.quantized import QuantizedWeight
 from zqfp_compile.quantize.descent import descend, refit_rows, refit_scales
 from zqfp_compile.quantize.gptq import gptq_round
-from zqfp_compile.quantize.grid import WeightGrid
+from zqfp_compile.quantize.grid import WeightGrid, decoded
 from zqfp_compile.quantize.lorc import LowRank, low_rank_factors
 from zqfp_compile.quantize.moments import DAMPING, InputMoments, damp
 from zqfp_compile.quantize.rtn import check_finite, quantize_weight
@@ -34,7 +34,10 @@ class LayerOptions:
         repeats: Times that quantisation is repeated on the weight less its compensation.
         sweeps: Sweeps of coordinate descent after GPTQ.
         correction: Share of the correction for what earlier layers' errors did to the input, 0 to 1.
+        correction_damping: Damping of that correction, a share of the mean energy of the channels.
         damping: GPTQ's damping.
+        importance: What an error in an input channel counts in GPTQ's choice of scales: the same everywhere,
+            the channel's energy, or the part of its energy that other channels do not predict.
     """
 
     algorithm: Algorithm = "gptq"
@@ -47,9 +50,9 @@ class LayerOptions:
     repeats: int = 1
     sweeps: int = 1
     correction: float = 1.0
-    correction_damping: float = 0.1
+    correction_damping: float = 0.3
     damping: float = DAMPING
-    importance: Literal["none", "energy", "conditional"] = "none"
+    importance: Literal["none", "energy", "conditional"] = "conditional"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +64,7 @@ class QuantizedLayer:
 
     def effective_weight(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return W_hat, float32 [N, K], without the compensation."""
-        return torch.from_numpy(self.weight.dequantize()).to(device)
+        return decoded(self.weight, device)
 
 
 def quantize_layer(
@@ -102,7 +105,7 @@ def quantize_layer(
         for repeat in range(options.repeats + 1 if options.lorc_rank else 0):
             if low_rank is not None:
                 quantized = _quantize(target - low_rank.weight(), options, moments, name)
-            error = target - torch.from_numpy(quantized.dequantize()).to(device)
+            error = target - decoded(quantized, device)
             low_rank = low_rank_factors(
                 error, options.lorc_rank, moment=moment, dtype=options.lorc_dtype, seed=seed + repeat
             )
@@ -128,9 +131,11 @@ def _quantize(
     target: torch.Tensor, options: LayerOptions, moments: InputMoments | None, name: str
 ) -> QuantizedWeight:
     importance = None
-    if moments is not None and options.importance == "energy":
+    if options.algorithm == "rtn" or moments is None:
+        importance = None
+    elif options.importance == "energy":
         importance = moments.energy
-    elif moments is not None and options.importance == "conditional":
+    elif options.importance == "conditional":
         importance = moments.conditional_energy(options.damping)
     start = quantize_weight(
         target,
@@ -149,6 +154,6 @@ def _quantize(
     for _ in range(options.sweeps):
         quantized = refit_rows(refit_scales(quantized, target, gram), target, gram)
         grid = WeightGrid(quantized, target.device)
-        values = torch.from_numpy(quantized.dequantize()).to(target.device)
+        values = decoded(quantized, target.device)
         quantized = grid.encode(descend(target, values, gram, grid))
     return quantized
