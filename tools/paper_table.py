@@ -44,8 +44,8 @@ from torch_models import LoadedModel, Tokens, load, perplexity  # noqa: E402
 
 from zqfp_compile.calibrate.samples import take_windows  # noqa: E402
 
-# GPTQ as published: no repetitions, no descent after it, no correction of drift.
-PUBLISHED = {"sweeps": 0, "repeats": 0, "correction": 0.0}
+# GPTQ as published: no repetitions, no descent after it, no correction of drift, scales by plain error.
+PUBLISHED = {"sweeps": 0, "repeats": 0, "correction": 0.0, "importance": "none"}
 LORC_PUBLISHED = {"lorc_rank": 8, "lorc_metric": "plain"}
 FOUR_BIT = ("fp4-e2m1", "fp4-e3m0", "int4", "int4-asym")
 EIGHT_BIT = ("int8", "int8-asym", "fp8-e4m3", "fp8-e5m2")
