@@ -1,8 +1,9 @@
 """One pass through a model that calibrates and quantises: every layer sees its predecessors quantised.
 
-The graph is cut at the planned linears (``segments.py``). ONNX Runtime computes what lies between them, torch
-the linears themselves, first to measure their input, then with their new weights. Activations between two
-segments lie on disk, so memory holds the weights of one step and the activations of one sample.
+The graph is cut at the planned linears (``segments.py``). ONNX Runtime, or on a GPU torch
+(``torch_segment.py``), computes what lies between them; torch the linears themselves, first to measure their
+input, then with their new weights. Activations between two segments lie on disk, so memory holds the weights
+of one step and the activations of one sample.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from zqfp_compile.calibrate.linears import ActivationQuantizer, FloatLinear, Qua
 from zqfp_compile.calibrate.segments import Partition, Step, partition, segment_model
 from zqfp_compile.calibrate.sessions import open_model, run_bound, run_session, widened
 from zqfp_compile.calibrate.statistics import CalibrationResult, activation_scale, finite_range
+from zqfp_compile.calibrate.torch_segment import TorchSegment, runs_in_torch
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.device import CUDA_PROVIDER, providers_for
 from zqfp_compile.errors import ModelError, UsageError
@@ -33,37 +35,40 @@ from zqfp_compile.weights import read_bias, read_weight
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int, str], None]
-# (layer, W float32 [N, K], moments of its input) -> what it multiplies with from now on.
-QuantizeSite = Callable[[LinearSite, torch.Tensor, InputMoments], Replacement]
+# (layers of one input, their W float32 [N, K], its moments) -> what each multiplies with from now on.
+QuantizeSites = Callable[[Sequence[LinearSite], Sequence[torch.Tensor], InputMoments], Sequence[Replacement]]
 
 
 def walk(
     model: ir.Model,
     plan: QuantPlan,
     feeds: Sequence[Mapping[str, Array]],
-    quantize: QuantizeSite,
+    quantize: QuantizeSites,
     *,
     scratch: Path,
     cross: bool = True,
     device: str = "cpu",
+    in_torch: bool | None = None,
     rows_per_activation: int = 64,
     seed: int = 0,
     progress: Progress = lambda done, total, detail: None,
 ) -> CalibrationResult:
     """Calibrate and quantise ``plan.rewritten``, layer by layer in graph order.
 
-    ``quantize`` is called once per layer, when everything before it computes with its own replacement. The
-    moments it gets are shared by the layers that read the same activation; those of bfloat16 models are taken
-    in float32.
+    ``quantize`` is called once per activation with the layers that read it, when everything before them
+    computes with its own replacement. The moments of bfloat16 models are taken in float32. When activations
+    are quantised, the original stream's products may round their factors to bfloat16 (``FloatLinear``).
 
     Args:
         model: The model; it is not changed, external data stays where it is.
         plan: Layers and activation format.
         feeds: Inputs of each run, of any lengths.
-        quantize: See :data:`QuantizeSite`. Tensors are on ``device``.
+        quantize: See :data:`QuantizeSites`. Tensors are on ``device``.
         scratch: Folder for activations: two samples' worth of what a layer passes on, times the samples.
         cross: Also run the original model beside it, for the mixed moments.
         device: ``cpu`` or ``cuda``.
+        in_torch: Whether torch computes what lies between the layers, in float32, or ONNX Runtime. By default
+            torch on ``cuda`` when it has all operators: nothing leaves the GPU then.
         rows_per_activation: Rows kept per activation over all runs, as the quantised layers see them.
         seed: Seed of the choice of rows.
         progress: Called with (steps done, steps, layer name).
@@ -85,6 +90,8 @@ def walk(
         graph_model = model.clone()
         widen_bfloat16(graph_model)
     parts = partition(graph_model.graph, plan.rewritten)
+    if in_torch is None:
+        in_torch = device == "cuda" and runs_in_torch(graph_model, parts)
     random = np.random.default_rng(seed)
     per_run = -(-rows_per_activation // len(feeds))
     picks = [np.sort(random.uniform(0.0, 0.999, per_run)) for _ in feeds]
@@ -92,7 +99,7 @@ def walk(
         room = torch.cuda.mem_get_info()[0] // 4 if device == "cuda" else 0
         caches = [ActivationCache(scratch, gpu_bytes=room) for _ in range(2 if cross else 1)]
         streams = [_Stream(feeds, stack.enter_context(cache)) for cache in caches]
-        state = _Walk(model, graph_model, plan, parts, quantize, device, streams, picks)
+        state = _Walk(model, graph_model, plan, parts, quantize, device, in_torch, streams, picks)
         with torch.inference_mode():
             state.run(progress)
     tokens = sum(int(feed["input_ids"].size) for feed in feeds if "input_ids" in feed)
@@ -140,8 +147,9 @@ class _Walk:
     graph_model: ir.Model
     plan: QuantPlan
     parts: Partition
-    quantize: QuantizeSite
+    quantize: QuantizeSites
     device: str
+    in_torch: bool
     streams: Sequence[_Stream]
     picks: Sequence[npt.NDArray[np.float64]]
     ranges: dict[str, float] = field(default_factory=dict)
@@ -159,7 +167,8 @@ class _Walk:
 
     def _advance(self, index: int, visited: _Visited | None) -> None:
         """Compute the linears of the last step and the segment behind them, for every sample."""
-        segment = _Session(self.graph_model, self.parts, index, self.device)
+        runner = TorchSegment if self.in_torch else _Session
+        segment = runner(self.graph_model, self.parts, index, self.device)
         for sample in range(len(self.picks)):
             for stream in self.streams:
                 known = {} if visited is None else self._outputs(visited, stream, sample)
@@ -204,26 +213,29 @@ class _Walk:
         for sample in range(len(self.picks)):
             x8, a = quantizer.split(self._rows(self.streams[0].value(sample, step.activation)))
             original = self._rows(self.streams[1].value(sample, step.activation)) if cross else None
-            moments.add(x8 * a, original)
-        if moments.cross is not None:
-            finite_range(float(moments.cross.abs().amax()), step.activation)
+            moments.add(x8, original, scale=a if quantizer.rounds else None)
+        if moments.drift is not None:
+            finite_range(float(moments.drift.abs().amax()), step.activation)
         return moments
 
     def _visit(self, step: Step, quantizer: ActivationQuantizer, moments: InputMoments) -> _Visited:
         layers = []
-        for site in step.sites:
-            weight = torch.from_numpy(read_weight(self.model, site.weight)).to(self.device)
-            new = self.quantize(site, weight, moments).to(self.device)
+        weights = [
+            torch.from_numpy(read_weight(self.model, site.weight)).to(self.device) for site in step.sites
+        ]
+        replacements = self.quantize(step.sites, weights, moments)
+        for site, weight, replacement in zip(step.sites, weights, replacements, strict=True):
             if site.output not in step.computed:
                 continue
             bias = read_bias(self.model, site)
             row = None if bias is None else torch.from_numpy(bias).to(self.device)
             # bfloat16 graphs were widened.
             dtype = torch.float16 if site.dtype == ir.DataType.FLOAT16 else torch.float32
-            original = FloatLinear(weight, row, dtype) if len(self.streams) > 1 else None
-            layers.append(
-                (site.output, original, QuantizedLinear(new, row, dtype, self.plan.activation_format))
-            )
+            original = None
+            if len(self.streams) > 1:
+                original = FloatLinear(weight, row, dtype, short=quantizer.rounds)
+            new = QuantizedLinear(replacement.to(self.device), row, dtype, self.plan.activation_format)
+            layers.append((site.output, original, new))
         return _Visited(step, quantizer, layers)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import onnx_ir as ir
 
 from zqfp_compile.errors import ModelError
@@ -45,11 +47,30 @@ def operator(node: ir.Node) -> Function:
     Raises:
         ModelError: When there is none.
     """
-    key = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
-    found = OPS.get(key)
+    found = OPS.get(_key(node))
     if found is None:
         raise ModelError(
-            f"node {node.name!r}: operator {key} is not supported in torch; "
+            f"node {node.name!r}: operator {_key(node)} is not supported in torch; "
             "export without it, or calibrate with ONNX Runtime (--device cpu)"
         )
     return found
+
+
+def unsupported(model: ir.Model, nodes: Iterable[ir.Node]) -> list[str]:
+    """Return the operators among ``nodes``, and in the functions of ``model`` they call, that torch lacks."""
+    missing, seen, rest = [], set(), list(nodes)
+    while rest:
+        node = rest.pop()
+        identifier = node.op_identifier()
+        if identifier in seen:
+            continue
+        seen.add(identifier)
+        if identifier in model.functions:
+            rest.extend(model.functions[identifier])
+        elif _key(node) not in OPS:
+            missing.append(_key(node))
+    return sorted(missing)
+
+
+def _key(node: ir.Node) -> str:
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
