@@ -29,8 +29,8 @@ from zqfp_compile.precision.sensitivity import (
 )
 from zqfp_compile.weights import read_weight
 
-# Windows that the sensitivities are measured on.
-PROBE_WINDOWS = 2
+# Tokens that the sensitivities are measured on, in whole windows: 512 predict others well (docs/accuracy.md).
+PROBE_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,12 @@ def sensitivities(
     """
     interface = CausalLm.from_model(model)
     folder = folder or cache.default_folder()
-    key = cache.cache_key(model, plan, feeds, max_rank, seed, MAX_RUNS, PROBE_WINDOWS)
+    key = cache.cache_key(model, plan, feeds, max_rank, seed, MAX_RUNS, PROBE_TOKENS)
     found = cache.load(folder, key)
     if found is not None:
         return found
-    chosen = np.unique(np.linspace(0, len(feeds) - 1, min(PROBE_WINDOWS, len(feeds))).astype(int))
+    windows = min(len(feeds), -(-PROBE_TOKENS // feeds[0]["input_ids"].size))
+    chosen = np.unique(np.linspace(0, len(feeds) - 1, windows + 2)[1:-1].astype(int))
     probe = Probe(
         model, plan.linears, [feeds[index] for index in chosen], logits=interface.logits, device=device
     )
