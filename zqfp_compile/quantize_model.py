@@ -21,6 +21,7 @@ from zqfp_compile.quantize.layer import LayerOptions, QuantizedLayer, quantize_l
 from zqfp_compile.quantize.lorc import LowRank, low_rank_factors
 from zqfp_compile.quantize.moments import InputMoments
 from zqfp_compile.quantize.rtn import quantize_weight
+from zqfp_compile.quantize.threads import side_by_side
 from zqfp_compile.tensor_store import TensorStore
 from zqfp_compile.weights import read_weight
 
@@ -74,7 +75,7 @@ def quantize_model(
                 name=site.name,
             )
             energy = loudness.get(site.weight)
-            factors = _lorc(weight, quantized, precision.lorc_rank, _factor_dtype(plan, site), energy, seed)
+            factors = _lorc(weight, quantized, precision.lorc_rank, factor_dtype(plan, site), energy, seed)
             done[key] = store_layer(store, site.name, quantized, factors, site.dtype)
         tensors[site.name] = done[key]
     progress(len(sites), len(sites), "")
@@ -122,7 +123,7 @@ def quantize_while_walking(
 
 
 class _Layers:
-    """Quantises the layers of a walk one by one and stores them."""
+    """Quantises the layers of a walk, those of one input side by side, and stores them in order."""
 
     def __init__(self, plan: QuantPlan, store: TensorStore, seed: int) -> None:
         self.tensors: dict[str, LinearTensors] = {}
@@ -131,23 +132,38 @@ class _Layers:
         self._seed = seed
         self._first: dict[tuple[WeightSource, SitePrecision], LinearSite] = {}
 
-    def quantize(self, site: LinearSite, weight: torch.Tensor, moments: InputMoments) -> Replacement:
+    def quantize(
+        self, sites: Sequence[LinearSite], weights: Sequence[torch.Tensor], moments: InputMoments
+    ) -> list[Replacement]:
+        pairs = list(zip(sites, weights, strict=True))
+        new = [(site, weight) for site, weight in pairs if self._is_new(site)]
+        layers = side_by_side(lambda pair: self._layer(*pair, moments), new, [weight for _, weight in new])
+        found = {site.name: layer for (site, _), layer in zip(new, layers, strict=True)}
+        return [self._replace(site, weight, found.get(site.name)) for site, weight in pairs]
+
+    def _is_new(self, site: LinearSite) -> bool:
+        """Whether to quantise a layer, which the first one with its weight and precision decides."""
+        precision = self._plan.precision(site)
+        first = self._first.setdefault((site.weight, precision), site)
+        return precision.weight_format != "none" and first is site
+
+    def _layer(self, site: LinearSite, weight: torch.Tensor, moments: InputMoments) -> QuantizedLayer:
+        options = _layer_options(self._plan, site)
+        return quantize_layer(weight, options, moments=moments, seed=self._seed, name=site.name)
+
+    def _replace(self, site: LinearSite, weight: torch.Tensor, layer: QuantizedLayer | None) -> Replacement:
         precision = self._plan.precision(site)
         if precision.weight_format == "none":  # its activation is quantised all the same
             return Replacement(weight)
-        key = (site.weight, precision)
-        first = self._first.setdefault(key, site)
-        if first is not site:
-            self.tensors[site.name] = self.tensors[first.name]
+        if layer is None:
+            self.tensors[site.name] = self.tensors[self._first[site.weight, precision].name]
             return Replacement.of(self._read(site))
-        options = _layer_options(self._plan, site)
-        layer = quantize_layer(weight, options, moments=moments, seed=self._seed, name=site.name)
         self.tensors[site.name] = store_layer(self._store, site.name, layer.weight, layer.lorc, site.dtype)
         return Replacement.of(layer)
 
     def _read(self, site: LinearSite) -> QuantizedLayer:
         weight = self._plan.replace(tensors=self.tensors).quantized_weight(site)
-        return QuantizedLayer(weight, _read_factors(self.tensors[site.name]))
+        return QuantizedLayer(weight, read_factors(self.tensors[site.name]))
 
 
 def _layer_options(plan: QuantPlan, site: LinearSite) -> LayerOptions:
@@ -159,11 +175,12 @@ def _layer_options(plan: QuantPlan, site: LinearSite) -> LayerOptions:
         scale_constraint=plan.scale_constraint,
         scale_rows=plan.scale_rows,
         lorc_rank=precision.lorc_rank,
-        lorc_dtype=_factor_dtype(plan, site),
+        lorc_dtype=factor_dtype(plan, site),
     )
 
 
-def _factor_dtype(plan: QuantPlan, site: LinearSite) -> str:
+def factor_dtype(plan: QuantPlan, site: LinearSite) -> str:
+    """Return what a layer's LoRC factors are stored in, one of :data:`FACTOR_DTYPES`."""
     return "fp8" if plan.lorc_format == "fp8" else str(site.dtype.numpy())
 
 
@@ -215,13 +232,14 @@ def store_layer(
         if group_scales is None
         else store.put(f"{name}.group_scales", group_scales, scale_type),
         row_scales=store.put(f"{name}.row_scales", quantized.row_scales, ir.DataType.FLOAT),
-        **({} if lorc is None else _store_factors(store, name, lorc, dtype)),
+        **({} if lorc is None else store_factors(store, name, lorc, dtype)),
     )
 
 
-def _store_factors(
+def store_factors(
     store: TensorStore, name: str, lorc: LowRank, dtype: ir.DataType
 ) -> dict[str, ir.TensorProtocol]:
+    """Write LoRC factors, rounded to ``dtype`` or FP8; returns them by field of :class:`LinearTensors`."""
     v, u = lorc.v.cpu().numpy(), lorc.u.cpu().numpy()
     if lorc.v_scale is None or lorc.u_scale is None:
         arrays = {"lorc_v": (v, dtype), "lorc_u": (u, dtype)}
@@ -238,7 +256,7 @@ def _store_factors(
     return {key: store.put(f"{name}.{key}", array, kind) for key, (array, kind) in arrays.items()}
 
 
-def _read_factors(tensors: LinearTensors) -> LowRank | None:
+def read_factors(tensors: LinearTensors) -> LowRank | None:
     """Return the compensation that :func:`store_layer` wrote."""
     if tensors.lorc_v is None or tensors.lorc_u is None:
         return None

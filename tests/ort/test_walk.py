@@ -83,11 +83,15 @@ class Recorder:
         self.visited: list[str] = []
         self.change = change
 
-    def __call__(self, site: LinearSite, weight: torch.Tensor, moments: InputMoments) -> Replacement:
-        assert weight.shape == (site.n, site.k) and weight.dtype == torch.float32
-        self.visited.append(site.name)
-        self.moments[site.activation] = moments
-        return Replacement(self.change(weight))
+    def __call__(
+        self, sites: Sequence[LinearSite], weights: Sequence[torch.Tensor], moments: InputMoments
+    ) -> list[Replacement]:
+        for site, weight in zip(sites, weights, strict=True):
+            assert weight.shape == (site.n, site.k) and weight.dtype == torch.float32
+            assert site.activation == sites[0].activation
+            self.visited.append(site.name)
+        self.moments[sites[0].activation] = moments
+        return [Replacement(self.change(weight)) for weight in weights]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -162,10 +166,12 @@ def test_little_is_kept_between_segments(tiny_model, tmp_path: Path) -> None:
     feeds = [feeds_for(model)[0]] * 2
     most = 0
 
-    def count(site: LinearSite, weight: torch.Tensor, moments: InputMoments) -> Replacement:
+    def count(
+        sites: Sequence[LinearSite], weights: Sequence[torch.Tensor], moments: InputMoments
+    ) -> list[Replacement]:
         nonlocal most
         most = max(most, len(list(tmp_path.rglob("*.npy"))))
-        return Replacement(weight)
+        return [Replacement(weight) for weight in weights]
 
     walk(model, plan, feeds, count, scratch=tmp_path, cross=False)
     assert 2 <= most <= 3 * len(feeds)

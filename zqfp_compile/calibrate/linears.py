@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +10,7 @@ from zqfp_compile.formats.minifloat import MINI_FLOATS
 from zqfp_compile.quantize.activation import ACTIVATION_MAX, token_scales
 from zqfp_compile.quantize.layer import QuantizedLayer
 from zqfp_compile.quantize.lorc import LowRank
+from zqfp_compile.quantize.products import short_products
 from zqfp_compile.quantize.rounding import round_minifloat
 
 
@@ -63,9 +62,14 @@ class ActivationQuantizer:
     activation_format: str
     scale: float | None = None
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it does anything."""
+        return self.activation_format in ACTIVATION_MAX
+
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Return x8 as float32 [T, K] and a: [T, 1], or a number (1 when activations are not quantised)."""
-        if self.activation_format not in ACTIVATION_MAX:
+        if not self.rounds:
             return x, 1.0
         a = token_scales(x, self.activation_format) if self.scale is None else self.scale
         if self.activation_format == "int8":
@@ -75,7 +79,11 @@ class ActivationQuantizer:
 
 @dataclass(frozen=True)
 class FloatLinear:
-    """The original layer: ``y = x @ W^T + bias``, rounded once."""
+    """The original layer: ``y = x @ W^T + bias``, rounded once.
+
+    In full float32: with products of bfloat16 factors (4 times as fast with AMX) the quantised model's
+    distance to the original grew by 0.05 to 0.1 dB (SmolLM2-135M, first two layers).
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -118,22 +126,8 @@ class QuantizedLinear:
         if self.activation_format not in ACTIVATION_MAX:  # a float product in the layer's type
             weight = new.weight if new.row_scales is None else new.weight * new.row_scales[:, None]
             return x8 @ weight.to(self.dtype).float().t()
-        with _short_products(new.exact):
+        with short_products(new.exact):
             y = x8 @ new.weight.t()
-        y *= a
-        return y if new.row_scales is None else y.mul_(new.row_scales)
-
-
-@contextmanager
-def _short_products(exact: bool) -> Iterator[None]:
-    """Let the matrix unit take float32 factors as bfloat16 or TF32, when that loses nothing.
-
-    Factors of 8 significant bits are the same numbers there, and sums stay float32: the FP8 product is as
-    exact as before, and four times as fast on processors with AMX.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if exact else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+        if new.row_scales is None:
+            return y.mul_(a)
+        return y.mul_(a * new.row_scales) if isinstance(a, float) else y.mul_(a).mul_(new.row_scales)

@@ -56,8 +56,7 @@ def walk(
     """Calibrate and quantise ``plan.rewritten``, layer by layer in graph order.
 
     ``quantize`` is called once per activation with the layers that read it, when everything before them
-    computes with its own replacement. The moments of bfloat16 models are taken in float32. When activations
-    are quantised, the original stream's products may round their factors to bfloat16 (``FloatLinear``).
+    computes with its own replacement. The moments of bfloat16 models are taken in float32.
 
     Args:
         model: The model; it is not changed, external data stays where it is.
@@ -233,7 +232,7 @@ class _Walk:
             dtype = torch.float16 if site.dtype == ir.DataType.FLOAT16 else torch.float32
             original = None
             if len(self.streams) > 1:
-                original = FloatLinear(weight, row, dtype, short=quantizer.rounds)
+                original = FloatLinear(weight, row, dtype)
             new = QuantizedLinear(replacement.to(self.device), row, dtype, self.plan.activation_format)
             layers.append((site.output, original, new))
         return _Visited(step, quantizer, layers)

@@ -12,7 +12,7 @@ from zqfp_compile.quantize.descent import descend, refit_rows, refit_scales
 from zqfp_compile.quantize.gptq import gptq_round
 from zqfp_compile.quantize.grid import WeightGrid, decoded
 from zqfp_compile.quantize.lorc import LowRank, low_rank_factors
-from zqfp_compile.quantize.moments import DAMPING, InputMoments, damp
+from zqfp_compile.quantize.moments import DAMPING, InputMoments
 from zqfp_compile.quantize.rtn import check_finite, quantize_weight
 from zqfp_compile.quantize.threads import threads_for
 
@@ -118,13 +118,11 @@ def corrected(weight: torch.Tensor, moments: InputMoments, options: LayerOptions
     W* minimises ``E |W x - W* x_hat|^2``: it undoes what is linear in the errors that earlier layers left in
     x_hat (GPTAQ, arXiv 2504.02692, solves the same problem column by column).
     """
-    if moments.cross is None or not options.correction:
+    if moments.drift is None or not options.correction:
         return weight
-    gram = moments.gram.double()
-    drift = moments.cross.double() - gram
-    factor = torch.linalg.cholesky(damp(gram, options.correction_damping))
-    move = torch.cholesky_solve((weight.double() @ drift).t(), factor).t()
-    return (weight.double() + options.correction * move).float()
+    factor = moments.correction_factor(options.correction_damping)
+    move = torch.cholesky_solve((weight @ moments.drift).t(), factor).t()
+    return weight + options.correction * move
 
 
 def _quantize(
@@ -150,7 +148,7 @@ def _quantize(
         return start
     grid = WeightGrid(start, target.device)
     quantized = grid.encode(gptq_round(target, moments, grid, damping=options.damping))
-    gram = damp(moments.gram, options.damping)
+    gram = moments.damped_gram(options.damping)
     for _ in range(options.sweeps):
         quantized = refit_rows(refit_scales(quantized, target, gram), target, gram)
         grid = WeightGrid(quantized, target.device)

@@ -93,8 +93,8 @@ def low_rank_factors(
         leading = _leading_vectors(error, metric, rank, seed)
         v = error.t() @ leading
         v, u = _balanced(v, leading.t())
-        v, v_scale = _round(v, dtype, axis=0)
-        u, u_scale = _round(_fitted(error, metric, v, u), dtype, axis=1)
+        v, v_scale = round_factor(v, dtype, axis=0)
+        u, u_scale = round_factor(_fitted(error, metric, v, u), dtype, axis=1)
     return LowRank(v, u, v_scale, u_scale)
 
 
@@ -158,7 +158,7 @@ def _fitted(error: torch.Tensor, metric: _Metric, v: torch.Tensor, u: torch.Tens
     return solution.to(torch.float32)
 
 
-def _round(factor: torch.Tensor, dtype: str, axis: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def round_factor(factor: torch.Tensor, dtype: str, axis: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Round a factor to its storage type; ``axis`` is the one that does not run over ranks."""
     if dtype != "fp8":
         return factor.to(_FLOAT_DTYPES[dtype]).float(), None

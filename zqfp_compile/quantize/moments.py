@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
+
+from zqfp_compile.quantize.products import short_products
+
+_T = TypeVar("_T")
 
 # Share of the mean diagonal that is added to the diagonal before inverting (GPTQ, arXiv 2210.17323, step 2).
 DAMPING = 0.01
@@ -16,73 +24,111 @@ class InputMoments:
 
     Attributes:
         tokens: Rows added so far.
+        gram: Mean of ``x_hat^T x_hat``, float32 [K, K]; not to be written to.
+        drift: Mean of ``(x - x_hat)^T x_hat``, float32 [K, K], or ``None``; likewise.
     """
 
     def __init__(self, k: int, *, device: torch.device | str = "cpu", cross: bool = False) -> None:
         """Start empty moments of a [..., k] activation; ``cross`` also collects the mixed moment."""
         self.tokens = 0
-        self._gram = torch.zeros(k, k, device=device)
-        self._cross = torch.zeros(k, k, device=device) if cross else None
-        self._factors: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.gram = torch.zeros(k, k, device=device)
+        self.drift = torch.zeros(k, k, device=device) if cross else None
+        self._derived: dict[tuple[str, float], Any] = {}
+        self._lock = threading.RLock()
 
-    def add(self, seen: torch.Tensor, original: torch.Tensor | None = None) -> None:
+    def add(
+        self,
+        seen: torch.Tensor,
+        original: torch.Tensor | None = None,
+        *,
+        scale: torch.Tensor | float | None = None,
+    ) -> None:
         """Add tokens.
 
         Args:
-            seen: x_hat, [..., K].
+            seen: x_hat, [..., K]; or x8, when there is a ``scale``.
             original: x, [..., K], the same tokens; needed exactly when the cross moment is collected.
+            scale: a of ``x_hat = a * x8``: a number, or one per token [T, 1]. Products then may be taken of
+                factors of 8 significant bits, which all x8 of one scale are (:func:`short_products`).
         """
-        rows = _rows(seen, self._gram)
-        self._gram.addmm_(rows.t(), rows)
-        if self._cross is not None:
-            if original is None:
-                raise ValueError("the cross moment needs the original model's input")
-            self._cross.addmm_(_rows(original, self._gram).t(), rows)
-        self.tokens += len(rows)
-        self._factors.clear()
-
-    @property
-    def gram(self) -> torch.Tensor:
-        """Mean of ``x_hat^T x_hat``, float32 [K, K]."""
-        return self._gram / max(1, self.tokens)
+        rows = _rows(seen, self.gram)
+        factor = 1.0
+        if isinstance(scale, torch.Tensor):
+            rows = rows * scale
+        elif scale is not None:
+            factor = scale
+        before, self.tokens = self.tokens, self.tokens + len(rows)
+        keep, share = before / max(1, self.tokens), factor / max(1, self.tokens)
+        with short_products(scale is not None):
+            self.gram.addmm_(rows.t(), rows, beta=keep, alpha=share * factor)
+            if self.drift is not None:
+                if original is None:
+                    raise ValueError("the cross moment needs the original model's input")
+                # Of the difference: what is rounded of it is small against the drift, not against x.
+                moved = torch.sub(_rows(original, self.gram), rows, alpha=factor)
+                self.drift.addmm_(moved.t(), rows, beta=keep, alpha=share)
+        self._derived.clear()
 
     @property
     def cross(self) -> torch.Tensor | None:
         """Mean of ``x^T x_hat``, float32 [K, K], or ``None``."""
-        return None if self._cross is None else self._cross / max(1, self.tokens)
+        return None if self.drift is None else self.gram + self.drift
 
     @property
     def energy(self) -> torch.Tensor:
         """Mean square of every channel of x_hat, float32 [K]."""
-        return self._gram.diagonal() / max(1, self.tokens)
+        return self.gram.diagonal()
 
     def inverse_factor(self, damping: float = DAMPING) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the upper Cholesky factor of the damped inverse of the gram matrix, and the column order.
 
-        Columns are taken loudest first (GPTQ's activation order). The result is kept: layers that share an
-        input share it.
+        Columns are taken loudest first (GPTQ's activation order).
 
         Returns:
             ``(U, order)``: int64 order [K], and float32 [K, K] with
             ``U^T U = (gram[order][:, order] + damping * mean * I)^-1``.
         """
-        if damping not in self._factors:
-            gram = self.gram
-            order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-            damped = damp(gram[order][:, order].double(), damping)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-            self._factors[damping] = torch.linalg.cholesky(inverse, upper=True).float(), order
-        return self._factors[damping]
+        return self._once("inverse", damping, self._inverse_factor)
+
+    def correction_factor(self, damping: float) -> torch.Tensor:
+        """Return the lower Cholesky factor of the damped gram matrix, float32 [K, K]."""
+        return self._once("factor", damping, self._correction_factor)
+
+    def damped_gram(self, damping: float = DAMPING) -> torch.Tensor:
+        """Return :func:`damp` of the gram matrix, not to be written to."""
+        return self._once("damped", damping, lambda share: damp(self.gram.clone(), share))
 
     def conditional_energy(self, damping: float = DAMPING) -> torch.Tensor:
         """Return every channel's energy that the other channels do not predict, float32 [K].
 
         It is what an error in this channel's weights costs after the other weights have made up for it.
         """
+        return self._once("conditional", damping, self._conditional_energy)
+
+    def _inverse_factor(self, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+        order = torch.argsort(self.gram.diagonal(), descending=True, stable=True)
+        damped = damp(self.gram[order][:, order].double(), damping)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return torch.linalg.cholesky(inverse, upper=True).float(), order
+
+    def _correction_factor(self, damping: float) -> torch.Tensor:
+        factor: torch.Tensor = torch.linalg.cholesky(damp(self.gram.double(), damping))
+        return factor.float()
+
+    def _conditional_energy(self, damping: float) -> torch.Tensor:
         factor, order = self.inverse_factor(damping)
         energy = torch.empty(len(order), device=factor.device)
         energy[order] = 1.0 / factor.square().sum(dim=0)
         return energy
+
+    def _once(self, what: str, damping: float, compute: Callable[[float], _T]) -> _T:
+        """Return ``compute(damping)``, kept until tokens are added: layers that share an input share it."""
+        with self._lock:
+            key = (what, damping)
+            if key not in self._derived:
+                self._derived[key] = compute(damping)
+            result: _T = self._derived[key]
+            return result
 
 
 def damp(gram: torch.Tensor, damping: float) -> torch.Tensor:

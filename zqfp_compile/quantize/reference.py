@@ -25,7 +25,7 @@ from zqfp_compile.quantize.descent import descend
 from zqfp_compile.quantize.gptq import gptq_round
 from zqfp_compile.quantize.layer import LayerOptions, corrected
 from zqfp_compile.quantize.lorc import LowRank, low_rank_factors
-from zqfp_compile.quantize.moments import InputMoments, damp
+from zqfp_compile.quantize.moments import InputMoments
 from zqfp_compile.quantize.rounding import round_minifloat
 from zqfp_compile.quantize.rtn import check_finite
 
@@ -214,7 +214,7 @@ def _quantize(
     if options.algorithm == "rtn" or moments is None:
         return grid.round(target), grid.bits_per_weight
     values = gptq_round(target, moments, grid, damping=options.damping)
-    gram = damp(moments.gram, options.damping)
+    gram = moments.damped_gram(options.damping)
     for _ in range(options.sweeps):
         values = descend(target, values, gram, grid)
     return values, grid.bits_per_weight
