@@ -38,7 +38,7 @@ def _skip_simplified(
     call: Call, x: Tensor, skip: Tensor, gamma: Tensor, bias: Tensor | None = None
 ) -> Result:
     total = x + skip if bias is None else x + skip + bias
-    inverse = torch.rsqrt(total.square().mean(-1, keepdim=True) + call.get("epsilon", 1e-5))
+    inverse = torch.rsqrt(total.square().mean(-1, keepdim=True) + call.get("epsilon", 1e-12))
     return (total * inverse * gamma, total.mean(-1, keepdim=True), inverse, total)[: call.outputs]
 
 
@@ -52,7 +52,7 @@ def _skip_layer(
 ) -> Result:
     total = x + skip if bias is None else x + skip + bias
     mean = total.mean(-1, keepdim=True)
-    inverse = torch.rsqrt((total - mean).square().mean(-1, keepdim=True) + call.get("epsilon", 1e-5))
+    inverse = torch.rsqrt((total - mean).square().mean(-1, keepdim=True) + call.get("epsilon", 1e-12))
     y = (total - mean) * inverse * gamma
     return (y if beta is None else y + beta, mean, inverse, total)[: call.outputs]
 
