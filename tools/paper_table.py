@@ -6,6 +6,7 @@
     python tools/paper_table.py ... --rows 'constraint/.*gptq'      # some rows
     python tools/paper_table.py ... --configs MY.json               # rows of one's own
     python tools/paper_table.py ... --shard 0/4 --device cuda:0     # one of four processes, one per GPU
+    python tools/paper_table.py ... --finished --publish R.json     # what another machine's state file holds
     python tools/paper_table.py --list                              # the rows' names
 
 Every finished row is appended to the state file at once; a second run skips the rows it holds and prints the
@@ -358,6 +359,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--table", type=Path, help="also write the markdown table to this file")
     parser.add_argument("--publish", type=Path, metavar="FILE", help="put the rows into this accuracy.json")
+    parser.add_argument("--finished", action="store_true", help="measure nothing: rows of the state file only")
     parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
     values = parser.parse_args(arguments)
     if values.quick:
@@ -434,7 +436,7 @@ def main(arguments: list[str]) -> int:
     )
     command = shlex.join(["python", "tools/paper_table.py", *arguments])
     state = State(values.state)
-    failures = run(values, rows, setting, state, command)
+    failures = 0 if values.finished else run(values, rows, setting, state, command)
     state.reload()
     text = table(rows, setting, state)
     print(
