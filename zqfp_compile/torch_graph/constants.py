@@ -55,4 +55,4 @@ class Constants:
 
 def settled(tensor: torch.Tensor, device: str) -> torch.Tensor:
     """Return a large tensor on the device, a small one where it is."""
-    return tensor if tensor.numel() <= HOST_VALUES else tensor.to(device)
+    return tensor if tensor.numel() <= HOST_VALUES else tensor.to(device, non_blocking=True)

@@ -86,6 +86,11 @@ def computed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.float32) if tensor.dtype in _HALF else tensor
 
 
+def on_host(tensor: torch.Tensor) -> bool:
+    """Return whether the numbers can be read without waiting for a GPU."""
+    return tensor.device.type == "cpu"
+
+
 def convert(x: torch.Tensor, dtype: torch.dtype, saturate: bool = True) -> torch.Tensor:
     """ONNX Cast: towards zero to integers, to the nearest FP8 number, saturating unless told otherwise."""
     if dtype in FP8_MAX:

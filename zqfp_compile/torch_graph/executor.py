@@ -14,7 +14,7 @@ import torch
 from zqfp_compile.errors import ModelError
 from zqfp_compile.registry import create_pass
 from zqfp_compile.torch_graph.constants import Constants, settled
-from zqfp_compile.torch_graph.dtypes import computed, from_array
+from zqfp_compile.torch_graph.dtypes import computed, from_array, on_host
 from zqfp_compile.torch_graph.schedule import Override, Schedule, Step, schedule
 
 Feeds = Mapping[str, torch.Tensor | npt.NDArray[Any]]
@@ -196,16 +196,19 @@ class _Runner:
         data = [
             tensor for index, tensor in enumerate(inputs) if tensor is not None and index not in step.host
         ]
-        together = any(tensor.is_cuda for tensor in data)
+        together = any(not on_host(tensor) for tensor in data)
         for index, tensor in enumerate(inputs):
             if tensor is None:
                 continue
             if index in step.host:
                 inputs[index] = tensor.cpu()
-            elif together and not tensor.is_cuda and not (step.scalars and tensor.ndim == 0):
+            elif together and on_host(tensor) and not (step.scalars and tensor.ndim == 0):
                 name = str(step.inputs[index])
                 constant = name in self._plan.folded or name in self._constants
-                inputs[index] = self._constants.moved(name) if constant else tensor.to(self._device)
+                # The copy is queued: small tensors in pageable memory are free again at once.
+                inputs[index] = (
+                    self._constants.moved(name) if constant else tensor.to(self._device, non_blocking=True)
+                )
 
 
 class _Reads(Mapping[str, torch.Tensor]):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from zqfp_compile.torch_graph.call import Call, Function, Result
-from zqfp_compile.torch_graph.dtypes import convert, torch_type
+from zqfp_compile.torch_graph.dtypes import convert, on_host, torch_type
 
 Tensor = torch.Tensor
 
@@ -38,7 +38,7 @@ def _mod(call: Call, x: Tensor, y: Tensor) -> Tensor:
 
 def _pow(call: Call, x: Tensor, y: Tensor) -> Tensor:
     # A number instead of a tensor: squares and roots have their own, faster code.
-    power = torch.pow(x, y.item()) if y.ndim == 0 and not y.is_cuda else torch.pow(x, y)
+    power = torch.pow(x, y.item()) if y.ndim == 0 and on_host(y) else torch.pow(x, y)
     return power.to(x.dtype)
 
 

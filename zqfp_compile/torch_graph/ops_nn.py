@@ -173,10 +173,9 @@ OPS: dict[str, Function] = {
     "LayerNormalization": _layer_normalization,
     "RMSNormalization": _rms_normalization,
     "RotaryEmbedding": _rotary,
-    # ONNX Runtime's own, in either domain.
+    # ONNX Runtime's own; the first without a domain.
     "SimplifiedLayerNormalization": _rms_normalization,
     "com.microsoft::RotaryEmbedding": _rotary_microsoft,
-    "com.microsoft::SimplifiedLayerNormalization": _rms_normalization,
     "com.microsoft::SkipLayerNormalization": _skip_layer,
     "com.microsoft::SkipSimplifiedLayerNormalization": _skip_simplified,
 }

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from zqfp_compile.torch_graph.call import Call, Function, Result
-from zqfp_compile.torch_graph.dtypes import from_onnx
+from zqfp_compile.torch_graph.dtypes import from_onnx, on_host
 
 Tensor = torch.Tensor
 
@@ -126,7 +126,7 @@ def _wrapped(indices: Tensor, size: int) -> Tensor:
 
 def _gather(call: Call, x: Tensor, indices: Tensor) -> Tensor:
     axis = call.get("axis", 0) % x.ndim
-    if indices.ndim == 0 and not indices.is_cuda:
+    if indices.ndim == 0 and on_host(indices):
         return x.select(axis, int(indices.item()))
     flat = _wrapped(indices, x.shape[axis]).reshape(-1)
     return x.index_select(axis, flat).reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
