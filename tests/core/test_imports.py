@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("zqfp_compile", "passes")
-HEAVY = ("tensorrt", "tensorrt_rtx", "onnxruntime", "matplotlib", "transformers")
+HEAVY = ("tensorrt", "tensorrt_rtx", "onnxruntime", "matplotlib", "transformers", "triton")
 
 # Part of the tree -> what of ours it may import ("." stands for the part itself).
 MAY_IMPORT = {
@@ -44,6 +44,8 @@ THIRD_PARTY = {
     "zqfp_compile.formats": ("numpy", "ml_dtypes"),
     "zqfp_compile.quantize": ("numpy", "ml_dtypes", "torch"),
 }
+# Module -> what it may do without, and therefore imports inside functions only.
+OPTIONAL = {"zqfp_compile.quantize.fused": ("triton",)}
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,10 @@ def _fault(item: Import) -> str | None:
         # "zqfp_compile" as an importer means the package's own __init__, "passes" the whole package.
         if _in(item.target, target) and item.importer not in importers and not _in(item.importer, target):
             return f"{target} is imported only by {', '.join(importers)}"
+    top = item.target.split(".")[0]
+    if not item.at_import_time and top in OPTIONAL.get(item.importer, ()):
+        return None
     for part, allowed in THIRD_PARTY.items():
-        top = item.target.split(".")[0]
         if _in(item.importer, part) and not ours and top not in (*allowed, *sys.stdlib_module_names):
             return f"{part} may import only {', '.join(allowed)}"
     return None
@@ -177,6 +181,8 @@ def test_no_import_cycles() -> None:
             "try:\n    import onnxruntime\nexcept ImportError:\n    pass",
             "inside",
         ),
+        ("zqfp_compile.quantize.fused", "import triton", "inside the function"),
+        ("zqfp_compile.quantize.grid", "def f():\n    import triton", "quantize may import only"),
         ("zqfp_compile.backends.ort", "class A:\n    import tensorrt_rtx", "inside the function"),
     ],
 )
@@ -192,6 +198,7 @@ def test_the_rules_can_fail(module: str, source: str, wanted: str) -> None:
         ("zqfp_compile.backends.ort", "def f():\n    import onnxruntime"),
         ("zqfp_compile.backends.ort", "if TYPE_CHECKING:\n    import onnxruntime"),
         ("zqfp_compile.cli", "from zqfp_compile.pipeline import compile_model"),
+        ("zqfp_compile.quantize.fused", "def f():\n    import triton.language as tl"),
         ("zqfp_compile.formats.x", "import math\nimport numpy as np\nfrom .e2m1 import VALUES"),
     ],
 )

@@ -99,7 +99,7 @@ def refit_scales(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.T
     device = target.device
     book = CODE_BOOKS[quantized.weight_format]
     values = decode_codes(torch.from_numpy(quantized.codes).to(device), book)[:, : quantized.k]
-    scales = torch.from_numpy(quantized.group_scales).to(device)
+    scales = torch.tensor(quantized.group_scales, device=device)  # a copy, written to
     rows = torch.from_numpy(quantized.row_scales).to(device)[:, None]
     weight = decoded(quantized, device)
     slope = (target - weight) @ gram
