@@ -547,6 +547,16 @@ def test_a_part_of_a_graph() -> None:
     torch.testing.assert_close(found["p"], torch.from_numpy(h).tanh() @ weights["W"])
 
 
+def test_weights_listed_as_inputs_are_weights() -> None:
+    model, weights = block()
+    model.graph.inputs.append(model.graph.initializers["V"])
+    graph = TorchGraph(model)
+    x = random(2, 6)
+    assert graph.inputs == ("x",)
+    expected = torch.softmax((torch.from_numpy(x) @ weights["V"]).tanh() @ weights["W"], -1)
+    torch.testing.assert_close(graph.run({"x": x})["y"], expected)
+
+
 def test_errors_say_what_to_do() -> None:
     model, _ = block()
     with pytest.raises(ModelError, match="input 'x' of the graph is missing"):

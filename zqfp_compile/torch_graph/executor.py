@@ -68,9 +68,11 @@ class TorchGraph:
         weights = {
             name: value.const_value
             for name, value in graph.initializers.items()
-            if value.const_value is not None and name not in self._inputs
+            if value.const_value is not None
         }
         self._initializers = frozenset(weights)
+        # Models of IR 3 list weights among the inputs.
+        self._inputs = [name for name in self._inputs if name not in weights]
         self._constants = Constants(weights, device)
         self._schedules: dict[tuple[frozenset[str], tuple[str, ...]], _Runner] = {}
 
