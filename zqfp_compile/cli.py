@@ -158,6 +158,15 @@ def compile_command(
             QUANT, recipes.LorcFormat, "--lorc-format", "Its factors in the layer's float type, or fp8: "
         ),
     ] = None,
+    distill_tokens: Annotated[
+        int | None,
+        _group(
+            QUANT,
+            "Train row scales and LoRC end to end on this many tokens of calibration text (default 0: off).",
+            "--distill-tokens",
+            metavar="N",
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None,
         _group(QUANT, "Only layers whose name matches (repeatable).", "--include", metavar="REGEX"),
@@ -195,7 +204,7 @@ def compile_command(
         ),
     ] = None,
     device: Annotated[
-        str | None, _choice(CALIBRATION, recipes.Device, "--device", "Where gptq computes: ")
+        str | None, _choice(CALIBRATION, recipes.Device, "--device", "Where gptq and distillation compute: ")
     ] = None,
     seed: Annotated[
         int | None, _group(CALIBRATION, "Seed of everything random (default 0).", "--seed", metavar="N")

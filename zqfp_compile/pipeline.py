@@ -21,6 +21,8 @@ from zqfp_compile.calibrate.samples import EvalTokens, Samples, load_eval_tokens
 from zqfp_compile.calibrate.statistics import activation_scales, collect
 from zqfp_compile.certificate import Certificate, certify
 from zqfp_compile.device import torch_device
+from zqfp_compile.distill.memory import check_memory
+from zqfp_compile.distill.train import Distillation, distill
 from zqfp_compile.errors import AccuracyError, ModelError, UsageError
 from zqfp_compile.evaluate import Evaluation, evaluate
 from zqfp_compile.model_io import load_model, save_model
@@ -47,6 +49,8 @@ _ACTIVATION_FORMATS = {"fp8": "e4m3", "fp8-e5m2": "e5m2", "int8": "int8", "none"
 _RANDOM_ROWS = 16
 # Calibration windows kept for measuring a perplexity to reach.
 _HELD_OUT = 4
+# One window in so many is held out of distillation, to decide whether it helped.
+_DISTILL_SHARE = 16
 
 Rows = Mapping[str, npt.NDArray[np.float32]]
 
@@ -95,7 +99,9 @@ class _Compilation:
     plan: QuantPlan = field(default_factory=QuantPlan)
     samples: Samples | None = None
     held_out: Samples | None = None
+    distill_samples: tuple[Samples, Samples] | None = None
     chooser: Chooser | None = None
+    distillation: Distillation | None = None
     rows: Rows = field(default_factory=dict)
     energies: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     certificate: Certificate | None = None
@@ -299,19 +305,23 @@ def _load_samples(run: _Compilation) -> Samples:
         if not from_npz:
             raise
         interface = None
-    samples = load_samples(
-        recipe.calibration,
-        tokenizer_path=_tokenizer(run.source),
-        interface=interface,
-        inputs=graph_inputs(run.model),
-        samples=recipe.calibration_samples + (_HELD_OUT if measures else 0),
-        length=recipe.calibration_length,
-        seed=recipe.seed,
-        vocab_size=find_vocab_size(run.model),
-    )
+    samples = _windows(run, interface, recipe.calibration_samples + (_HELD_OUT if measures else 0))
     if measures:
         samples, run.held_out = samples.hold_out(_HELD_OUT)
     return samples
+
+
+def _windows(run: _Compilation, interface: CausalLm | None, count: int) -> Samples:
+    return load_samples(
+        run.recipe.calibration,
+        tokenizer_path=_tokenizer(run.source),
+        interface=interface,
+        inputs=graph_inputs(run.model),
+        samples=count,
+        length=run.recipe.calibration_length,
+        seed=run.recipe.seed,
+        vocab_size=find_vocab_size(run.model),
+    )
 
 
 def _random_rows(plan: QuantPlan, seed: int) -> Rows:
@@ -372,6 +382,7 @@ def _reach_perplexity(run: _Compilation) -> None:
         run.reporter.info(f"perplexity on held-out calibration text: {100 * math.expm1(loss):+.2f}%")
         if not chooser.adjust(loss):
             break
+        _distill(run)
         _choose(run, chooser)
         _quantize(run)
         _rewrite(run)
@@ -433,6 +444,45 @@ def _walk(run: _Compilation) -> None:
     run.rows = result.rows
     if run.plan.activation_format != "none" and not run.plan.per_token:
         _set_activation_scales(run, result.ranges)
+def _prepare_distillation(run: _Compilation) -> None:
+    """Read its text, and refuse what does not fit into memory, before hours of work."""
+    recipe = run.recipe
+    if not recipe.distill_tokens:
+        return
+    interface = CausalLm.from_model(run.model)
+    length = interface.sequence_length or recipe.calibration_length
+    wanted = -(-recipe.distill_tokens // length)
+    held_out = max(2, -(-wanted // _DISTILL_SHARE))
+    samples = _windows(run, interface, wanted + held_out)
+    run.warn(samples.warnings)
+    share = held_out / (wanted + held_out)  # the text may be short
+    run.distill_samples = samples.hold_out(max(1, round(share * len(samples.feeds))))
+    length = max(feed["input_ids"].size for feed in samples.feeds)
+    check_memory(run.model, run.plan, interface, length, torch_device(recipe.device))
+
+
+def _distill(run: _Compilation) -> None:
+    """Train row scales and LoRC factors against the original's predictions."""
+    if run.distill_samples is None or not run.plan.tensors:
+        return
+    train, held_out = run.distill_samples
+    with run.timer.step("distill"):
+        run.plan, run.distillation = distill(
+            run.model,
+            run.plan,
+            run.store,
+            feeds=train.feeds,
+            held_out=held_out.feeds,
+            logits=CausalLm.from_model(run.model).logits,
+            tokens=run.recipe.distill_tokens,
+            device=torch_device(run.recipe.device),
+            seed=run.recipe.seed,
+            progress=run.reporter.update,
+        )
+    if not run.distillation.improved:
+        run.warn(["distillation did not help on held-out text and is left out; give more --distill-tokens"])
+
+
 
 
 def _rewrite(run: _Compilation) -> None:
@@ -534,9 +584,11 @@ def _build(run: _Compilation) -> None:
 
 _STEPS = (
     _prepare,
+    _prepare_distillation,
     _select,
     _load_eval_text,
     _calibrate,
+    _distill,
     _assign,
     _quantize,
     _rewrite,
@@ -554,6 +606,7 @@ def _write_report(run: _Compilation) -> Report:
             recipe=run.recipe,
             plan=run.plan,
             model=run.model,
+            distillation=run.distillation,
             artifact=run.artifact,
             samples=run.samples,
             certificate=run.certificate,

@@ -68,6 +68,8 @@ class Recipe:
         weight_lowering: How the engine holds the weights.
         emit: Extra files to write.
         calibration: Text or ``.npz`` used for calibration; ``None`` uses built-in text.
+        distill_tokens: Tokens of calibration text on which row scales and LoRC factors are trained end to end
+            after quantisation, so that the model predicts what the original does; 0 is off.
         calibration_samples: Number of calibration windows.
         calibration_length: Tokens per calibration window.
         eval_text: Text for the perplexity in the report; ``None`` uses built-in text.
@@ -83,7 +85,7 @@ class Recipe:
         max_perplexity_increase: Gate, in percent of the original's perplexity.
         builder_timeout: Seconds the engine builder may take.
         builder_memory_gb: Memory the engine builder may allocate, in GiB; ``None`` is no limit.
-        device: Where ``gptq`` computes; ``auto`` takes a GPU when torch can use one.
+        device: Where ``gptq`` and distillation compute; ``auto`` takes a GPU when torch can use one.
         seed: Seed of everything random.
     """
 
@@ -105,6 +107,7 @@ class Recipe:
     weight_lowering: WeightLowering = "auto"
     emit: tuple[Emit, ...] = ()
     calibration: str | None = None
+    distill_tokens: int = 0
     calibration_samples: int = 8
     calibration_length: int = 512
     eval_text: str | None = None
@@ -278,6 +281,7 @@ def _check_ranges(recipe: Recipe) -> None:
     }
     for name, low in at_least.items():
         value = getattr(recipe, name)
+        "distill_tokens": 0,
         if value is not None and not value >= low:
             raise UsageError(f"--{name.replace('_', '-')}: {value} is below {low}")
     for flag, patterns in (("include", recipe.include), ("exclude", recipe.exclude)):
@@ -319,7 +323,19 @@ def _check_mixed(recipe: Recipe) -> None:
         parse_goal(recipe.auto)
         if recipe.weights not in ("fp4", "int4"):
             raise UsageError(f"--auto chooses which layers get 4 bits; drop --weights {recipe.weights}")
+    if recipe.distill_tokens:
+        _check_distillation(recipe)
     elif recipe.weights == "none":
         raise UsageError("--lorc-budget has no error to compensate with --weights none; drop one of them")
     elif recipe.lorc_rank == 0:
         raise UsageError("--lorc-budget with --lorc-rank 0 leaves no rank to choose; drop --lorc-rank")
+def _check_distillation(recipe: Recipe) -> None:
+    if recipe.weights == "none":
+        raise UsageError("--distill-tokens trains what belongs to quantised weights; drop --weights none")
+    if recipe.weights != "fp8" and recipe.scale_constraint == "m1" and recipe.lorc_rank == 0:
+        raise UsageError(
+            "--distill-tokens has nothing to train: m1 scales are powers of two and --lorc-rank is 0; "
+            "use m2 or e4m3, or a rank"
+        )
+
+

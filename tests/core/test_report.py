@@ -16,6 +16,7 @@ from zqfp_compile.report.model import (
     CacheReport,
     CalibrationReport,
     CertificateReport,
+    DistillationReport,
     EngineProfile,
     EngineReport,
     LayerReport,
@@ -63,6 +64,7 @@ def full_report(**changes: object) -> Report:
         ),
         "certificate": CertificateReport(210, 0),
         "calibration": CalibrationReport("built-in text", 4096),
+        "distillation": DistillationReport(32768, 0.08125, 0.0575, 93.0),
         "kv_cache": (CacheReport("past.0.key", "present.0.<key>", 0.0123),),
         "attention": (AttentionReport("layers.0.self_attn", 0.5, 0.25, 0.125),),
         "warnings": ("random tokens",),
@@ -163,7 +165,8 @@ def test_json_has_the_promised_keys_and_values(tmp_path):
 
 def test_what_was_not_measured_is_null():
     data = Report("model.onnx", {}).to_dict()
-    nothing = ("perplexity", "logits", "engine", "certificate", "calibration", "peak_rss_bytes")
+    nothing = ("perplexity", "logits", "engine", "certificate", "calibration", "distillation")
+    nothing += ("peak_rss_bytes",)
     assert [data[key] for key in nothing] == [None] * len(nothing)
     assert data["size"] == {
         "original_bytes": None,
@@ -314,7 +317,10 @@ def test_page_works_with_every_part_missing(tmp_path):
     assert "nan" not in text
 
 
-@pytest.mark.parametrize("part", ["perplexity", "logits", "engine", "certificate", "calibration"])
+PARTS = ["perplexity", "logits", "engine", "certificate", "calibration", "distillation"]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_page_works_with_one_part_missing(part):
     Page(html.render_html(full_report(**{part: None})))
 

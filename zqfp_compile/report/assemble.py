@@ -17,6 +17,7 @@ import onnx_ir as ir
 from zqfp_compile import __version__
 from zqfp_compile.calibrate.samples import Samples
 from zqfp_compile.certificate import Certificate
+from zqfp_compile.distill.train import Distillation
 from zqfp_compile.evaluate import Evaluation
 from zqfp_compile.plan import LinearSite, QuantPlan
 from zqfp_compile.recipe import Recipe
@@ -25,6 +26,7 @@ from zqfp_compile.report.model import (
     CacheReport,
     CalibrationReport,
     CertificateReport,
+    DistillationReport,
     EngineReport,
     LayerReport,
     LogitsReport,
@@ -68,6 +70,7 @@ class Facts:
         engine: The engine, or ``None``.
         warnings: What a reader must know.
         seconds: Wall time per step.
+        distillation: What it did, or ``None``.
     """
 
     source: Path
@@ -82,6 +85,7 @@ class Facts:
     engine: EngineReport | None
     warnings: tuple[str, ...]
     seconds: Mapping[str, float]
+    distillation: Distillation | None = None
 
 
 def assemble(facts: Facts) -> Report:
@@ -102,6 +106,7 @@ def assemble(facts: Facts) -> Report:
         calibration=None
         if facts.samples is None
         else CalibrationReport(facts.samples.description, facts.samples.tokens),
+        distillation=_distillation(facts.distillation),
         kv_cache=_kv_cache(facts.plan),
         attention=_attention(facts.plan),
         warnings=facts.warnings,
@@ -109,6 +114,12 @@ def assemble(facts: Facts) -> Report:
         peak_rss_bytes=_peak_rss(),
         versions=tool_versions(),
     )
+
+
+def _distillation(found: Distillation | None) -> DistillationReport | None:
+    if found is None:
+        return None
+    return DistillationReport(found.tokens, found.kl_before, found.kl_after, found.seconds)
 
 
 def _kv_cache(plan: QuantPlan) -> tuple[CacheReport, ...]:

@@ -225,6 +225,23 @@ class CalibrationReport:
     tokens: int
 
 
+@dataclass(frozen=True)
+class DistillationReport:
+    """End-to-end training of row scales and LoRC factors.
+
+    Attributes:
+        tokens: Tokens trained on.
+        kl_before: Mean KL(original || quantised) per token of held-out calibration text, nats.
+        kl_after: The same with the tensors that the artifact holds.
+        seconds: Wall time.
+    """
+
+    tokens: int
+    kl_before: float
+    kl_after: float
+    seconds: float
+
+
 def _now() -> str:
     return datetime.now(timezone.utc).replace(microsecond=0).isoformat()
 
@@ -247,6 +264,7 @@ class Report:
         engine: ``None`` when the run did not get to engines.
         certificate: ``None`` when it was not run.
         calibration: ``None`` when nothing had to be calibrated.
+        distillation: ``None`` when nothing was distilled.
         kv_cache: Tensors of the KV cache that are FP8; empty when the cache has the model's own type.
         attention: Attentions on FP8 operands; empty when none is.
         warnings: What a reader must know before trusting the numbers.
@@ -268,6 +286,7 @@ class Report:
     engine: EngineReport | None = None
     certificate: CertificateReport | None = None
     calibration: CalibrationReport | None = None
+    distillation: DistillationReport | None = None
     kv_cache: tuple[CacheReport, ...] = ()
     attention: tuple[AttentionReport, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -308,6 +327,11 @@ class Report:
                 f"({self.perplexity.increase_percent:+.2f}%) on {self.perplexity.tokens} tokens of "
                 f"{self.perplexity.text}"
             )
+        if self.distillation is not None:
+            lines.append(
+                f"distillation: KL {self.distillation.kl_before:.4f} -> {self.distillation.kl_after:.4f} "
+                f"on held-out text, {self.distillation.tokens} tokens in {self.distillation.seconds:.0f} s"
+            )
         if self.certificate is not None:
             lines.append(
                 f"certificate: {self.certificate.layers_checked} layers checked, "
@@ -317,14 +341,17 @@ class Report:
             lines.append(f"KV cache: {len(self.kv_cache)} tensors go in and out as FLOAT8E4M3FN")
         if self.attention:
             lines.append(f"attention: {len(self.attention)} layers multiply FP8 operands")
-        if self.engine is not None and self.engine.path is not None and self.engine.bytes is not None:
-            lines.append(f"engine: {self.engine.path}, {self.engine.bytes / 1e6:.1f} MB")
-            for profile in (item for item in self.engine.profiles if item.fp8_linears is not None):
-                lines.append(
-                    f"  {profile.name}: {profile.fp8_linears} of {len(self.rewritten)} linears run in "
-                    f"{profile.fp8_gemms} FP8 GEMMs"
-                )
-        return lines
+        return [*lines, *self._engine_lines()]
+
+    def _engine_lines(self) -> list[str]:
+        if self.engine is None or self.engine.path is None or self.engine.bytes is None:
+            return []
+        return [f"engine: {self.engine.path}, {self.engine.bytes / 1e6:.1f} MB"] + [
+            f"  {profile.name}: {profile.fp8_linears} of {len(self.rewritten)} linears run in "
+            f"{profile.fp8_gemms} FP8 GEMMs"
+            for profile in self.engine.profiles
+            if profile.fp8_linears is not None
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types only; NaN and infinities become ``None``. Keys keep declaration order."""

@@ -1,0 +1,1 @@
+"""End-to-end distillation: what no code depends on is tuned against the original model's predictions."""
