@@ -382,9 +382,9 @@ def _reach_perplexity(run: _Compilation) -> None:
         run.reporter.info(f"perplexity on held-out calibration text: {100 * math.expm1(loss):+.2f}%")
         if not chooser.adjust(loss):
             break
-        _distill(run)
         _choose(run, chooser)
         _quantize(run)
+        _distill(run)
         _rewrite(run)
     run.warn(chooser.warnings)
 
@@ -444,6 +444,8 @@ def _walk(run: _Compilation) -> None:
     run.rows = result.rows
     if run.plan.activation_format != "none" and not run.plan.per_token:
         _set_activation_scales(run, result.ranges)
+
+
 def _prepare_distillation(run: _Compilation) -> None:
     """Read its text, and refuse what does not fit into memory, before hours of work."""
     recipe = run.recipe
@@ -481,8 +483,6 @@ def _distill(run: _Compilation) -> None:
         )
     if not run.distillation.improved:
         run.warn(["distillation did not help on held-out text and is left out; give more --distill-tokens"])
-
-
 
 
 def _rewrite(run: _Compilation) -> None:
@@ -584,13 +584,13 @@ def _build(run: _Compilation) -> None:
 
 _STEPS = (
     _prepare,
-    _prepare_distillation,
     _select,
     _load_eval_text,
+    _prepare_distillation,
     _calibrate,
-    _distill,
     _assign,
     _quantize,
+    _distill,
     _rewrite,
     _reach_perplexity,
     _certify,
@@ -606,9 +606,9 @@ def _write_report(run: _Compilation) -> Report:
             recipe=run.recipe,
             plan=run.plan,
             model=run.model,
-            distillation=run.distillation,
             artifact=run.artifact,
             samples=run.samples,
+            distillation=run.distillation,
             certificate=run.certificate,
             evaluation=run.evaluation,
             eval_description="" if run.eval_text is None else run.eval_text.description,

@@ -65,11 +65,11 @@ class Recipe:
             ``perplexity=+2%`` (rise on calibration windows that are held out).
         lorc_format: Storage of its factors: ``fp16`` is the layer's own float type, ``fp8`` is E4M3 and one
             scale per rank.
+        distill_tokens: Tokens of calibration text on which row scales and LoRC factors are trained end to end
+            after quantisation, so that the model predicts what the original does; 0 is off.
         weight_lowering: How the engine holds the weights.
         emit: Extra files to write.
         calibration: Text or ``.npz`` used for calibration; ``None`` uses built-in text.
-        distill_tokens: Tokens of calibration text on which row scales and LoRC factors are trained end to end
-            after quantisation, so that the model predicts what the original does; 0 is off.
         calibration_samples: Number of calibration windows.
         calibration_length: Tokens per calibration window.
         eval_text: Text for the perplexity in the report; ``None`` uses built-in text.
@@ -104,10 +104,10 @@ class Recipe:
     lorc_budget: float | None = None
     auto: str | None = None
     lorc_format: LorcFormat = "fp16"
+    distill_tokens: int = 0
     weight_lowering: WeightLowering = "auto"
     emit: tuple[Emit, ...] = ()
     calibration: str | None = None
-    distill_tokens: int = 0
     calibration_samples: int = 8
     calibration_length: int = 512
     eval_text: str | None = None
@@ -270,6 +270,7 @@ def _check_ranges(recipe: Recipe) -> None:
     at_least = {
         "scale_rows": 1,
         "lorc_budget": 0.01,
+        "distill_tokens": 0,
         "calibration_samples": 1,
         "calibration_length": 2,
         "eval_tokens": 2,
@@ -281,7 +282,6 @@ def _check_ranges(recipe: Recipe) -> None:
     }
     for name, low in at_least.items():
         value = getattr(recipe, name)
-        "distill_tokens": 0,
         if value is not None and not value >= low:
             raise UsageError(f"--{name.replace('_', '-')}: {value} is below {low}")
     for flag, patterns in (("include", recipe.include), ("exclude", recipe.exclude)):
@@ -312,23 +312,12 @@ def _check_combinations(recipe: Recipe) -> None:
         )
     if recipe.mixed:
         _check_mixed(recipe)
+    if recipe.distill_tokens:
+        _check_distillation(recipe)
     if recipe.max_perplexity_increase is not None and not recipe.evaluate:
         raise UsageError("--max-perplexity-increase needs the evaluation; drop --no-evaluate")
 
 
-def _check_mixed(recipe: Recipe) -> None:
-    if recipe.auto is not None and recipe.lorc_budget is not None:
-        raise UsageError("--auto chooses LoRC ranks itself; drop --lorc-budget")
-    if recipe.auto is not None:
-        parse_goal(recipe.auto)
-        if recipe.weights not in ("fp4", "int4"):
-            raise UsageError(f"--auto chooses which layers get 4 bits; drop --weights {recipe.weights}")
-    if recipe.distill_tokens:
-        _check_distillation(recipe)
-    elif recipe.weights == "none":
-        raise UsageError("--lorc-budget has no error to compensate with --weights none; drop one of them")
-    elif recipe.lorc_rank == 0:
-        raise UsageError("--lorc-budget with --lorc-rank 0 leaves no rank to choose; drop --lorc-rank")
 def _check_distillation(recipe: Recipe) -> None:
     if recipe.weights == "none":
         raise UsageError("--distill-tokens trains what belongs to quantised weights; drop --weights none")
@@ -339,3 +328,14 @@ def _check_distillation(recipe: Recipe) -> None:
         )
 
 
+def _check_mixed(recipe: Recipe) -> None:
+    if recipe.auto is not None and recipe.lorc_budget is not None:
+        raise UsageError("--auto chooses LoRC ranks itself; drop --lorc-budget")
+    if recipe.auto is not None:
+        parse_goal(recipe.auto)
+        if recipe.weights not in ("fp4", "int4"):
+            raise UsageError(f"--auto chooses which layers get 4 bits; drop --weights {recipe.weights}")
+    elif recipe.weights == "none":
+        raise UsageError("--lorc-budget has no error to compensate with --weights none; drop one of them")
+    elif recipe.lorc_rank == 0:
+        raise UsageError("--lorc-budget with --lorc-rank 0 leaves no rank to choose; drop --lorc-rank")
