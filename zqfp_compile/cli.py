@@ -195,12 +195,17 @@ def compile_command(
     ] = None,
     calibration_samples: Annotated[
         int | None,
-        _group(CALIBRATION, "Calibration windows (default 8).", "--calibration-samples", metavar="N"),
+        _group(
+            CALIBRATION, "Calibration windows (default 8, gptq 48).", "--calibration-samples", metavar="N"
+        ),
     ] = None,
     calibration_length: Annotated[
         int | None,
         _group(
-            CALIBRATION, "Tokens per calibration window (default 512).", "--calibration-length", metavar="N"
+            CALIBRATION,
+            "Tokens per calibration window (default 512, gptq 1024).",
+            "--calibration-length",
+            metavar="N",
         ),
     ] = None,
     device: Annotated[

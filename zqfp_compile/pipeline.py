@@ -162,8 +162,6 @@ def compile_model(
     source = Path(path)
     recipe = recipe or Recipe()
     torch_device(recipe.device)  # a missing GPU is said before the work
-    if recipe.algorithm == "gptq" and recipe.scale_rows > 1:
-        raise UsageError(f"--scale-rows {recipe.scale_rows} is not known to gptq; use --algorithm rtn")
     choice = resolve_target(recipe.target)
     engines.check_options(recipe, choice)
     import_onnxruntime()  # calibration and certificate need it: say so before the work

@@ -37,6 +37,9 @@ Emit = Literal["fp4", "engine-onnx"]
 
 MAX_LORC_RANK = 512
 DEFAULT_LORC_RANK, MIXED_LORC_RANK = 16, 64
+# Calibration windows and tokens in each. Ranges need little text; GPTQ's moments, K x K numbers, need many
+# times K tokens. The built-in text has 56 windows of 1024 (SmolLM2's tokenizer).
+CALIBRATION_WINDOWS = {"rtn": (8, 512), "gptq": (48, 1024)}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 GROUP_SIZES = (16, 32, 64, 128, 256, 0)  # 0 is written "row": one group per row
 
@@ -70,8 +73,8 @@ class Recipe:
         weight_lowering: How the engine holds the weights.
         emit: Extra files to write.
         calibration: Text or ``.npz`` used for calibration; ``None`` uses built-in text.
-        calibration_samples: Number of calibration windows.
-        calibration_length: Tokens per calibration window.
+        calibration_samples: Number of calibration windows, by default 8, with ``gptq`` 48.
+        calibration_length: Tokens per calibration window, by default 512, with ``gptq`` 1024.
         eval_text: Text for the perplexity in the report; ``None`` uses built-in text.
         eval_tokens: At most this many tokens are scored.
         eval_length: Tokens per evaluation window.
@@ -108,8 +111,8 @@ class Recipe:
     weight_lowering: WeightLowering = "auto"
     emit: tuple[Emit, ...] = ()
     calibration: str | None = None
-    calibration_samples: int = 8
-    calibration_length: int = 512
+    calibration_samples: int = typing.cast(int, None)  # these two depend on algorithm, likewise
+    calibration_length: int = typing.cast(int, None)
     eval_text: str | None = None
     eval_tokens: int = 20480
     eval_length: int = 1024
@@ -129,8 +132,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.lorc_rank is None:
-            object.__setattr__(self, "lorc_rank", MIXED_LORC_RANK if self.mixed else DEFAULT_LORC_RANK)
+        for name, default in _dependent_defaults(self).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         hints = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
             value = _coerce(spec.name, getattr(self, spec.name), hints[spec.name])
@@ -198,6 +202,13 @@ class Recipe:
             return cls.from_dict(values)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
+
+
+def _dependent_defaults(recipe: Recipe) -> dict[str, int]:
+    """Return the defaults that depend on other options."""
+    samples, length = CALIBRATION_WINDOWS["gptq" if recipe.algorithm == "gptq" else "rtn"]
+    rank = MIXED_LORC_RANK if recipe.mixed else DEFAULT_LORC_RANK
+    return {"lorc_rank": rank, "calibration_samples": samples, "calibration_length": length}
 
 
 def _options_like(name: str, known: set[str]) -> str:

@@ -78,6 +78,10 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     assert (recipe.scale_constraint, recipe.group_size, recipe.lorc_rank) == ("e4m3", 64, 16)
     assert Recipe(auto="bits=4.5").lorc_rank == Recipe(lorc_budget=0.2).lorc_rank == 64  # the largest
     assert Recipe(auto="bits=4.5", lorc_rank=16).lorc_rank == 16
+    gptq = Recipe(algorithm="gptq")
+    assert (recipe.calibration_samples, recipe.calibration_length) == (8, 512)
+    assert (gptq.calibration_samples, gptq.calibration_length) == (48, 1024)
+    assert Recipe(algorithm="gptq", calibration_samples=3).calibration_samples == 3
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert Recipe.from_yaml(tmp_path / "empty.yaml") == recipe
 

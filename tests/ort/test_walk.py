@@ -220,11 +220,16 @@ def test_optimum_exports(family: str, tiny_model, tmp_path: Path) -> None:
         assert peak == pytest.approx(np.abs(expected[name]).max(), rel=2e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_walk_sees_what_the_artifact_computes(family: str, tiny_model, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "scales"),
+    [("llama", {}), ("gpt2", {}), ("llama", {"scale_constraint": "m2", "scale_rows": 16, "group_size": 32})],
+)
+def test_the_walk_sees_what_the_artifact_computes(
+    family: str, scales: dict[str, Any], tiny_model, tmp_path: Path
+) -> None:
     """Every layer's input while walking, against the compiled model's own in ONNX Runtime."""
     path = tiny_model(family)
-    recipe = quick(algorithm="gptq", lorc_rank=4, calibration_length=32, calibration=__file__)
+    recipe = quick(algorithm="gptq", lorc_rank=4, calibration_length=32, calibration=__file__, **scales)
     compiled = compile_model(path, recipe, output=tmp_path / "out")
     report = compiled.report
     assert report.certificate is not None and report.certificate.mismatches == 0
@@ -233,7 +238,7 @@ def test_the_walk_sees_what_the_artifact_computes(family: str, tiny_model, tmp_p
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     with TensorStore(scratch) as store:
-        plan = plan.replace(lorc_rank=4)
+        plan = plan.replace(lorc_rank=4, **scales)
         plan, result = quantize_while_walking(
             model,
             plan,
