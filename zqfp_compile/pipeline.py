@@ -22,6 +22,7 @@ from zqfp_compile.calibrate.statistics import activation_scales, collect
 from zqfp_compile.certificate import Certificate, certify
 from zqfp_compile.device import torch_device
 from zqfp_compile.distill.memory import check_memory
+from zqfp_compile.distill.student import is_trainable
 from zqfp_compile.distill.train import Distillation, distill
 from zqfp_compile.errors import AccuracyError, ModelError, UsageError
 from zqfp_compile.evaluate import Evaluation, evaluate
@@ -463,7 +464,10 @@ def _prepare_distillation(run: _Compilation) -> None:
 
 def _distill(run: _Compilation) -> None:
     """Train row scales and LoRC factors against the original's predictions."""
-    if run.distill_samples is None or not run.plan.tensors:
+    if run.distill_samples is None:
+        return
+    if not is_trainable(run.plan):  # the precisions of --auto
+        run.warn(["distillation is left out: no layer has LoRC factors or row scales of any value"])
         return
     train, held_out = run.distill_samples
     with run.timer.step("distill"):

@@ -214,7 +214,16 @@ def store_student(plan: QuantPlan, student: Student, store: TensorStore) -> Quan
     return plan.replace(tensors=tensors)
 
 
-def scales_are_free(plan: QuantPlan, site: LinearSite) -> bool:
+def is_trainable(plan: QuantPlan) -> bool:
+    """Whether there is anything to train in the plan's tensors."""
+    return any(
+        plan.tensors[site.name].lorc_u is not None or _scales_are_free(plan, site)
+        for site in plan.linears
+        if site.name in plan.tensors
+    )
+
+
+def _scales_are_free(plan: QuantPlan, site: LinearSite) -> bool:
     """Whether a layer's row scales may take any positive value."""
     return plan.scale_constraint != "m1" or plan.precision(site).weight_format == "fp8"
 
@@ -230,7 +239,7 @@ def _trained(plan: QuantPlan, site: LinearSite, stored: LinearTensors, device: s
         scale_rows=rows,
         factor_dtype=factor_dtype(plan, site),
     )
-    if scales_are_free(plan, site):
+    if _scales_are_free(plan, site):
         result.multiplier = torch.zeros(-(-quantized.n // rows), device=device, requires_grad=True)
     lorc = read_factors(stored)
     if lorc is not None:

@@ -104,6 +104,8 @@ def distill(
     steps = _schedule([int(feed["input_ids"].size) for feed in feeds], tokens, seed)
     with short_products():
         before = after = trainer.mean_divergence(held_out)
+        if not math.isfinite(before):
+            raise ModelError("the model's logits hold NaN or Inf; export it in float32 or bfloat16")
         best = student.state()
         looks = {math.ceil(len(steps) * (look + 1) / LOOKS) for look in range(LOOKS)}
         for index, windows in enumerate(steps):
@@ -111,7 +113,7 @@ def distill(
             trainer.step([feeds[window] for window in windows], index / len(steps))
             if index + 1 in looks:
                 found = trainer.mean_divergence(held_out)
-                if found < after:
+                if found < after:  # not when it is NaN
                     after, best = found, student.state()
     progress(len(steps), len(steps), "")
     trained = sum(int(feeds[window]["input_ids"].size) for windows in steps for window in windows)
@@ -181,11 +183,9 @@ class _Trainer:
                 self._student.forget_activations()
                 total += divergence(original, student)
                 tokens += int(feed["input_ids"].size)
-        if not math.isfinite(total):
-            raise ModelError("the model's logits hold NaN or Inf; export it in float32 or bfloat16")
         return total / tokens
 
     def _run(self, feed: Feed) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
-            original = self._graph.run(feed)[self._logits]
+            original = self._graph.run(feed)[self._logits].contiguous()
         return original, self._graph.run(feed, overrides=self._student.overrides)[self._logits]
