@@ -429,10 +429,71 @@ def test_fp8_round_trip(kind: int) -> None:
     check_operator(proto, {"x": x})
 
 
+SCORES = {
+    "plain": "s = MatMul (q, k)",
+    "scaled": "a = MatMul (q, k) s = Mul (a, c)",
+    "divided": "a = MatMul (q, k) s = Div (a, c)",
+    "masked": "a = MatMul (q, k) b = Mul (a, c) s = Add (b, m)",
+    "mask first": "a = MatMul (q, k) s = Add (m, a)",
+    "cast": "a = MatMul (q, k) b = Add (a, m) s = Cast <to = 1> (b)",
+    "vector": "a = MatMul (q, k) s = Mul (a, d)",
+}
+
+
+@pytest.mark.parametrize(("shape", "fused"), [((2, 3, 5, 8), True), ((3, 5, 8), False)])
+@pytest.mark.parametrize("scores", list(SCORES))
+def test_attention_written_out(scores: str, shape: tuple[int, ...], fused: bool, monkeypatch) -> None:
+    """Runs in one piece, and what only looks like it as it is."""
+    rank, mask_rank = ", ".join("abcd"[: len(shape)]), ", ".join("efgh"[: len(shape)])
+    proto = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[{rank}] q, float[{rank}] t, float[{rank}] v, float[{mask_rank}] m) => (float[{rank}] y)
+        <float c = {{0.3}}, float[5] d = {{0.1, 0.2, 0.3, 0.4, 0.5}}> {{
+            k = Transpose <perm = {[*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]}> (t)
+            {SCORES[scores]}
+            p = Softmax <axis = -1> (s)
+            y = MatMul (p, v)
+        }}
+    """)
+    calls = []
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **options: calls.append(1) or real(*args, **options),
+    )
+    mask = np.where(np.tril(np.ones((5, 5))), 0, -65504).astype(np.float32)
+    mask = mask.reshape((1,) * (len(shape) - 2) + mask.shape)
+    feed = {"q": random(*shape), "t": random(*shape), "v": random(*shape), "m": mask}
+    check_operator(proto, feed)
+    assert bool(calls) == (fused and scores != "vector")
+
+
+def test_attention_whose_scores_are_read_stays() -> None:
+    """Values in between can still be had."""
+    graph = """
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[1, 2, 5, 8] q, float[1, 2, 8, 5] k, float[1, 2, 5, 8] v)
+            => (float[1, 2, 5, 8] y, float[1, 2, 5, 5] p) {
+            s = MatMul (q, k) p = Softmax <axis = -1> (s) y = MatMul (p, v)
+        }
+    """
+    feed = {"q": random(1, 2, 5, 8), "k": random(1, 2, 8, 5), "v": random(1, 2, 5, 8)}
+    check_operator(onnx.parser.parse_model(graph), feed)
+    model = ir.from_onnx_text(graph)
+    uses = len(list(model.graph.inputs[0].uses()))
+    alone = TorchGraph(model, outputs=["y"])
+    found = alone.run(feed, outputs=["s", "y"])
+    torch.testing.assert_close(found["s"], torch.from_numpy(feed["q"] @ feed["k"]))
+    torch.testing.assert_close(found["y"], alone.run(feed)["y"])
+    assert len(list(model.graph.inputs[0].uses())) == uses  # the model is as it was
+
+
 def test_every_operator_is_tested() -> None:
     models = {"Constant", "Add", "Sub", "Mul", "Greater", "GreaterOrEqual", "Less", "Or"}
     tested = {case[0] for case in CASES} | {f"{case[3]}::{case[0]}".removeprefix("::") for case in OWN}
     tested |= {*UNARY, *models, "RotaryEmbedding", "com.microsoft::RotaryEmbedding"}
+    tested |= {"zqfp.torch::ScaledAttention"}
     assert set(OPS) - tested == {"Swish"}  # opset 24, which ONNX Runtime lacks
 
 

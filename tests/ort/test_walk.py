@@ -182,7 +182,7 @@ def test_tensors_bound_to_a_device_give_the_same(tiny_model, tmp_path: Path, mon
     model, plan = planned(tiny_model("llama", dtype="float16"))
     feeds = feeds_for(model)
     first, second = Recorder(), Recorder()
-    walk(model, plan, feeds, first, scratch=tmp_path)
+    walk(model, plan, feeds, first, scratch=tmp_path, in_torch=False)
     monkeypatch.setattr(
         "zqfp_compile.calibrate.walk.run_session",
         lambda session, feed: [
@@ -190,7 +190,7 @@ def test_tensors_bound_to_a_device_give_the_same(tiny_model, tmp_path: Path, mon
             for tensor in run_bound(session, {name: torch.from_numpy(a) for name, a in feed.items()}, "cpu")
         ],
     )
-    walk(model, plan, feeds, second, scratch=tmp_path)
+    walk(model, plan, feeds, second, scratch=tmp_path, in_torch=False)
     for name, moments in first.moments.items():
         assert torch.equal(moments.gram, second.moments[name].gram)
 

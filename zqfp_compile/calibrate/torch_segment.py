@@ -1,4 +1,4 @@
-"""A segment of a walked model in torch: ``walk.py`` uses it on GPUs, where nothing then leaves the device."""
+"""A segment of a walked model in torch: on a GPU nothing then leaves the device."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One pass through a model that calibrates and quantises: every layer sees its predecessors quantised.
 
-The graph is cut at the planned linears (``segments.py``). ONNX Runtime, or on a GPU torch
-(``torch_segment.py``), computes what lies between them; torch the linears themselves, first to measure their
+The graph is cut at the planned linears (``segments.py``). Torch (``torch_segment.py``) or ONNX Runtime
+computes what lies between them; torch the linears themselves, first to measure their
 input, then with their new weights. Activations between two segments lie on disk, so memory holds the weights
 of one step and the activations of one sample.
 """
@@ -20,6 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from zqfp_compile.backends.ort import is_large
 from zqfp_compile.calibrate.activation_cache import ActivationCache
 from zqfp_compile.calibrate.linears import ActivationQuantizer, FloatLinear, QuantizedLinear, Replacement
 from zqfp_compile.calibrate.segments import Partition, Step, partition, segment_model
@@ -67,7 +68,8 @@ def walk(
         cross: Also run the original model beside it, for the mixed moments.
         device: ``cpu`` or ``cuda``.
         in_torch: Whether torch computes what lies between the layers, in float32, or ONNX Runtime. By default
-            torch on ``cuda`` when it has all operators: nothing leaves the GPU then.
+            torch when it has all operators, where nothing leaves a GPU and attention takes a third of the
+            time on a CPU; on a CPU, ONNX Runtime for large models, whose weights it need not copy.
         rows_per_activation: Rows kept per activation over all runs, as the quantised layers see them.
         seed: Seed of the choice of rows.
         progress: Called with (steps done, steps, layer name).
@@ -90,7 +92,7 @@ def walk(
         widen_bfloat16(graph_model)
     parts = partition(graph_model.graph, plan.rewritten)
     if in_torch is None:
-        in_torch = device == "cuda" and runs_in_torch(graph_model, parts)
+        in_torch = (device == "cuda" or not is_large(model)) and runs_in_torch(graph_model, parts)
     random = np.random.default_rng(seed)
     per_run = -(-rows_per_activation // len(feeds))
     picks = [np.sort(random.uniform(0.0, 0.999, per_run)) for _ in feeds]

@@ -15,7 +15,8 @@ from zqfp_compile.errors import ModelError
 from zqfp_compile.registry import create_pass
 from zqfp_compile.torch_graph.constants import Constants, settled
 from zqfp_compile.torch_graph.dtypes import computed, from_array, on_host
-from zqfp_compile.torch_graph.schedule import Override, Schedule, Step, schedule
+from zqfp_compile.torch_graph.schedule import Override, Schedule, schedule
+from zqfp_compile.torch_graph.step import Step
 
 Feeds = Mapping[str, torch.Tensor | npt.NDArray[Any]]
 Values = dict[str, torch.Tensor]

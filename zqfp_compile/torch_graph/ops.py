@@ -28,6 +28,7 @@ HOST_INPUTS: dict[str, frozenset[int]] = {
     "TopK": frozenset({1}),
     "Trilu": frozenset({1}),
     "Unsqueeze": frozenset({1}),
+    "ScaledAttention": frozenset({4}),
     **{
         f"Reduce{name}": frozenset({1})
         for name in ("L1", "L2", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")

@@ -120,6 +120,27 @@ def _attention(
     return (y, *present, raw)[: call.outputs]
 
 
+def _scaled_attention(
+    call: Call,
+    q: Tensor,
+    k_t: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Result:
+    """What ``attention.py`` found: ``softmax(q @ k_t * scale + mask) @ v``, divided instead if so said."""
+    one = scale is None or scale.numel() == 1
+    whole = q.ndim == 4 and q.shape[:2] == k_t.shape[:2] == v.shape[:2]
+    if one and whole and (mask is None or (mask.ndim == 4 and mask.dtype == q.dtype)):
+        factor = 1.0 if scale is None else float(scale)
+        factor = 1.0 / factor if call.get("divides") else factor
+        return F.scaled_dot_product_attention(q, k_t.transpose(-1, -2), v, attn_mask=mask, scale=factor)
+    scores = q @ k_t
+    if scale is not None:
+        scores = scores / scale if call.get("divides") else scores * scale
+    return torch.softmax(scores if mask is None else scores + mask, -1) @ v
+
+
 def _attention_bias(
     call: Call, scores: Tensor, mask: Tensor | None, before: int, lengths: Tensor | None
 ) -> Tensor | None:
@@ -177,5 +198,6 @@ OPS: dict[str, Function] = {
     "SimplifiedLayerNormalization": _rms_normalization,
     "com.microsoft::RotaryEmbedding": _rotary_microsoft,
     "com.microsoft::SkipLayerNormalization": _skip_layer,
+    "zqfp.torch::ScaledAttention": _scaled_attention,
     "com.microsoft::SkipSimplifiedLayerNormalization": _skip_simplified,
 }
