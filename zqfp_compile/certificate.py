@@ -21,7 +21,7 @@ from zqfp_compile.backends.ort import create_session
 from zqfp_compile.calibrate.widen import widen_bfloat16
 from zqfp_compile.errors import AccuracyError
 from zqfp_compile.formats.minifloat import MINI_FLOATS
-from zqfp_compile.plan import LinearSite, QuantPlan
+from zqfp_compile.plan import EmbeddingSite, LinearSite, QuantPlan
 from zqfp_compile.quantize.threads import one_torch_thread
 from zqfp_compile.report.metrics import sqnr_db
 from zqfp_compile.weights import release
@@ -34,6 +34,9 @@ Float64 = npt.NDArray[np.float64]
 # any order, each rounded at 6e-8. float16: the product, the two LoRC products and the sums, each rounded to
 # 11 bits (5e-4).
 TOLERANCE = {ir.DataType.FLOAT: 1e-5, ir.DataType.FLOAT16: 2e-3}
+
+# Rows of an embedding compared; of a larger table as many, evenly spread.
+_TOKENS = 4096
 
 # Weights of the reference in float64 at once.
 _BLOCK = 1 << 21
@@ -72,19 +75,19 @@ class Certificate:
     """All layers' certificates.
 
     Attributes:
-        layers: One per rewritten linear, in graph order.
+        layers: One per rewritten linear, in graph order, then one per rewritten embedding.
     """
 
     layers: tuple[LayerCheck, ...]
 
     @property
     def layers_checked(self) -> int:
-        """Number of linears compared."""
+        """Number of linears and embeddings compared."""
         return len(self.layers)
 
     @property
     def mismatches(self) -> int:
-        """Number of linears that failed."""
+        """Number of them that failed."""
         return sum(not layer.ok for layer in self.layers)
 
 
@@ -95,9 +98,10 @@ def certify(
     original_weight: Callable[[LinearSite], Float32],
     *,
     original_bias: Callable[[LinearSite], Float32 | None],
+    original_table: Callable[[EmbeddingSite], Float32] | None = None,
     progress: Progress = lambda done, total, detail: None,
 ) -> Certificate:
-    """Check every rewritten linear of ``plan`` in the rewritten graph.
+    """Check every rewritten linear and embedding of ``plan`` in the rewritten graph.
 
     Args:
         artifact: The rewritten model, with its functions.
@@ -106,6 +110,8 @@ def certify(
         original_weight: Returns W[N, K] of a layer before quantisation.
         original_bias: Returns the layer's own bias [N] before the rewrite, or ``None``; one that a following
             Add holds is no part of the layer.
+        original_table: Returns the table [V, D] of an embedding before quantisation; needed when the plan has
+            one.
         progress: Called with (layers done, layers, layer name).
 
     Raises:
@@ -124,6 +130,10 @@ def certify(
             )
         alone, linear = _extract(artifact, values, site)
         checks.append(_check_layer(alone, linear, plan, site, x, original_weight, original_bias(site)))
+    for embedding in plan.stored_embeddings:
+        if original_table is None:
+            raise ValueError(f"embedding {embedding.name!r}: no original table is given")
+        checks.append(_check_embedding(artifact, values, plan, embedding, original_table))
     progress(len(sites), len(sites), "")
     if not checks:
         raise AccuracyError("certificate: no linear was compared; the run proves nothing about the model")
@@ -159,6 +169,79 @@ def _check_layer(
         tolerance=TOLERANCE[_computed_type(site)],
         sqnr_db=sqnr_db(exact, output),
     )
+
+
+def _check_embedding(
+    artifact: ir.Model,
+    values: Mapping[str | None, ir.Value],
+    plan: QuantPlan,
+    site: EmbeddingSite,
+    original_table: Callable[[EmbeddingSite], Float32],
+) -> LayerCheck:
+    """Gather rows in ONNX Runtime; each must be its codes times its scale, rounded once to the type of h."""
+    if site.output not in values:
+        raise AccuracyError(
+            f"certificate: embedding {site.name!r} is not in the compiled graph; report this as a bug"
+        )
+    ids = np.unique(np.linspace(0, site.rows - 1, _TOKENS).astype(np.int64))
+    computed = ir.DataType.FLOAT if site.dtype == ir.DataType.BFLOAT16 else site.dtype
+    found = _gather(_extract_embedding(artifact, values, site), site, ids)
+    tensors = plan.embedding_tensors[site.name]
+    codes, scales = (tensor.numpy()[ids].astype(np.float32) for tensor in (tensors.codes, tensors.row_scales))
+    release(tensors.codes, tensors.row_scales)
+    expected = (codes * scales[:, None]).astype(computed.numpy()).astype(np.float32)
+    return LayerCheck(
+        name=site.name,
+        k=site.width,
+        n=site.rows,
+        weight_bit_equal=np.array_equal(found, expected),
+        max_rel_error=_relative_error(found, expected.astype(np.float64)),
+        tolerance=0.0,
+        sqnr_db=sqnr_db(original_table(site)[ids], found),
+    )
+
+
+def _extract_embedding(
+    artifact: ir.Model, values: Mapping[str | None, ir.Value], site: EmbeddingSite
+) -> ir.Model:
+    """Return a model from the Gather's indices, now the input ``ids`` [n], to its rows."""
+    gather = next(node for node in artifact.graph if node.name == site.node)
+    start, end = gather.inputs[1], values[site.output]
+    assert start is not None
+    nodes, constants = _between(start, end, site)
+    graph = ir.GraphView(
+        [start],
+        [end],
+        nodes=nodes,
+        initializers=constants,
+        opset_imports=artifact.graph.opset_imports,
+        name="embedding",
+    ).clone()
+    for value in (output for node in graph for output in node.outputs):
+        value.shape = None
+    ids = graph.inputs[0]
+    ids.name, ids.shape, ids.type = "ids", ir.Shape([None]), ir.TensorType(start.dtype or ir.DataType.INT64)
+    graph.outputs[0].type = ir.TensorType(site.dtype)
+    model = ir.Model(graph, ir_version=artifact.ir_version)
+    ir.external_data.load_to_model(model)
+    if site.dtype == ir.DataType.BFLOAT16:
+        widen_bfloat16(model)
+    return model
+
+
+def _gather(model: ir.Model, site: EmbeddingSite, ids: npt.NDArray[np.int64]) -> Float32:
+    dtype = model.graph.inputs[0].dtype
+    assert dtype is not None
+    try:
+        session = create_session(ir.to_proto(model).SerializeToString(), threads=1, low_memory=True)
+        (rows,) = session.run(None, {"ids": ids.astype(dtype.numpy())})
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        reason = " ".join(str(error).split())
+        raise AccuracyError(f"certificate: embedding {site.name!r} does not run ({reason})") from error
+    found: Float32 = rows.astype(np.float32)
+    return found
 
 
 def _extract(
@@ -213,7 +296,9 @@ def _set_types(graph: ir.Graph, site: LinearSite) -> None:
         value.type = ir.TensorType(site.dtype)
 
 
-def _between(start: ir.Value, end: ir.Value, site: LinearSite) -> tuple[list[ir.Node], list[ir.Value]]:
+def _between(
+    start: ir.Value, end: ir.Value, site: LinearSite | EmbeddingSite
+) -> tuple[list[ir.Node], list[ir.Value]]:
     """Return the nodes that compute ``end`` from ``start``, in order, and the initializers they read."""
     nodes: dict[ir.Node, None] = {}
     constants: dict[ir.Value, None] = {}

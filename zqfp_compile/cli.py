@@ -184,6 +184,15 @@ def compile_command(
             metavar="",
         ),
     ] = None,
+    quantize_embedding: Annotated[
+        bool | None,
+        _group(
+            QUANT,
+            "Also store the token embedding in FP8 (default: no).",
+            "--quantize-embedding/--no-quantize-embedding",
+            metavar="",
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         _group(

@@ -33,7 +33,7 @@ from zqfp_compile.plan import QuantPlan
 from zqfp_compile.precision.auto import Chooser, sensitivities
 from zqfp_compile.precision.sensitivity import Statistics
 from zqfp_compile.progress import Reporter, SilentReporter, StepTimer
-from zqfp_compile.quantize_model import quantize_model, quantize_while_walking
+from zqfp_compile.quantize_model import quantize_embeddings, quantize_model, quantize_while_walking
 from zqfp_compile.recipe import Recipe
 from zqfp_compile.report.assemble import Facts, assemble, tool_versions, worst_histograms
 from zqfp_compile.report.html import write_html
@@ -214,6 +214,7 @@ def _select(run: _Compilation) -> None:
         lorc_format="fp8" if recipe.lorc_format == "fp8" else "float",
     )
     _select_attention(run)
+    _select_embedding(run)
     if run.explain:
         for site in plan.linears:
             run.reporter.info(f"rewritten  {site.name} [{site.n}x{site.k}]")
@@ -234,6 +235,19 @@ def _select_attention(run: _Compilation) -> None:
         raise RuntimeError("select-attention returned no plan")
     run.plan = result.plan
     run.warn([f"{item.place} stays as it is, not FP8: {item.reason}" for item in result.declined])
+
+
+def _select_embedding(run: _Compilation) -> None:
+    if not run.recipe.quantize_embedding:
+        return
+    result = run.runner.run(run.model, "select-embedding", "exported", plan=run.plan)
+    if result.plan is None:
+        raise RuntimeError("select-embedding returned no plan")
+    run.plan = result.plan
+    if run.explain:
+        for site in run.plan.embeddings:
+            run.reporter.info(f"rewritten  {site.name} [{site.rows}x{site.width}], embedding")
+    run.warn([f"embedding {item.place} stays as it is: {item.reason}" for item in result.declined])
 
 
 def _calibrate(run: _Compilation) -> None:
@@ -409,6 +423,9 @@ def _held_out_loss(run: _Compilation, samples: Samples) -> float:
 
 
 def _quantize(run: _Compilation) -> None:
+    if run.plan.embeddings and not run.plan.embedding_tensors:
+        with run.timer.step("quantize"):
+            run.plan = quantize_embeddings(run.model, run.plan, run.store)
     if run.walks:
         _walk(run)
         return
@@ -498,6 +515,9 @@ def _rewrite(run: _Compilation) -> None:
         run.runner.run(model, "quantize-weights", phase, plan=run.plan)
         if any(tensors.lorc_v is not None for tensors in run.plan.tensors.values()):
             run.runner.run(model, "add-lorc", phase, plan=run.plan)
+    if run.plan.stored_embeddings:
+        phase = "quantized"
+        run.runner.run(model, "quantize-embedding", phase, plan=run.plan)
     for name in ("quantize-kv-cache", "quantize-attention"):
         if run.plan.caches if name == "quantize-kv-cache" else run.plan.attentions:
             run.runner.run(model, name, phase, plan=run.plan)
@@ -510,6 +530,15 @@ def _rewrite(run: _Compilation) -> None:
             shutil.copyfile(tokenizer, run.folder.path / tokenizer.name)
 
 
+def _explain_embeddings(run: _Compilation) -> None:
+    """Say which embeddings mixed precision leaves in float, now that it has decided."""
+    stored = run.plan.stored_embeddings
+    kept = [site for site in run.plan.embeddings if site not in stored]
+    run.warn(
+        [f"embedding {site.name} stays as it is: --auto keeps {site.linears[0]} in float" for site in kept]
+    )
+
+
 def _certify(run: _Compilation) -> None:
     """Compare every rewritten linear, read back from disk, with the numpy reference."""
     with run.timer.step("certificate"):
@@ -520,6 +549,7 @@ def _certify(run: _Compilation) -> None:
             run.rows,
             original_weight=lambda site: read_weight(run.model, site.weight),
             original_bias=lambda site: read_bias(run.model, site),
+            original_table=lambda site: read_weight(run.model, site.source),
             progress=run.reporter.update,
         )
     if run.certificate.mismatches:
@@ -595,6 +625,7 @@ _STEPS = (
     _distill,
     _rewrite,
     _reach_perplexity,
+    _explain_embeddings,
     _certify,
     _evaluate,
     _build,

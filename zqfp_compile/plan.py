@@ -116,6 +116,32 @@ class AttentionSite:
 
 
 @dataclass(frozen=True)
+class EmbeddingSite:
+    """The token embedding ``h = Gather(table, ids)``.
+
+    Attributes:
+        name: Layer name.
+        node: Name of the Gather node; unique in the graph.
+        output: Name of the value h, [..., D]; the rewrite keeps it.
+        source: Where the table [V, D] comes from.
+        rows: V.
+        width: D.
+        dtype: Element type of h (FLOAT, FLOAT16 or BFLOAT16).
+        linears: Names of the linears whose weight is the same table (a tied lm_head): they read the same FP8
+            tensors, or all keep the float table.
+    """
+
+    name: str
+    node: str
+    output: str
+    source: WeightSource
+    rows: int
+    width: int
+    dtype: ir.DataType
+    linears: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class SitePrecision:
     """How one layer is stored.
 
@@ -175,6 +201,8 @@ class QuantPlan:
         attentions: Attentions whose two products run on FP8 operands.
         attention_scales: Static E4M3 scale per value name: ``new`` of the caches, ``q``, ``k`` and ``v`` of
             the attentions.
+        embeddings: Token embeddings to store in FP8, with one scale per row.
+        embedding_tensors: Their codes and row scales by name (filled by the quantize step).
     """
 
     linears: tuple[LinearSite, ...] = ()
@@ -193,6 +221,8 @@ class QuantPlan:
     caches: tuple[CacheSite, ...] = ()
     attentions: tuple[AttentionSite, ...] = ()
     attention_scales: Mapping[str, float] = field(default_factory=dict)
+    embeddings: tuple[EmbeddingSite, ...] = ()
+    embedding_tensors: Mapping[str, LinearTensors] = field(default_factory=dict)
 
     @property
     def attention_values(self) -> tuple[str, ...]:
@@ -206,6 +236,17 @@ class QuantPlan:
         """The layers the rewrite touches: all but those that ``precisions`` leaves as they are."""
         keep = {name for name, precision in self.precisions.items() if precision.weight_format == "none"}
         return tuple(site for site in self.linears if site.name not in keep)
+
+    @property
+    def tied(self) -> frozenset[str]:
+        """The linears that share their table with an embedding."""
+        return frozenset(name for site in self.embeddings for name in site.linears)
+
+    @property
+    def stored_embeddings(self) -> tuple[EmbeddingSite, ...]:
+        """The embeddings the rewrite touches: all but those whose table ``precisions`` leaves in float."""
+        rewritten = {site.name for site in self.rewritten}
+        return tuple(site for site in self.embeddings if rewritten.issuperset(site.linears))
 
     @property
     def quantizes_weights(self) -> bool:

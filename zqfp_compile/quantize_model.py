@@ -57,7 +57,7 @@ def quantize_model(
         ModelError: When a weight holds NaN or Inf.
     """
     loudness = _energy_per_weight(plan, energies)
-    done: dict[tuple[WeightSource, SitePrecision], LinearTensors] = {}
+    done = _shared_tables(plan)
     tensors: dict[str, LinearTensors] = {}
     sites = [site for site in plan.linears if plan.precision(site).weight_format != "none"]
     for index, site in enumerate(sites):
@@ -80,6 +80,44 @@ def quantize_model(
         tensors[site.name] = done[key]
     progress(len(sites), len(sites), "")
     return plan.replace(tensors=tensors)
+
+
+def quantize_embeddings(model: ir.Model, plan: QuantPlan, store: TensorStore) -> QuantPlan:
+    """Quantise the plan's embedding tables: E4M3, rounded to nearest under one scale per row.
+
+    Linears that share a table take its tensors over, whatever their algorithm; so this comes before them.
+
+    Args:
+        model: Model the tables are read from.
+        plan: The embeddings.
+        store: Where the quantised tensors go.
+
+    Returns:
+        The plan with ``embedding_tensors`` filled.
+
+    Raises:
+        ModelError: When a table holds NaN or Inf.
+    """
+    tensors: dict[str, LinearTensors] = {}
+    for site in plan.embeddings:
+        quantized = quantize_weight(
+            torch.from_numpy(read_weight(model, site.source)),
+            weight_format="fp8",
+            group_size=plan.group_size,
+            scale_constraint=plan.scale_constraint,
+            name=site.name,
+        )
+        tensors[site.name] = store_layer(store, site.name, quantized, None, site.dtype)
+    return plan.replace(embedding_tensors=tensors)
+
+
+def _shared_tables(plan: QuantPlan) -> dict[tuple[WeightSource, SitePrecision], LinearTensors]:
+    """Return the tensors that linears share with an embedding, by their weight and precision."""
+    return {
+        (site.source, SitePrecision("fp8", 0)): plan.embedding_tensors[site.name]
+        for site in plan.embeddings
+        if site.linears and site.name in plan.embedding_tensors
+    }
 
 
 def quantize_while_walking(
@@ -131,6 +169,7 @@ class _Layers:
         self._store = store
         self._seed = seed
         self._first: dict[tuple[WeightSource, SitePrecision], LinearSite] = {}
+        self._tables = _shared_tables(plan)
 
     def quantize(
         self, sites: Sequence[LinearSite], weights: Sequence[torch.Tensor], moments: InputMoments
@@ -144,6 +183,8 @@ class _Layers:
     def _is_new(self, site: LinearSite) -> bool:
         """Whether to quantise a layer, which the first one with its weight and precision decides."""
         precision = self._plan.precision(site)
+        if (site.weight, precision) in self._tables:
+            return False
         first = self._first.setdefault((site.weight, precision), site)
         return precision.weight_format != "none" and first is site
 
@@ -156,7 +197,9 @@ class _Layers:
         if precision.weight_format == "none":  # its activation is quantised all the same
             return Replacement(weight)
         if layer is None:
-            self.tensors[site.name] = self.tensors[self._first[site.weight, precision].name]
+            table = self._tables.get((site.weight, precision))
+            first = self._first.get((site.weight, precision), site)
+            self.tensors[site.name] = self.tensors[first.name] if table is None else table
             return Replacement.of(self._read(site))
         self.tensors[site.name] = store_layer(self._store, site.name, layer.weight, layer.lorc, site.dtype)
         return Replacement.of(layer)

@@ -82,6 +82,8 @@ class Recipe:
         include: Layer-name regexes; only matching linears are rewritten.
         exclude: Layer-name regexes; matching linears are left alone.
         quantize_lm_head: Also rewrite the output projection to the vocabulary.
+        quantize_embedding: Also store the token embedding in FP8, one scale per row. A table that the lm_head
+            shares is stored once, for both; without ``quantize_lm_head`` it stays as it is.
         min_shapes, opt_shapes, max_shapes: Optimisation-profile overrides, input name to dimensions.
         compute_capability: Builder's target architecture such as ``"89"``; ``None`` is the builder's default.
         timing_cache: File that keeps builder timings between runs.
@@ -120,6 +122,7 @@ class Recipe:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     quantize_lm_head: bool = False
+    quantize_embedding: bool = False
     min_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     opt_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     max_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)

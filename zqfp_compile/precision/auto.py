@@ -175,7 +175,9 @@ class Chooser:
     def _budget(self) -> float:
         if self._goal is not None:
             return self._goal.value
-        bare = sum(stored_bits(self._plan, site, self._plan.weight_format, 0) for site in self._sites)
+        bare = sum(
+            stored_bits(self._plan, site, self._plan.precision(site).weight_format, 0) for site in self._sites
+        )
         return bare / self._weights + self._lorc_budget
 
     def _choice(self, found: Assignment | None, goal: str) -> Choice:

@@ -159,8 +159,10 @@ def candidates(
         plan: The 4-bit format, group size and storage of LoRC factors.
         site: One of the layers that share the weight.
         errors: What was measured.
-        floats: Also offer FP8 weights, and leaving the layer as it is.
+        floats: Also offer FP8 weights, and leaving the layer as it is. A layer that shares its table with an
+            embedding has FP8 and no 4-bit form: next to that the embedding would keep the float table.
     """
+    tied = site.name in plan.tied
     result = [
         Candidate(
             plan.weight_format,
@@ -169,10 +171,12 @@ def candidates(
             errors.cost(error + errors.activation),
         )
         for rank, error in errors.weight.items()
+        if not tied
     ]
-    if floats:
+    if floats or tied:
         cost = errors.cost(errors.fp8 + errors.activation)
         result.append(Candidate("fp8", 0, stored_bits(plan, site, "fp8", 0), cost))
+    if floats:
         result.append(Candidate("none", 0, stored_bits(plan, site, "none", 0), 0.0))
     return result
 

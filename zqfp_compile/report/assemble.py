@@ -27,6 +27,7 @@ from zqfp_compile.report.model import (
     CalibrationReport,
     CertificateReport,
     DistillationReport,
+    EmbeddingReport,
     EngineReport,
     LayerReport,
     LogitsReport,
@@ -107,6 +108,7 @@ def assemble(facts: Facts) -> Report:
         if facts.samples is None
         else CalibrationReport(facts.samples.description, facts.samples.tokens),
         distillation=_distillation(facts.distillation),
+        embeddings=_embeddings(facts),
         kv_cache=_kv_cache(facts.plan),
         attention=_attention(facts.plan),
         warnings=facts.warnings,
@@ -120,6 +122,26 @@ def _distillation(found: Distillation | None) -> DistillationReport | None:
     if found is None:
         return None
     return DistillationReport(found.tokens, found.kl_before, found.kl_after, found.seconds)
+
+
+def _embeddings(facts: Facts) -> tuple[EmbeddingReport, ...]:
+    checks = {} if facts.certificate is None else {item.name: item for item in facts.certificate.layers}
+    found = []
+    for site in facts.plan.stored_embeddings:
+        tensors = facts.plan.embedding_tensors[site.name]
+        original = facts.model.graph.initializers[site.source.initializer].const_value
+        found.append(
+            EmbeddingReport(
+                name=site.name,
+                rows=site.rows,
+                width=site.width,
+                original_bytes=0 if original is None else original.nbytes,
+                bytes=tensors.codes.nbytes + tensors.row_scales.nbytes,
+                shared_with=site.linears,
+                sqnr_db=checks[site.name].sqnr_db if site.name in checks else None,
+            )
+        )
+    return tuple(found)
 
 
 def _kv_cache(plan: QuantPlan) -> tuple[CacheReport, ...]:

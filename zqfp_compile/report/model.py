@@ -183,6 +183,29 @@ class CertificateReport:
 
 
 @dataclass(frozen=True)
+class EmbeddingReport:
+    """One token embedding stored as FLOAT8E4M3FN with one FLOAT scale per row.
+
+    Attributes:
+        name: Layer name.
+        rows: Tokens V.
+        width: Numbers per token D.
+        original_bytes: The table as it was given.
+        bytes: Codes and row scales.
+        shared_with: Linear layers that read the same tensors (a tied lm_head).
+        sqnr_db: The original rows against the stored ones, dB; ``None`` without certificate.
+    """
+
+    name: str
+    rows: int
+    width: int
+    original_bytes: int
+    bytes: int
+    shared_with: tuple[str, ...] = ()
+    sqnr_db: float | None = None
+
+
+@dataclass(frozen=True)
 class CacheReport:
     """One FP8 tensor of the KV cache: a number is its code times ``scale``.
 
@@ -265,6 +288,7 @@ class Report:
         certificate: ``None`` when it was not run.
         calibration: ``None`` when nothing had to be calibrated.
         distillation: ``None`` when nothing was distilled.
+        embeddings: Token embeddings in FP8; empty when they have the model's own type.
         kv_cache: Tensors of the KV cache that are FP8; empty when the cache has the model's own type.
         attention: Attentions on FP8 operands; empty when none is.
         warnings: What a reader must know before trusting the numbers.
@@ -287,6 +311,7 @@ class Report:
     certificate: CertificateReport | None = None
     calibration: CalibrationReport | None = None
     distillation: DistillationReport | None = None
+    embeddings: tuple[EmbeddingReport, ...] = ()
     kv_cache: tuple[CacheReport, ...] = ()
     attention: tuple[AttentionReport, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -336,6 +361,12 @@ class Report:
             lines.append(
                 f"certificate: {self.certificate.layers_checked} layers checked, "
                 f"{self.certificate.mismatches} mismatches"
+            )
+        for item in self.embeddings:
+            shared = f", shared with {', '.join(item.shared_with)}" if item.shared_with else ""
+            lines.append(
+                f"embedding: {item.name} in FP8, {item.original_bytes / 1e6:.1f} -> "
+                f"{item.bytes / 1e6:.1f} MB{shared}"
             )
         if self.kv_cache:
             lines.append(f"KV cache: {len(self.kv_cache)} tensors go in and out as FLOAT8E4M3FN")
