@@ -42,6 +42,7 @@ OTHERS: dict[str, Any] = {
     "include": (r"layers\.\d+\.mlp",),
     "exclude": ("lm_head", "'quoted'", "ünïcode"),
     "quantize_lm_head": True,
+    "quantize_embedding": True,
     "min_shapes": {"input_ids": (1, 1)},
     "opt_shapes": {"onnx::x": (1, 128), "past": (1, 3, 0, 64)},
     "max_shapes": {"input_ids": (8, 4096)},

@@ -17,6 +17,7 @@ from zqfp_compile.report.model import (
     CalibrationReport,
     CertificateReport,
     DistillationReport,
+    EmbeddingReport,
     EngineProfile,
     EngineReport,
     LayerReport,
@@ -65,6 +66,7 @@ def full_report(**changes: object) -> Report:
         "certificate": CertificateReport(210, 0),
         "calibration": CalibrationReport("built-in text", 4096),
         "distillation": DistillationReport(32768, 0.08125, 0.0575, 93.0),
+        "embeddings": (EmbeddingReport("embed_<tokens>", 320, 72, 46080, 24320, ("lm_head",), 32.0),),
         "kv_cache": (CacheReport("past.0.key", "present.0.<key>", 0.0123),),
         "attention": (AttentionReport("layers.0.self_attn", 0.5, 0.25, 0.125),),
         "warnings": ("random tokens",),
@@ -156,6 +158,17 @@ def test_json_has_the_promised_keys_and_values(tmp_path):
     assert data["engine"]["profiles"][0]["shapes"]["input_ids"] == [[1, 1], [1, 128], [1, 2048]]
     assert data["engine"]["lint"] == {"ok": True, "problems": []}
     assert data["certificate"] == {"layers_checked": 210, "mismatches": 0, "problems": [], "ok": True}
+    assert data["embeddings"] == [
+        {
+            "name": "embed_<tokens>",
+            "rows": 320,
+            "width": 72,
+            "original_bytes": 46080,
+            "bytes": 24320,
+            "shared_with": ["lm_head"],
+            "sqnr_db": 32.0,
+        }
+    ]
     assert data["kv_cache"] == [{"past": "past.0.key", "present": "present.0.<key>", "scale": 0.0123}]
     scales = {"q_scale": 0.5, "k_scale": 0.25, "v_scale": 0.125}
     assert data["attention"] == [{"name": "layers.0.self_attn", **scales}]
