@@ -169,11 +169,11 @@ def compile_command(
     ] = None,
     include: Annotated[
         list[str] | None,
-        _group(QUANT, "Only layers whose name matches (repeatable).", "--include", metavar="REGEX"),
+        _group(QUANT, "Only layers whose name matches a regex (repeatable).", "--include", metavar="RE"),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        _group(QUANT, "Not the layers whose name matches (repeatable).", "--exclude", metavar="REGEX"),
+        _group(QUANT, "Not the layers whose name matches the regex (repeatable).", "--exclude", metavar="RE"),
     ] = None,
     quantize_lm_head: Annotated[
         bool | None,
@@ -189,7 +189,7 @@ def compile_command(
         _group(
             QUANT,
             "Also store the token embedding in FP8 (default: no).",
-            "--quantize-embedding/--no-quantize-embedding",
+            "--quantize-embedding/--float-embedding",
             metavar="",
         ),
     ] = None,
