@@ -359,7 +359,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--table", type=Path, help="also write the markdown table to this file")
     parser.add_argument("--publish", type=Path, metavar="FILE", help="put the rows into this accuracy.json")
-    parser.add_argument("--finished", action="store_true", help="measure nothing: rows of the state file only")
+    parser.add_argument("--finished", action="store_true", help="measure nothing; print the finished rows")
     parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
     values = parser.parse_args(arguments)
     if values.quick:

@@ -24,6 +24,7 @@ def is_large(model: ir.Model) -> bool:
     tensors = (value.const_value for value in model.graph.initializers.values())
     return sum(tensor.nbytes for tensor in tensors if tensor is not None) > LOW_MEMORY_BYTES
 
+
 # ONNX Runtime's name of an FP8 tensor -> the type; in numpy it knows the bytes only.
 _FP8_TYPES = {
     "tensor(float8e4m3fn)": ir.DataType.FLOAT8E4M3FN,
