@@ -82,7 +82,7 @@ def _only_error(text: str) -> str:
 USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no model": ((), ("Missing argument 'MODEL'", "--help")),
     "unknown flag": (("m/model.onnx", "--grop-size", "64"), ("--grop-size", "--group-size")),
-    "no number": (("m/model.onnx", "--group-size", "big"), ("--group-size", "integer")),
+    "no number": (("m/model.onnx", "--group-size", "big"), ("--group-size", "whole number")),
     "group size": (("m/model.onnx", "--group-size", "48"), ("--group-size", "48", "16, 32, 64")),
     "target": (("m/model.onnx", "--target", "cuda"), ("--target", "'cuda'", "tensorrt-rtx")),
     "rank": (("m/model.onnx", "--lorc-rank", "-1"), ("--lorc-rank", "0..512")),
