@@ -605,7 +605,8 @@ def _check_gate(evaluation: Evaluation, recipe: Recipe) -> None:
     if not increase <= recipe.max_perplexity_increase:
         raise AccuracyError(
             f"perplexity rose by {increase:.2f}% ({before:.3f} -> {after:.3f}), the gate allows "
-            f"{recipe.max_perplexity_increase:g}%; try --lorc-rank 32, --activation-scale token or --exclude"
+            f"{recipe.max_perplexity_increase:g}%; try --algorithm gptq, --lorc-rank 32, "
+            "--activation-scale token or --exclude"
         )
 
 
