@@ -128,12 +128,12 @@ def corrected(weight: torch.Tensor, moments: InputMoments, options: LayerOptions
 def _quantize(
     target: torch.Tensor, options: LayerOptions, moments: InputMoments | None, name: str
 ) -> QuantizedWeight:
+    if options.algorithm == "rtn":
+        moments = None  # LoRC alone weighs with them
     importance = None
-    if options.algorithm == "rtn" or moments is None:
-        importance = None
-    elif options.importance == "energy":
+    if moments is not None and options.importance == "energy":
         importance = moments.energy
-    elif options.importance == "conditional":
+    elif moments is not None and options.importance == "conditional":
         importance = moments.conditional_energy(options.damping)
     start = quantize_weight(
         target,
@@ -144,7 +144,7 @@ def _quantize(
         name=name,
         importance=importance,
     )
-    if options.algorithm == "rtn" or moments is None:
+    if moments is None:
         return start
     grid = WeightGrid(start, target.device)
     quantized = grid.encode(gptq_round(target, moments, grid, damping=options.damping))
