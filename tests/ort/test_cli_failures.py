@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -365,7 +366,9 @@ def test_disk_full_of_engine(refused: Refused, disk: Callable[[str], Path]) -> N
 def _start(place: Path, *arguments: str, **options: object) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     command = [*PROGRAM, "m/model.onnx", *arguments]
-    options = {"stdout": pipe, "stderr": pipe, **options}
+    # A background job of a shell (how CI may run this) starts with SIGINT ignored, and children inherit that.
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    options = {"stdout": pipe, "stderr": pipe, "preexec_fn": heeding, **options}
     return subprocess.Popen(command, cwd=place, text=True, **options)  # type: ignore[call-overload, no-any-return]
 
 
