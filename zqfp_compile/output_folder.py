@@ -11,8 +11,10 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +58,8 @@ class OutputFolder:
         self.final = Path(os.path.realpath(final))
         self._overwrite = overwrite
         self._work: Path | None = None
+        # Removes what a signal in the middle of the clean-up leaves, at the latest when Python ends.
+        self._removal: weakref.finalize[..., OutputFolder] | None = None
         self._lock = -1
 
     @property
@@ -137,9 +141,10 @@ class OutputFolder:
         self._discard()
 
     def _make_work(self) -> None:
-        self._work = Path(
-            tempfile.mkdtemp(prefix=f".{self.final.name}.", suffix=".tmp", dir=self.final.parent)
-        )
+        # Named before it is there: a signal may come in between.
+        self._work = self.final.parent / f".{self.final.name}.{secrets.token_hex(4)}.tmp"
+        self._removal = weakref.finalize(self, _remove_work, self._work)
+        self._work.mkdir(mode=0o700)
         self._lock = os.open(self._work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(self._lock, str(os.getpid()).encode())
@@ -191,8 +196,9 @@ class OutputFolder:
                 )
 
     def _discard(self) -> None:
-        if self._work is not None:
+        if self._work is not None and self._removal is not None:
             _remove_work(self._work)
+            self._removal.detach()
             self._work = None
         if self._lock >= 0:
             os.close(self._lock)

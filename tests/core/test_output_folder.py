@@ -294,6 +294,52 @@ def test_sigkill_at_every_step_of_the_commit(tmp_path: Path, event: str) -> None
     assert all(not name.startswith(".") for name in _names(tmp_path))
 
 
+_STOPPED = """
+    import itertools, os, pathlib, shutil, sys
+    from zqfp_compile import output_folder
+
+    final = pathlib.Path(sys.argv[1])
+
+    def stop_at(line):
+        def trace(frame, event, _):
+            nonlocal line
+            if event == "line" and frame.f_code.co_filename in (output_folder.__file__, shutil.__file__):
+                line -= 1
+                if line == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with output_folder.OutputFolder(final) as folder:
+                (folder.path / "model.onnx").touch()
+        except KeyboardInterrupt:
+            sys.settrace(None)
+            sys.exit(1)
+
+    for line in itertools.count(1):
+        child = os.fork()
+        if child == 0:
+            stop_at(line)
+            break
+        stopped = os.waitpid(child, 0)[1] != 0
+        left = set(os.listdir(final.parent)) - {final.name}
+        if left or not stopped:
+            print(line, *left)
+            break
+"""
+
+
+def test_a_signal_at_any_line_leaves_nothing(tmp_path: Path) -> None:
+    """Signals come between any two steps: in the middle of making the folder, and of removing it."""
+    final = tmp_path / "out"
+    _build(final, "one")
+    output, _ = _child(_STOPPED, final).communicate(timeout=60)
+    lines, *left = output.split()
+    assert not left and int(lines) > 100
+    _assert_complete(final, "one")
+
+
 def test_unlocked_sibling_with_files_is_not_ours_to_delete(tmp_path: Path) -> None:
     theirs = tmp_path / ".out.abcdefgh.tmp"
     theirs.mkdir()
