@@ -257,6 +257,15 @@ class QuantPlan:
         """Return how ``site`` is stored."""
         return self.precisions.get(site.name) or SitePrecision(self.weight_format, self.lorc_rank)
 
+    @property
+    def static_scales(self) -> bool:
+        """Whether activations are quantised with calibrated scales, one per tensor."""
+        return self.activation_format != "none" and not self.per_token
+
+    def factor_dtype(self, site: LinearSite) -> str:
+        """Return what a layer's LoRC factors are stored in: ``fp8`` or its own type, such as ``float16``."""
+        return "fp8" if self.lorc_format == "fp8" else str(site.dtype.numpy())
+
     def low_rank(self, site: LinearSite) -> tuple[Float32, Float32] | None:
         """Read a layer's LoRC factors back as V [K, r] and U [r, N], or ``None`` without.
 

@@ -75,7 +75,7 @@ def quantize_model(
                 name=site.name,
             )
             energy = loudness.get(site.weight)
-            factors = _lorc(weight, quantized, precision.lorc_rank, factor_dtype(plan, site), energy, seed)
+            factors = _lorc(weight, quantized, precision.lorc_rank, plan.factor_dtype(site), energy, seed)
             done[key] = store_layer(store, site.name, quantized, factors, site.dtype)
         tensors[site.name] = done[key]
     progress(len(sites), len(sites), "")
@@ -205,8 +205,10 @@ class _Layers:
         return Replacement.of(layer)
 
     def _read(self, site: LinearSite) -> QuantizedLayer:
-        weight = self._plan.replace(tensors=self.tensors).quantized_weight(site)
-        return QuantizedLayer(weight, read_factors(self.tensors[site.name]))
+        plan = self._plan.replace(tensors=self.tensors)
+        factors = plan.low_rank(site)
+        lorc = None if factors is None else LowRank(*map(torch.from_numpy, factors))
+        return QuantizedLayer(plan.quantized_weight(site), lorc)
 
 
 def _layer_options(plan: QuantPlan, site: LinearSite) -> LayerOptions:
@@ -218,13 +220,8 @@ def _layer_options(plan: QuantPlan, site: LinearSite) -> LayerOptions:
         scale_constraint=plan.scale_constraint,
         scale_rows=plan.scale_rows,
         lorc_rank=precision.lorc_rank,
-        lorc_dtype=factor_dtype(plan, site),
+        lorc_dtype=plan.factor_dtype(site),
     )
-
-
-def factor_dtype(plan: QuantPlan, site: LinearSite) -> str:
-    """Return what a layer's LoRC factors are stored in, one of :data:`FACTOR_DTYPES`."""
-    return "fp8" if plan.lorc_format == "fp8" else str(site.dtype.numpy())
 
 
 def _energy_per_weight(
@@ -297,17 +294,3 @@ def store_factors(
             "lorc_u_scale": (u_scale, ir.DataType.FLOAT),
         }
     return {key: store.put(f"{name}.{key}", array, kind) for key, (array, kind) in arrays.items()}
-
-
-def read_factors(tensors: LinearTensors) -> LowRank | None:
-    """Return the compensation that :func:`store_layer` wrote."""
-    if tensors.lorc_v is None or tensors.lorc_u is None:
-        return None
-    v, u = (
-        torch.from_numpy(factor.numpy().astype(np.float32)) for factor in (tensors.lorc_v, tensors.lorc_u)
-    )
-    if tensors.lorc_v_scale is None or tensors.lorc_u_scale is None:
-        return LowRank(v, u)
-    scales = (tensors.lorc_v_scale, tensors.lorc_u_scale)
-    v_scale, u_scale = (torch.from_numpy(scale.numpy().astype(np.float32)) for scale in scales)
-    return LowRank(v * v_scale, u * u_scale[:, None], v_scale, u_scale)

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from zqfp_compile.formats.minifloat import MINI_FLOATS
-from zqfp_compile.quantize.activation import ACTIVATION_MAX, token_scales
+from zqfp_compile.quantize.activation import ACTIVATION_MAX, quantize_activation
 from zqfp_compile.quantize.layer import QuantizedLayer
 from zqfp_compile.quantize.lorc import LowRank
 from zqfp_compile.quantize.products import short_products
-from zqfp_compile.quantize.rounding import round_minifloat
 
 
 @dataclass(frozen=True)
@@ -71,10 +69,7 @@ class ActivationQuantizer:
         """Return x8 as float32 [T, K] and a: [T, 1], or a number (1 when activations are not quantised)."""
         if not self.rounds:
             return x, 1.0
-        a = token_scales(x, self.activation_format) if self.scale is None else self.scale
-        if self.activation_format == "int8":
-            return (x / a).round_().clamp_(-128, 127), a
-        return round_minifloat(x / a, MINI_FLOATS[self.activation_format]), a
+        return quantize_activation(x, self.activation_format, self.scale)
 
 
 @dataclass(frozen=True)

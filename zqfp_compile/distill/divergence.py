@@ -13,7 +13,7 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor, *, gradient: bool =
     """Return the sum over positions of KL(teacher || student), nats.
 
     Args:
-        teacher: Logits [..., V], float32.
+        teacher: Logits [..., V], any float type; float32 for a gradient.
         student: Logits of the same shape.
         gradient: Overwrite ``teacher`` with the gradient by ``student``, so that it takes no more memory.
     """
@@ -22,8 +22,8 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor, *, gradient: bool =
     step = max(1, _BLOCK // teacher.shape[-1])
     for start in range(0, len(goals), step):
         block = goals[start : start + step]
-        log_p = torch.log_softmax(block, dim=-1)
-        log_q = torch.log_softmax(found[start : start + step], dim=-1)
+        log_p = torch.log_softmax(block.float(), dim=-1)
+        log_q = torch.log_softmax(found[start : start + step].float(), dim=-1)
         p = log_p.exp()
         total += float((p * (log_p - log_q)).sum(dtype=torch.float64))
         if gradient:

@@ -14,7 +14,7 @@ from zqfp_compile.calibrate.linears import ActivationQuantizer
 from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan
 from zqfp_compile.quantize.grid import decoded_w8
 from zqfp_compile.quantize.lorc import LowRank, round_factor
-from zqfp_compile.quantize_model import factor_dtype, read_factors, store_factors
+from zqfp_compile.quantize_model import store_factors
 from zqfp_compile.tensor_store import TensorStore
 from zqfp_compile.weights import read_bias, release
 
@@ -237,13 +237,13 @@ def _trained(plan: QuantPlan, site: LinearSite, stored: LinearTensors, device: s
         weight=weight.to(torch.bfloat16) if exact else weight,
         row_scales=torch.tensor(quantized.row_scales, device=device),
         scale_rows=rows,
-        factor_dtype=factor_dtype(plan, site),
+        factor_dtype=plan.factor_dtype(site),
     )
     if _scales_are_free(plan, site):
         result.multiplier = torch.zeros(-(-quantized.n // rows), device=device, requires_grad=True)
-    lorc = read_factors(stored)
-    if lorc is not None:
-        result.v, result.u = (factor.to(device).requires_grad_() for factor in (lorc.v, lorc.u))
+    factors = plan.low_rank(site)
+    if factors is not None:
+        result.v, result.u = (torch.from_numpy(factor).to(device).requires_grad_() for factor in factors)
     release(stored.codes, stored.group_scales, stored.row_scales, stored.lorc_v, stored.lorc_u)
     return result
 

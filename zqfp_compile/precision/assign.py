@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 # Sums of thousands of floats: a budget is met when it is exceeded by rounding only.
 _ROUNDING = 1e-9
@@ -84,7 +85,7 @@ def least_cost(layers: Sequence[Sequence[Candidate]], budget: float) -> Assignme
             continue
         chosen[step.layer] = step.target
         room -= step.bits
-    _spend(layers, chosen, room)
+    _exchange(layers, chosen, room, price="bits", goal="cost")
     return _assignment(chosen)
 
 
@@ -104,7 +105,7 @@ def least_bits(layers: Sequence[Sequence[Candidate]], cost: float) -> Assignment
         excess -= step.gain
     if excess > 0:
         return None
-    _save(layers, chosen, -excess)
+    _exchange(layers, chosen, -excess, price="cost", goal="bits")
     return _assignment(chosen)
 
 
@@ -136,39 +137,32 @@ def _steps(hulls: Sequence[Sequence[Candidate]]) -> Iterable[_Step]:
     return sorted(steps, key=lambda step: -step.rate)
 
 
-def _spend(layers: Sequence[Sequence[Candidate]], chosen: list[Candidate], room: float) -> None:
-    """Use what is left of the budget, points off the hull included: the largest gain first."""
+def _exchange(
+    layers: Sequence[Sequence[Candidate]], chosen: list[Candidate], room: float, *, price: str, goal: str
+) -> None:
+    """Use what a limit leaves over, points off the hull included: the largest reduction of ``goal`` first.
+
+    Args:
+        layers: The candidates of each layer.
+        chosen: One of each; changed.
+        room: By how much the sum of ``price`` may still rise.
+        price: The field that is limited, ``bits`` or ``cost``.
+        goal: The field to reduce, the other one.
+    """
+    paid, lost = attrgetter(price), attrgetter(goal)
     while True:
         gain, index, item = max(
             (
-                (chosen[index].cost - item.cost, index, item)
+                (lost(chosen[index]) - lost(item), index, item)
                 for index, candidates in enumerate(layers)
                 for item in candidates
-                if item.bits - chosen[index].bits <= room
+                if paid(item) - paid(chosen[index]) <= room
             ),
             key=lambda found: found[0],
         )
         if gain <= 0:
             return
-        room -= item.bits - chosen[index].bits
-        chosen[index] = item
-
-
-def _save(layers: Sequence[Sequence[Candidate]], chosen: list[Candidate], slack: float) -> None:
-    """Take back bits that the limit does not need: the largest saving first."""
-    while True:
-        saved, index, item = max(
-            (
-                (chosen[index].bits - item.bits, index, item)
-                for index, candidates in enumerate(layers)
-                for item in candidates
-                if item.cost - chosen[index].cost <= slack
-            ),
-            key=lambda found: found[0],
-        )
-        if saved <= 0:
-            return
-        slack -= item.cost - chosen[index].cost
+        room -= paid(item) - paid(chosen[index])
         chosen[index] = item
 
 

@@ -11,17 +11,15 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.calibrate.sessions import open_model, run_session
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
+from zqfp_compile.device import providers_for
+from zqfp_compile.distill.divergence import divergence
 from zqfp_compile.errors import ModelError
 from zqfp_compile.plan import LinearSite
 
 Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]
-
-# Positions at once: 64 x 128k vocabulary is 32 MB of float32.
-_SLICE = 64
 
 
 class Probe:
@@ -87,7 +85,8 @@ class Probe:
         """
         total, tokens = 0.0, 0
         for feed, original in zip(self._feeds, self._original, strict=True):
-            total += _divergence(original, self._run(feed, errors))
+            disturbed = self._run(feed, errors)
+            total += divergence(torch.from_numpy(original), torch.from_numpy(disturbed))
             tokens += len(original)
         return total / tokens
 
@@ -100,16 +99,6 @@ class Probe:
         (logits,) = run_session(self._session, inputs)
         flat: Array = logits.reshape(-1, logits.shape[-1])
         return flat
-
-
-def _divergence(original: Array, disturbed: Array) -> float:
-    """Sum over positions of KL(original || disturbed), nats."""
-    total = 0.0
-    for start in range(0, len(original), _SLICE):
-        log_p = torch.log_softmax(torch.from_numpy(original[start : start + _SLICE]).float(), dim=-1)
-        log_q = torch.log_softmax(torch.from_numpy(disturbed[start : start + _SLICE]).float(), dim=-1)
-        total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-    return total
 
 
 def _probing_model(
@@ -162,10 +151,3 @@ def _branch(nodes: Sequence[ir.Node], name: str) -> ir.Graph:
     for index, node in enumerate(nodes):
         node.outputs[0].name = f"{name}_{index}"
     return ir.Graph([], nodes[-1].outputs, nodes=nodes, name=name)
-
-
-def providers_for(device: str) -> tuple[str, ...]:
-    """Return ONNX Runtime's providers for a device; without its CUDA provider the CPU does the work."""
-    cuda, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
-    use_cuda = device == "cuda" and cuda in import_onnxruntime().get_available_providers()
-    return (cuda, cpu) if use_cuda else (cpu,)

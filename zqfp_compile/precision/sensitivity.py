@@ -216,10 +216,10 @@ def _weigh(
     energy = torch.from_numpy(sum(statistics.energies[item.activation] for item in sites)).float()
     output = _energy(weight, energy)
     error = _rounding_error(plan, site, weight, plan.weight_format)
-    dtype = "fp8" if plan.lorc_format == "fp8" else str(site.dtype.numpy())
     ranks = [rank for rank in RANKS if rank <= min(max_rank, *weight.shape)]
     left = {0: _energy(error, energy)}
     if len(ranks) > 1:
+        dtype = plan.factor_dtype(site)
         factors = low_rank_factors(-error, ranks[-1], moment=energy, dtype=dtype, seed=seed)
         left = _remaining(left[0], factors, energy, ranks)
     fp8 = _energy(_rounding_error(plan, site, weight, "fp8"), energy)

@@ -17,6 +17,20 @@ def token_scales(x: torch.Tensor, activation_format: str) -> torch.Tensor:
     return torch.where(largest > 0, largest / ACTIVATION_MAX[activation_format], 1.0)
 
 
+def quantize_activation(
+    x: torch.Tensor, activation_format: str, scale: torch.Tensor | float | None = None
+) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """Return ``(x8, a)``: ``round(x / a)`` in float32 and the scale, of :func:`fake_quantize_activation`."""
+    if activation_format not in ACTIVATION_MAX:
+        raise ValueError(f"unknown activation format {activation_format!r}")
+    if scale is None:
+        scale = token_scales(x, activation_format)
+    scaled = x.to(torch.float32) / scale
+    if activation_format == "int8":
+        return scaled.round_().clamp_(-128, 127), scale
+    return round_minifloat(scaled, MINI_FLOATS[activation_format]), scale
+
+
 def fake_quantize_activation(
     x: torch.Tensor, activation_format: str, scale: torch.Tensor | float | None = None
 ) -> torch.Tensor:
@@ -30,11 +44,5 @@ def fake_quantize_activation(
     Raises:
         ValueError: On an unknown format.
     """
-    if activation_format not in ACTIVATION_MAX:
-        raise ValueError(f"unknown activation format {activation_format!r}")
-    if scale is None:
-        scale = token_scales(x, activation_format)
-    scaled = x.to(torch.float32) / scale
-    if activation_format == "int8":
-        return scaled.round().clamp(-128, 127) * scale
-    return round_minifloat(scaled, MINI_FLOATS[activation_format]) * scale
+    x8, a = quantize_activation(x, activation_format, scale)
+    return x8 * a

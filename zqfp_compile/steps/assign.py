@@ -48,7 +48,7 @@ def _statistics(run: Compilation) -> Statistics:
         result = collect(
             run.model, activations, run.samples.feeds, seed=run.recipe.seed, progress=run.reporter.update
         )
-    static = run.plan.activation_format != "none" and not run.plan.per_token
+    static = run.plan.static_scales
     scales = activation_scales(result.ranges, run.plan.activation_format)[0] if static else {}
     return Statistics(result.energies, result.rows, scales)
 

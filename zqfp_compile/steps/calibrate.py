@@ -24,7 +24,7 @@ def calibrate(run: Compilation) -> None:
     """Run text through the original: ranges and energies of activations, rows for the per-layer checks."""
     recipe = run.recipe
     activations = list(dict.fromkeys(site.activation for site in run.plan.linears))
-    static = run.plan.activation_format != "none" and not run.plan.per_token
+    static = run.plan.static_scales
     lorc = recipe.lorc_rank > 0 and run.plan.weight_format != "none"
     attention = run.plan.attention_values
     if run.walks:

@@ -45,5 +45,5 @@ def _walk(run: Compilation) -> None:
             progress=run.reporter.update,
         )
     run.rows = result.rows
-    if run.plan.activation_format != "none" and not run.plan.per_token:
+    if run.plan.static_scales:
         set_activation_scales(run, result.ranges)
