@@ -1,0 +1,96 @@
+/* libzqfp: W4A8 linear layers on the FP8 tensor cores of sm_90a. The one interface of all hosts.
+ *
+ *   w8[n,k] = E4M3( e2m1(codes[n,k]) * s[n, k / group_size] )        exact FP8 numbers
+ *   y[m,n]  = a[m] * row_scales[n] * sum_k x8[m,k] * w8[n,k]  +  sum_r xv[m,r] * u[r,n]  +  bias[n]
+ *
+ * Conventions: pointers are device pointers unless a comment says host. Matrices are row-major and dense; every
+ * device pointer is aligned to 16 bytes. Nothing is allocated and nothing waits inside a call: launches go to the
+ * given stream and can be captured in a CUDA graph. A call that fails launches nothing, returns a code other than
+ * ZQFP_SUCCESS and leaves a sentence in zqfpGetLastErrorString() of the same thread.
+ */
+#ifndef ZQFP_H
+#define ZQFP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define ZQFP_API __attribute__((visibility("default")))
+#else
+#define ZQFP_API
+#endif
+
+#define ZQFP_ABI_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum zqfpStatus {
+  ZQFP_SUCCESS = 0,
+  ZQFP_INVALID_VALUE = 1,     /* null or misaligned pointer, negative size, unknown enumerator */
+  ZQFP_NOT_SUPPORTED = 2,     /* a legal layer that no kernel here computes: group size, N, rank */
+  ZQFP_WRONG_ARCHITECTURE = 3 /* the current device is not sm_90 */,
+  ZQFP_WORKSPACE_TOO_SMALL = 4,
+  ZQFP_CUDA_ERROR = 5
+} zqfpStatus;
+
+typedef enum zqfpDataType { ZQFP_FLOAT16 = 1, ZQFP_BFLOAT16 = 2, ZQFP_FLOAT32 = 3 } zqfpDataType;
+
+/* One linear layer. */
+typedef struct zqfpLinearDesc {
+  int64_t n;           /* output features, a multiple of 8 */
+  int64_t k;           /* input features, a multiple of 16; codes are padded to whole groups and tiles */
+  int32_t group_size;  /* weights along k per group scale: 32, 64 or 128 */
+  int32_t lorc_rank;   /* 0 (no LoRC) or a multiple of 8, at most 64 */
+  int32_t dtype;       /* zqfpDataType of y, bias, xv and u: FLOAT16 or BFLOAT16 */
+  int32_t per_token;   /* 1: a is [m]; 0: a is one number */
+} zqfpLinearDesc;
+
+/* The activations and outputs of one call. */
+typedef struct zqfpLinearArgs {
+  const void* x8;            /* E4M3 [m, k] */
+  const float* a;            /* [m] or [1] */
+  const void* codes;         /* packed E2M1, zqfpGetPackedSizes */
+  const void* group_scales;  /* packed E4M3 */
+  const float* row_scales;   /* [n] */
+  const void* bias;          /* [n] or null */
+  const void* xv;            /* x @ V [m, lorc_rank] or null */
+  const void* u;             /* [lorc_rank, n] or null */
+  void* y;                   /* [m, n] */
+} zqfpLinearArgs;
+
+/* The ABI version of the library; compare with ZQFP_ABI_VERSION. */
+ZQFP_API int zqfpGetVersion(void);
+
+/* The last error of this thread, one English sentence; "" when there was none. Never null. */
+ZQFP_API const char* zqfpGetLastErrorString(void);
+
+/* Check that a layer can be computed, and return the bytes of its packed codes and group scales (host). */
+ZQFP_API zqfpStatus zqfpGetPackedSizes(const zqfpLinearDesc* desc, size_t* codes_bytes, size_t* scales_bytes);
+
+/* Decode packed weights on the host: w8 as E4M3 bytes [n, k]. What the CPU kernel multiplies with, and a check of
+ * the packer that needs no GPU. All pointers are host pointers. */
+ZQFP_API zqfpStatus zqfpDecodeHost(const zqfpLinearDesc* desc, const void* codes, const void* group_scales,
+                                   uint8_t* w8);
+
+/* Bytes of workspace that zqfpLinear needs for any number of rows up to m. The workspace must be zeroed once
+ * when it is allocated; every call leaves it as it found it where that matters. */
+ZQFP_API zqfpStatus zqfpGetWorkspaceSize(const zqfpLinearDesc* desc, int64_t m, size_t* bytes);
+
+/* y of m rows; m = 0 does nothing. `stream` is a cudaStream_t. */
+ZQFP_API zqfpStatus zqfpLinear(const zqfpLinearDesc* desc, const zqfpLinearArgs* args, int64_t m, void* workspace,
+                               size_t workspace_bytes, void* stream);
+
+/* x [m, k] of x_dtype (FLOAT16, BFLOAT16 or FLOAT32) -> x8 E4M3 [m, k] = round(x / a).
+ * scale null: a[m] = max(max |x[m]|, 1e-30) / 448 is written, per token. Otherwise scale [1] is used and a[0]
+ * receives it (a may be null then). v [k, rank] and xv [m, rank], both of x_dtype (FLOAT16 or BFLOAT16), are null or
+ * get xv = x @ v. */
+ZQFP_API zqfpStatus zqfpQuantizeActivation(const void* x, int32_t x_dtype, int64_t m, int64_t k, const float* scale,
+                                           void* x8, float* a, const void* v, int32_t rank, void* xv,
+                                           void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* ZQFP_H */
