@@ -14,7 +14,9 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,models,dev]'
 	touch $(READY)
 
-$(DEMO_MODEL)/model.onnx: models/export_smollm2.py models/causal_lm_export.py models/atomic_folder.py | $(READY)
+EXPORT_PARTS := $(addprefix models/,gguf_export.py gguf_model.py causal_lm_export.py atomic_folder.py)
+
+$(DEMO_MODEL)/model.onnx: models/export_smollm2.py $(EXPORT_PARTS) | $(READY)
 	$(BIN)/python models/export_smollm2.py --output $(DEMO_MODEL)
 
 demo: $(READY) $(DEMO_MODEL)/model.onnx
