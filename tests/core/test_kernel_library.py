@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import re
 import subprocess
 
 import numpy as np
@@ -214,13 +215,14 @@ def test_without_a_driver_cuda_errors_come_back(kernel_library):
 def test_plans_cover_the_output(kernel_library, n, k, m):
     layer = Layer(n=n, k=k, group_size=64)
     name, (workers, row_tiles, token_tiles, units, whole) = kernel_library.describe_plan(layer, m)
-    tokens, rows, slices = (int(part) for part in name[1:].replace("r", "s").split("p")[0].split("s"))
-    assert row_tiles * 64 * rows >= n > (row_tiles - 1) * 64 * rows
-    assert token_tiles * tokens >= m > (token_tiles - 1) * tokens
-    assert units * slices * 128 >= k > (units - 1) * slices * 128
+    size = {letter: int(number) for letter, number in re.findall(r"([a-z])(\d+)", name)}
+    rows, columns = 64 * size["r"] * size.get("c", 1), 128 * size["s"]
+    assert row_tiles * rows >= n > (row_tiles - 1) * rows
+    assert token_tiles * size["t"] >= m > (token_tiles - 1) * size["t"]
+    assert units * columns >= k > (units - 1) * columns
     cut = row_tiles * token_tiles - whole
     assert 0 <= cut < 2 * 132
-    assert 1 <= workers <= 132
+    assert 1 <= workers * size.get("c", 1) <= 132
     assert cut == 0 or workers <= cut * units
 
 

@@ -1,8 +1,8 @@
 """libzqfp through ctypes: what ``zqfp.h`` declares, torch tensors on the GPU and numpy arrays on the host.
 
 ``load_library()`` looks for ``libzqfp.so`` at ``$ZQFP_KERNELS`` (the file or its folder), beside this module,
-and in ``build/kernels`` of the repository (``make kernels``). The library loads without a GPU; calls that need
-one then raise CudaError.
+and in ``build/kernels`` of the repository (``make kernels``). The library loads without a GPU; calls that
+need one then raise CudaError.
 """
 
 from __future__ import annotations

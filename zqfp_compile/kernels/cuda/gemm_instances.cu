@@ -28,7 +28,7 @@ Kernel instance(const char* name) {
 
 KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
   // Few tokens: all four warpgroups on 64 rows, each a quarter of K, so that a tile is small and cut rarely. Wide: 256
-  // rows, which read the tokens a quarter as often. The order is KernelId's.
+  // rows, which read the tokens a quarter as often. Pairs share the tokens. The order is KernelId's.
   static const Kernel kernels[] = {
       instance<8, 1, 4, 1, 4>("t8r1s4p4"),
       instance<16, 1, 4, 1, 4>("t16r1s4p4"),
@@ -37,10 +37,10 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       instance<64, 1, 4, 1, 0>("t64r1s4"),
       instance<64, 4, 1, 1, 0>("t64r4s1"),
       instance<128, 2, 1, 1, 0>("t128r2s1"),
-      instance<256, 2, 1, 1, 0>("t256r2s1"),
-#ifdef ZQFP_VARIANTS
-      instance<256, 2, 1, 2, 0>("t256r2s1c2"),
       instance<128, 2, 1, 2, 0>("t128r2s1c2"),
+      instance<256, 2, 1, 1, 0>("t256r2s1"),
+      instance<256, 2, 1, 2, 0>("t256r2s1c2"),
+#ifdef ZQFP_VARIANTS
       instance<128, 2, 1, 1, 4>("t128r2s1p4"),
       instance<64, 2, 1, 1, 4>("t64r2s1p4"),
       instance<64, 2, 2, 1, 0>("t64r2s2"),

@@ -38,7 +38,10 @@ __global__ void __launch_bounds__(C::kBlockThreads, 1) gemm_kernel(const __grid_
 
   if (warpgroup == C::kWarpgroups) {
     ptx::fewer_registers<C::kProducerRegisters>();
-    if (threadIdx.x == C::kWarpgroups * kThreads) Producer<C>(p, shared, rank).run(worker);
+    if (threadIdx.x == C::kWarpgroups * kThreads) {
+      ptx::prefetch_map(&p.x8);
+      Producer<C>(p, shared, rank).run(worker);
+    }
     __syncwarp();
   } else {
     ptx::more_registers<C::kConsumerRegisters>();

@@ -6,7 +6,7 @@
 namespace zqfp {
 
 struct Kernel {
-  const char* name;  // t<tokens>r<row warpgroups>s<slices>, with c<cluster> and p<promotion> where not 1 and 0
+  const char* name;  // t<tokens>r<rows>s<slices>, then c<cluster> and p<promotion> where not 1 and 0 (config.h)
   int tokens, rows, slices, cluster, promote;
   int stages;
   int threads;
@@ -16,7 +16,7 @@ struct Kernel {
 };
 
 // The kernels that plans choose from, by number; those beyond are there to be tried (zqfpTune).
-enum KernelId { kT8, kT16, kT32, kT32Wide, kT64, kT64Wide, kT128, kT256, kKernelCount };
+enum KernelId { kT8, kT16, kT32, kT32Wide, kT64, kT64Wide, kT128, kT128Pair, kT256, kT256Pair, kKernelCount };
 
 struct KernelTable {
   const Kernel* kernels;

@@ -20,11 +20,14 @@ int64_t tiles_of(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel) {
   return divide_up(desc.n, rows) * divide_up(m, kernel.tokens);
 }
 
+// Without pairs, reading the tokens from L2 would bound the tensor cores; one row tile cannot make a pair.
 int choose_many_tokens(const zqfpLinearDesc& desc, int64_t m, int processors, const KernelTable& table) {
   // 128 tokens per tile decode each weight twice as often per product; worth it to waste fewer tokens or processors.
   const int64_t computed_128 = divide_up(m, 128) * 128, computed_256 = divide_up(m, 256) * 256;
-  if (computed_128 * 5 < computed_256 * 4) return kT128;
-  return tiles_of(desc, m, table.kernels[kT256]) < processors ? kT128 : kT256;
+  const bool few_tiles = tiles_of(desc, m, table.kernels[kT256]) < processors;
+  const bool pair = tiles_of(desc, 1, table.kernels[kT128]) > 1;
+  if (few_tiles || computed_128 * 5 < computed_256 * 4) return pair ? kT128Pair : kT128;
+  return pair ? kT256Pair : kT256;
 }
 
 int choose(const zqfpLinearDesc& desc, int64_t m, int processors, const KernelTable& table) {
