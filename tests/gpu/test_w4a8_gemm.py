@@ -13,7 +13,7 @@ from zqfp_compile.formats.codebook import E2M1
 from zqfp_compile.formats.scales import legal_scales
 from zqfp_compile.kernels import reference
 from zqfp_compile.kernels.library import Layer, WrongArchitectureError
-from zqfp_compile.kernels.torch_linear import TorchLinear
+from zqfp_compile.kernels.torch_linear import PackedWeight, TorchLinear
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -23,10 +23,10 @@ if torch.cuda.get_device_capability() != (9, 0):
 # Another seed each run: the kernels must be right for any data. A failing test prints it.
 SEED = int(os.environ.get("ZQFP_SEED", np.random.SeedSequence().entropy % 2**31))
 
-# ||y - reference|| / ||reference||. Rounding y: 2^-12 (float16) or 2^-9 (bfloat16) at most, uniformly distributed,
-# gives 1.7e-4 and 1.4e-3. The tensor core keeps about 14 bits while it adds up K products of E4M3 numbers: measured
-# for cuBLASLt's fast accumulation near 1e-3 on random data, more for larger K.
-TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 3e-3}
+# ||y - reference|| / ||reference||. Rounding y, by at most 2^-11 (float16) or 2^-8 (bfloat16) of each number,
+# gives about 2e-4 and 1.6e-3. Hopper's tensor core keeps about 14 bits while it adds up E4M3 products (DESIGN
+# section 7): up to 2^-13 of the largest term in each of K / 32 steps. A wrong index gives 1, a lost block of K 0.1.
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 5e-3}
 
 
 def generator():
@@ -60,16 +60,8 @@ class Problem:
                 "u": torch.from_numpy(u).to(layer.dtype),
             }
         self.scale = scale
-        self.linear = TorchLinear(
-            library,
-            layer,
-            self.codes,
-            self.group_scales,
-            self.row_scales,
-            max_rows=max_rows,
-            scale=scale,
-            **self.factors,
-        )
+        weight = PackedWeight.pack(self.codes, self.group_scales, self.row_scales, layer.group_size)
+        self.linear = TorchLinear(library, layer, weight, max_rows=max_rows, scale=scale, **self.factors)
 
     def input(self, m):
         x = generator().standard_normal((m, self.layer.k)) * np.exp2(generator().uniform(-3, 3, (m, 1)))
@@ -201,7 +193,7 @@ def test_one_workspace_serves_many_layers(kernel_library):
             problem.check(m)
 
 
-# ---- the quantizer ---------------------------------------------------------------------------------------------------
+# ---- the quantizer
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,44 @@ from zqfp_compile.kernels.library import Layer, Library, LinearTensors
 from zqfp_compile.kernels.packing import pack_codes, pack_group_scales
 
 
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight in the kernel's order, on the GPU.
+
+    Attributes:
+        codes: uint8, ``packing.pack_codes``.
+        group_scales: uint8, ``packing.pack_group_scales``.
+        row_scales: float32 [N].
+    """
+
+    codes: torch.Tensor
+    group_scales: torch.Tensor
+    row_scales: torch.Tensor
+
+    @classmethod
+    def pack(
+        cls,
+        codes: npt.NDArray[np.int8],
+        group_scales: npt.NDArray[Any],
+        row_scales: npt.NDArray[np.float32],
+        group_size: int,
+    ) -> PackedWeight:
+        """Pack int8 codes [N, K padded to groups], group scales [N, K padded / g] and float32 row scales [N].
+
+        Raises:
+            ValueError: When they are not legal (``packing``).
+        """
+        arrays = (pack_codes(codes), pack_group_scales(group_scales, group_size), row_scales)
+        return cls(*(torch.from_numpy(array).cuda() for array in arrays))
+
+
 class TorchLinear:
     """One layer with its weights, and workspace for a number of rows, on the current CUDA device.
 
     Args:
         library: Of ``load_library()``.
         layer: The layer.
-        codes: int8 [N, K padded to groups], -7..7.
-        group_scales: [N, K padded / g], as ``packing.pack_group_scales`` takes them.
-        row_scales: float32 [N].
+        weight: Its weight.
         max_rows: The most rows that a call will have.
         bias: [N], or ``None``.
         v: [K, r], or ``None``.
@@ -35,9 +65,7 @@ class TorchLinear:
         self,
         library: Library,
         layer: Layer,
-        codes: npt.NDArray[np.int8],
-        group_scales: npt.NDArray[Any],
-        row_scales: npt.NDArray[np.float32],
+        weight: PackedWeight,
         *,
         max_rows: int,
         bias: torch.Tensor | None = None,
@@ -45,10 +73,7 @@ class TorchLinear:
         u: torch.Tensor | None = None,
         scale: float | None = None,
     ) -> None:
-        self.library, self.layer = library, layer
-        self.codes = torch.from_numpy(pack_codes(codes)).cuda()
-        self.group_scales = torch.from_numpy(pack_group_scales(group_scales, layer.group_size)).cuda()
-        self.row_scales = torch.from_numpy(row_scales).cuda()
+        self.library, self.layer, self.weight = library, layer, weight
         self.bias, self.v, self.u = (
             None if factor is None else factor.to("cuda", layer.dtype).contiguous() for factor in (bias, v, u)
         )
@@ -69,9 +94,9 @@ class TorchLinear:
         tensors = LinearTensors(
             x8=x8,
             a=a,
-            codes=self.codes,
-            group_scales=self.group_scales,
-            row_scales=self.row_scales,
+            codes=self.weight.codes,
+            group_scales=self.weight.group_scales,
+            row_scales=self.weight.row_scales,
             y=y,
             bias=self.bias,
             xv=xv,
