@@ -2,7 +2,7 @@
 
     python models/export_qwen.py --output build/models/qwen2.5-coder-1.5b [--dtype float16|float32]
 
-The GGUF is Q4_K_M: its weights are dequantised here, so this model's "full precision" is already 4-bit-shaped.
+The GGUF is Q4_K_M, dequantised here: this model's "full precision" is already 4-bit-shaped.
 """
 
 from __future__ import annotations
