@@ -25,7 +25,7 @@ SEED = int(os.environ.get("ZQFP_SEED", np.random.SeedSequence().entropy % 2**31)
 
 # ||y - reference|| / ||reference||. Rounding y, by at most 2^-11 (float16) or 2^-8 (bfloat16) of each number,
 # gives about 2e-4 and 1.6e-3. Hopper's tensor core keeps about 14 bits while it adds up E4M3 products (DESIGN
-# section 7): up to 2^-13 of the largest term in each of K / 32 steps. A wrong index gives 1, a lost block of K 0.1.
+# section 7): up to 2^-13 of the largest term in each of K / 32 steps. A wrong index gives 1, a lost block 0.1.
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 5e-3}
 
 
