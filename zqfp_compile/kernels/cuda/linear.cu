@@ -11,10 +11,13 @@ namespace {
 Tuning tuning;
 
 // Past the default limit of shared memory a kernel must ask for it, once per device.
-zqfpStatus allow_shared_memory(const Kernel& kernel) {
-  return check_cuda(
+zqfpStatus allow_shared_memory(const Kernel& kernel, int device) {
+  if (device < kMaxDevices && kernel.allowed->load(std::memory_order_relaxed) >> device & 1) return ZQFP_SUCCESS;
+  ZQFP_RETURN_IF_FAILED(check_cuda(
       cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes),
-      "asking for shared memory");
+      "asking for shared memory"));
+  if (device < kMaxDevices) kernel.allowed->fetch_or(uint64_t(1) << device, std::memory_order_relaxed);
+  return ZQFP_SUCCESS;
 }
 
 zqfpStatus fill_maps(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Kernel& kernel,
@@ -48,8 +51,8 @@ void fill_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t
   p->bfloat = desc.dtype == ZQFP_BFLOAT16;
 }
 
-zqfpStatus launch(const Kernel& kernel, GemmParams& p, void* stream) {
-  ZQFP_RETURN_IF_FAILED(allow_shared_memory(kernel));
+zqfpStatus launch(const Kernel& kernel, int device, GemmParams& p, void* stream) {
+  ZQFP_RETURN_IF_FAILED(allow_shared_memory(kernel, device));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = kernel.cluster;
@@ -104,7 +107,7 @@ zqfpStatus zqfpLinear(const zqfpLinearDesc* desc, const zqfpLinearArgs* args, in
   GemmParams p{};
   ZQFP_RETURN_IF_FAILED(fill_maps(*desc, *args, m, *plan.kernel, &p));
   fill_params(*desc, *args, m, plan.schedule, workspace, &p);
-  return launch(*plan.kernel, p, stream);
+  return launch(*plan.kernel, device, p, stream);
 }
 
 const char* zqfpGetKernelName(int index) {

@@ -61,7 +61,8 @@ class Producer {
       : p_(p),
         shared_(shared),
         rank_(rank),
-        weight_policy_(p.schedule.token_tiles == 1 ? ptx::kEvictFirst : ptx::kEvictNormal) {}
+        weight_policy_(p.schedule.token_tiles == 1 ? ptx::kEvictFirst : ptx::kEvictNormal),
+        token_policy_(p.schedule.token_tiles == 1 ? ptx::kEvictLast : ptx::kEvictNormal) {}
 
   __device__ __forceinline__ void run(int worker) {
     Walk walk(p_.schedule, worker);
@@ -117,18 +118,18 @@ class Producer {
     const uint32_t to = shared_.activations(ring_.stage, slice);
     const uint32_t barrier = shared_.full(ring_.stage);
     if constexpr (C::kCluster == 1) {
-      ptx::copy_box(to, map, column, token, barrier, ptx::kEvictLast);
+      ptx::copy_box(to, map, column, token, barrier, token_policy_);
     } else {
       constexpr int kPart = C::kTokens / C::kCluster;
       ptx::copy_box_to_cluster(to + rank_ * kPart * kBlockColumns, map, column, token + rank_ * kPart, barrier,
-                               (1 << C::kCluster) - 1, ptx::kEvictLast);
+                               (1 << C::kCluster) - 1, token_policy_);
     }
   }
 
   const GemmParams& p_;
   Shared<C> shared_;
   int rank_;
-  uint64_t weight_policy_;
+  uint64_t weight_policy_, token_policy_;  // with one tile of tokens, each weight is read once
   Ring<C> ring_;
 };
 
