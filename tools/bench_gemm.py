@@ -31,6 +31,9 @@ TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 2048, 4096, 8192)
 EXTRA_TOKENS = (1, 16, 1024, 4096)
 EXTRAS = (("e4m3", 64, 32), ("m2", 64, 0), ("e4m3", 32, 0), ("e4m3", 128, 0))
 CONTENDERS = ("zqfp", "cublaslt_fp8", "cublaslt_fp8_rowwise", "fp16", "ort_nbits", "ort_fp4")
+# The chain of --variants: more than L2 holds, and the tokens of decoding.
+CHAIN_BYTES = 200 << 20
+CHAIN_TOKENS = 32
 KEY = ("n", "k", "m", "group_size", "constraint", "lorc_rank", "hardware")
 
 Row = dict[str, Any]
@@ -171,6 +174,28 @@ def bench_variants(options: argparse.Namespace) -> None:
             for us, name, cut, error in sorted(variant_times(library, zqfp, x, w8, timer)):
                 mark = "" if error < TOLERANCE else f"  WRONG: {error:.1e}"
                 print(f"{us:9.1f} us  {name:12} cut={cut}  error {error:.1e}{mark}")
+            if m <= CHAIN_TOKENS:
+                apart, overlapping = (chain_us(library, n, k, m, overlap) for overlap in (0, 1))
+                print(f"quantizer and GEMM in a graph: {apart:.1f} us, overlapping {overlapping:.1f} us")
+
+
+def chain_us(library: Library, n: int, k: int, m: int, overlap: int) -> float:
+    """Return the time of quantizer and GEMM in a CUDA graph of many layers, whose weights do not fit in L2."""
+    first = Zqfp(library, Case(n, k, m), m)
+    layers = [first] + [Zqfp(library, Case(n, k, m), m) for _ in range(CHAIN_BYTES // first.weight_bytes)]
+    x = first.inputs(m)
+    library.tune(overlap=overlap)
+    try:
+        for layer in layers:
+            layer.linear(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for layer in layers:
+                layer.linear(x)
+    finally:
+        library.tune()
+    return Timer().median_us(graph.replay) / len(layers)
 
 
 def variant_times(

@@ -165,7 +165,15 @@ def test_rows_do_not_depend_on_each_other(kernel_library):
     assert bool(torch.isfinite(y[torch.arange(32) != 5]).all())
 
 
-def test_captured_in_a_graph(kernel_library):
+@pytest.fixture(params=[0, 1], ids=["apart", "overlapping"])
+def overlap(request, kernel_library):
+    """Kernels that wait for the one before to end, and kernels that start while it ends."""
+    kernel_library.tune(overlap=request.param)
+    yield request.param
+    kernel_library.tune()
+
+
+def test_captured_in_a_graph(kernel_library, overlap):
     problem = Problem(kernel_library, Layer(2048, 4096, 64, lorc_rank=16), max_rows=4)
     x = problem.input(4)
     problem.linear(x)
@@ -181,7 +189,27 @@ def test_captured_in_a_graph(kernel_library):
         assert relative_error(y, problem.expected(*problem.linear.quantize(x))) < TOLERANCE[torch.float16]
 
 
-def test_one_workspace_serves_many_layers(kernel_library):
+def test_a_chain_of_layers_without_waiting(kernel_library, overlap):
+    """Outputs become inputs, buffers are used again: what a missing wait between kernels would spoil."""
+    layers = [Layer(4096, 4096, 64, lorc_rank=16), Layer(4096, 4096, 64), Layer(4096, 4096, 32, lorc_rank=32)]
+    problems = [Problem(kernel_library, layer, max_rows=16) for layer in layers]
+    x = problems[0].input(16)
+    for _ in range(10):
+        expected, y = [], x
+        for problem in problems:  # one at a time
+            y = problem.linear(y)
+            torch.cuda.synchronize()
+            y = y / y.abs().max()
+            expected.append(y)
+        for _ in range(3):  # at once
+            y = x
+            for problem, wanted in zip(problems, expected, strict=True):
+                y = problem.linear(y)
+                y = y / y.abs().max()
+                assert torch.equal(y, wanted)
+
+
+def test_one_workspace_serves_many_layers(kernel_library, overlap):
     """Calls of different layers follow each other on one stream and share the workspace."""
     layers = [Layer(4096, 4096, 64), Layer(520, 1040, 32, lorc_rank=8), Layer(1024, 8192, 128)]
     problems = [Problem(kernel_library, layer, max_rows=64) for layer in layers]

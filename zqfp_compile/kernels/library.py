@@ -279,9 +279,9 @@ class Library:
             names.append(name.decode())
         return names
 
-    def tune(self, kernel: int = -1, cut: int = -1) -> None:
+    def tune(self, kernel: int = -1, cut: int = -1, overlap: int = -1) -> None:
         """Override the plans of the whole process (``tuning.h``); without arguments let them choose again."""
-        self._check(self._c.zqfpTune(kernel, cut))
+        self._check(self._c.zqfpTune(kernel, cut, overlap))
 
     def describe_plan(self, layer: Layer, m: int, processors: int = 132) -> tuple[str, list[int]]:
         """Return the kernel a call would use, and workers, row tiles, token tiles, K units, uncut tiles.
