@@ -180,7 +180,7 @@ def bench_variants(options: argparse.Namespace) -> None:
 
 
 def chain_us(library: Library, n: int, k: int, m: int, overlap: int) -> float:
-    """Return the time of quantizer and GEMM in a CUDA graph of many layers, whose weights do not fit in L2."""
+    """Return the time of quantizer and GEMM in a CUDA graph of layers whose weights do not fit in L2."""
     first = Zqfp(library, Case(n, k, m), m)
     layers = [first] + [Zqfp(library, Case(n, k, m), m) for _ in range(CHAIN_BYTES // first.weight_bytes)]
     x = first.inputs(m)
