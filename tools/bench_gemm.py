@@ -132,7 +132,7 @@ def write_rows(rows: list[Row], path: Path) -> None:
     """Put the rows into the JSON list, in place of older ones of the same case and hardware."""
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     merged = {tuple(row[key] for key in KEY): row for row in [*old, *rows]}
-    ordered = [merged[key] for key in sorted(merged, key=str)]
+    ordered = [merged[key] for key in sorted(merged)]
     path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
 
 
@@ -140,14 +140,12 @@ def bench(options: argparse.Namespace) -> None:
     """The table of the issue."""
     timer, library, started = Timer(), load_library(), time.monotonic()
     bandwidth, rate = copy_gbps(timer), fp8_tflops(timer)
-    rows: list[Row] = []
-    for n, k in options.shapes:
-        rows += shape_rows(library, n, k, options.tokens, timer)
+    extras: list[Row] = []
+    if not options.no_extras:
+        extras = [row for n, k in options.shapes for row in extra_rows(library, n, k, timer)]
+    rows = [row for n, k in options.shapes for row in shape_rows(library, n, k, options.tokens, timer)]
     if not options.no_ort:
         add_ort(rows, timer)
-    if not options.no_extras:
-        for n, k in options.shapes:
-            rows += extra_rows(library, n, k, timer)
     stamp = {
         "hardware": torch.cuda.get_device_name(),
         "copy_gbps": round(bandwidth),
@@ -155,10 +153,10 @@ def bench(options: argparse.Namespace) -> None:
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "tools/bench_gemm.py", *sys.argv[1:]]),
     }
-    rows = [{**row, **stamp} for row in rows]
-    write_rows(rows, options.output)
-    print_table(rows, bandwidth, rate)
-    print(f"{len(rows)} rows in {options.output}, {time.monotonic() - started:.0f} s")
+    write_rows([{**row, **stamp} for row in (*extras, *rows)], options.output)
+    for table in (extras, rows):
+        print_table(table, bandwidth, rate)
+    print(f"{len(extras) + len(rows)} rows in {options.output}, {time.monotonic() - started:.0f} s")
 
 
 def bench_variants(options: argparse.Namespace) -> None:
