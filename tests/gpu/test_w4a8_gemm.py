@@ -12,7 +12,7 @@ import torch
 from zqfp_compile.formats.codebook import E2M1
 from zqfp_compile.formats.scales import legal_scales
 from zqfp_compile.kernels import reference
-from zqfp_compile.kernels.library import Layer, WrongArchitectureError
+from zqfp_compile.kernels.library import WORKSPACE_ZEROED_BYTES, Layer, WrongArchitectureError
 from zqfp_compile.kernels.torch_linear import PackedWeight, TorchLinear
 
 if not torch.cuda.is_available():
@@ -86,7 +86,7 @@ class Problem:
         assert bool(torch.isfinite(y).all()), "part of the output was not written"
         error = relative_error(y, self.expected(x8, a, xv))
         assert error < TOLERANCE[self.layer.dtype], f"relative error {error:.2e} for {self.layer}, m = {m}"
-        counters = self.linear.workspace[:9216]
+        counters = self.linear.workspace[:WORKSPACE_ZEROED_BYTES]
         assert not bool(counters.any()), "arrival counters were not left at zero"
         return y
 

@@ -41,7 +41,7 @@ void fill_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t
   p->bias = args.bias;
   p->y = args.y;
   p->arrivals = static_cast<uint32_t*>(workspace);
-  p->partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + arrivals_bytes());
+  p->partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + ZQFP_WORKSPACE_ZEROED_BYTES);
   p->schedule = schedule;
   p->m = int(m);
   p->n = int(desc.n);
