@@ -322,6 +322,7 @@ class Consumer {
   // ---- output ------------------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void add_bias(const EdgeScales& edge, Sums& sums) const {
+    if (p_.bias == nullptr) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sums[i] += edge.bias[i / 2 % 2];
   }
