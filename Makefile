@@ -53,3 +53,5 @@ format: $(READY)
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache
+
+include zqfp_compile/kernels/hosts.mk

@@ -252,7 +252,7 @@ def _w4a8_functions(model: ir.Model) -> Iterator[str]:
 
 
 def _lowered(model: ir.Model) -> Iterator[str]:
-    """Only standard operators are left, and those of our kernel's hosts, with inputs none of which is empty."""
+    """Only standard operators are left, and those of our kernel's hosts, no input of which is empty."""
     for node in _all_nodes(model):
         if node.domain != _DOMAIN:
             continue
