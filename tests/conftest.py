@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,23 @@ def _optimum_model(path: Path) -> Path:
     if not path.exists():
         pytest.skip(f"{path.relative_to(ROOT)} is not built: run `make optimum-models`")
     return path
+
+
+@pytest.fixture(scope="session")
+def make() -> Callable[[str], Path]:
+    """``make(rule)``: build one of our libraries, and return the folder it is in."""
+
+    def build(rule: str) -> Path:
+        folder = ROOT / "build" / "kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["make", "--silent", rule, f"PYTHON={sys.executable}"]
+        with (folder / ".lock").open("w") as lock:  # pytest-xdist workers share the folder
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"make {rule}: {result.stderr}"
+        return folder
+
+    return build
 
 
 @pytest.fixture(scope="session")

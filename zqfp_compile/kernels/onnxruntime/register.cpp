@@ -7,6 +7,7 @@
 
 #include "cpu.h"
 #include "cuda.h"
+#include "inference.h"
 
 #define ZQFP_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -17,13 +18,6 @@ constexpr auto kAny = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 constexpr auto kE4m3 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN;
 constexpr auto kInt4 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4;
-
-using InferredShape = Ort::ShapeInferContext::Shape;
-
-InferredShape withLast(InferredShape shape, int64_t last) {
-  if (!shape.empty()) shape.back() = Ort::ShapeInferContext::SymbolicInteger(last);
-  return shape;
-}
 
 // An implementation (CpuLinear, ...) as a kernel of ONNX Runtime.
 template <typename Implementation>
@@ -56,12 +50,14 @@ struct LinearOp : Ort::CustomOpBase<LinearOp<Implementation, cuda>, Kernel<Imple
   size_t GetOutputTypeCount() const { return 1; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return kAny; }
 
-  static OrtStatusPtr InferOutputShape(Ort::ShapeInferContext& context) {
-    return guarded([&] {
-      const auto type = static_cast<ONNXTensorElementDataType>(context.GetAttrInt("dtype"));
-      const auto shape = withLast(context.GetInputShape(0), context.GetAttrInt("n"));
-      Ort::ThrowOnError(context.SetOutputShape(0, shape, type));
-    });
+  LinearOp() {
+    OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
+      return guarded([&] {
+        const Inference inference(context);
+        const auto type = static_cast<ONNXTensorElementDataType>(inference.attribute("dtype"));
+        inference.setOutput(0, inference.attribute("n"), type);
+      });
+    };
   }
 };
 
@@ -84,6 +80,18 @@ struct QuantizeOp : Ort::CustomOpBase<QuantizeOp<Implementation, cuda, tokens>, 
   }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
     return index + 1 < GetOutputTypeCount() ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  }
+
+  QuantizeOp() {
+    OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
+      return guarded([&] {
+        const Inference inference(context);
+        const int64_t rank = inference.attribute("lorc_rank");
+        inference.setOutput(0, -1, kE4m3);
+        if (tokens) inference.setOutput(1, 1, kFloat);
+        if (rank > 0) inference.setOutput(tokens ? 2 : 1, rank, inference.type());
+      });
+    };
   }
 };
 
