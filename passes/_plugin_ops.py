@@ -31,9 +31,15 @@ def padded_rank(rank: int) -> int:
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
-def refusal(plan: QuantPlan, site: LinearSite, node: ir.Node) -> str | None:
+def refusal(plan: QuantPlan, site: LinearSite, node: ir.Node, only_half: bool) -> str | None:
     """Return why the kernel cannot take the ``W4A8Linear`` of ``site``; ``None`` when it can."""
-    weight_format, rank = plan.precision(site).weight_format, lorc_rank(node)
+    return _refused_format(plan, site, only_half) or _refused_shape(plan, site, node)
+
+
+def _refused_format(plan: QuantPlan, site: LinearSite, only_half: bool) -> str | None:
+    weight_format = plan.precision(site).weight_format
+    if only_half and site.dtype == ir.DataType.FLOAT:
+        return "the kernel has no FLOAT outputs; export the model in float16 or bfloat16"
     if weight_format != "e2m1":
         return f"the kernel has no {weight_format} weights"
     if plan.activation_format != "e4m3":
@@ -43,6 +49,11 @@ def refusal(plan: QuantPlan, site: LinearSite, node: ir.Node) -> str | None:
     if plan.group_size not in GROUP_SIZES:
         known = ", ".join(map(str, GROUP_SIZES))
         return f"the kernel has no group size {plan.group_size or 'row'} ({known})"
+    return None
+
+
+def _refused_shape(plan: QuantPlan, site: LinearSite, node: ir.Node) -> str | None:
+    rank = lorc_rank(node)
     if site.k % K_MULTIPLE:
         return f"the kernel needs K as a multiple of {K_MULTIPLE}, not {site.k}"
     if site.n % N_MULTIPLE:

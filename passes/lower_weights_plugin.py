@@ -60,10 +60,13 @@ class LowerWeightsPlugin(Pass):
 
     Attributes:
         plan: The plan the nodes were made from.
+        only_half: Whether layers of type FLOAT are declined as well: the kernel of the GPU writes FLOAT16 and
+            BFLOAT16; the one of ONNX Runtime's CPU provider writes any type.
     """
 
     name: ClassVar[str] = "lower-weights-plugin"
     plan: QuantPlan
+    only_half: bool = False
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite ``model``.
@@ -74,7 +77,7 @@ class LowerWeightsPlugin(Pass):
         groups: dict[ir.Value, Linears] = {}
         declined = []
         for site, node in w4a8_nodes(model, self.plan):
-            reason, x8 = refusal(self.plan, site, node), node.inputs[X8]
+            reason, x8 = refusal(self.plan, site, node, self.only_half), node.inputs[X8]
             if reason is not None or x8 is None:
                 declined.append(Declined(site.name, f"{reason}; its weights are decoded to FP8 instead"))
             else:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zqfp_compile.backends.host_libraries import HOSTS, copy_libraries, host_library, kernel_library
+from zqfp_compile.backends.host_libraries import HOSTS, copy_libraries, host_library
 from zqfp_compile.backends.profiles import Profile, default_profiles, position_limit
 from zqfp_compile.backends.target import TargetChoice
 from zqfp_compile.backends.tensorrt import EngineResult, build_engine
@@ -27,8 +27,8 @@ _ORT_MODEL = "onnxruntime.onnx"
 _ENGINE_ONNX = "engine.onnx"
 _FP4_ONNX = "model.fp4.onnx"
 # --weight-lowering -> the pass that makes the engine-ready model.
-_FP8, _PLUGIN = "lower-weights-fp8", "lower-weights-plugin"
-_LOWERINGS = {"auto": _FP8, "fp8": _FP8, "int4": "inline-functions", "plugin": _PLUGIN}
+_FP8, PLUGIN = "lower-weights-fp8", "lower-weights-plugin"
+_LOWERINGS = {"auto": _FP8, "fp8": _FP8, "int4": "inline-functions", "plugin": PLUGIN}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def runnable_model(place: Workplace, recipe: Recipe, choice: TargetChoice) -> Pa
     """
     deployed = choice.target == "onnxruntime"
     hosted = deployed and recipe.weight_lowering == "plugin"
-    lowering = [_PLUGIN if hosted else _FP8] if place.plan.quantizes_weights else []
+    lowering = [PLUGIN if hosted else _FP8] if place.plan.quantizes_weights else []
     if not (lowering or deployed):
         return place.artifact
     path = (place.folder.path if deployed else place.folder.scratch) / _ORT_MODEL
@@ -136,10 +136,10 @@ def build(
     engine_onnx = _engine_onnx(place, recipe, choice)
     if choice.target == "none":
         return EngineReport("none", choice.reason)
+    if recipe.weight_lowering == "plugin":
+        copy_libraries(choice.target, place.folder.path)
     if choice.target == "onnxruntime":
         path = runnable_model(place, recipe, choice)
-        if recipe.weight_lowering == "plugin":
-            copy_libraries(choice.target, place.folder.path)
         size = sum(file.stat().st_size for file in place.folder.path.glob(f"{path.name}*"))
         return EngineReport(choice.target, choice.reason, path.name, size)
     if engine_onnx is None:
@@ -160,35 +160,13 @@ def _engine_onnx(place: Workplace, recipe: Recipe, choice: TargetChoice) -> Path
     return path
 
 
-def outside_kernel(place: Workplace) -> list[str]:
-    """Return one sentence per reason for which layers are not computed by our kernel, after :func:`build`."""
-    layers: dict[str, list[str]] = {}
-    for item in place.runner.declined.get(_PLUGIN, ()):
-        places = layers.setdefault(item.reason, [])
-        if item.place not in places:  # the pass may have run for two files
-            places.append(item.place)
-    total = len(place.plan.rewritten)
-    return [
-        f"{len(places)} of {total} layers are not computed by the kernel: {reason} (first {places[0]})"
-        for reason, places in layers.items()
-    ]
-
-
-def missing_kernels(recipe: Recipe, choice: TargetChoice) -> list[str]:
-    """Warn when the output has our kernel's host but not the CUDA kernels."""
-    if recipe.weight_lowering != "plugin" or choice.target not in HOSTS or kernel_library() is not None:
-        return []
-    where = "runs on the CPU only" if choice.target == "onnxruntime" else "does not run"
-    return [
-        f"libzqfp.so is not built (make kernels): the output {where} until it lies beside the other library"
-    ]
-
-
 def _lower(place: Workplace, path: Path, *names: str) -> None:
     """Run the passes on a copy of the artifact and write it."""
     model = load_model(place.artifact)
     for name in names:
-        options = {"plan": place.plan} if name.startswith("lower-weights") else {}
+        options: dict[str, object] = {"plan": place.plan} if name.startswith("lower-weights") else {}
+        if name == PLUGIN:
+            options["only_half"] = path.name != _ORT_MODEL
         phase: Phase = "onnxruntime" if name == "qdq-to-casts" else "engine"
         place.runner.run(model, name, phase, **options)
     place.runner.run(model, "remove-unused", phase)
@@ -212,6 +190,7 @@ def _build_engine(
             compute_capability=recipe.compute_capability,
             timing_cache=None if recipe.timing_cache is None else Path(recipe.timing_cache),
             linears=[f"{site.name}/MatMul" for site in quantized] if fp8 else [],
+            plugin=host_library(choice.target) if recipe.weight_lowering == "plugin" else None,
             timeout_s=recipe.builder_timeout,
             memory_gb=recipe.builder_memory_gb,
             on_progress=lambda text: place.timer.reporter.update(0, None, text),

@@ -142,6 +142,14 @@ def test_what_the_kernel_does_not_take_is_lowered_to_fp8(changes, reason, run_pa
     assert by_name(model)["attn.q/MatMul"].op_type == "MatMul"
 
 
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+def test_only_half_leaves_float_layers_to_standard_nodes(dtype):
+    model, plan = artifact(hosted(dtype=dtype))
+    declined = LowerWeightsPlugin(plan, only_half=True).call(model).declined
+    assert len(declined) == (2 if dtype == ir.DataType.FLOAT else 0)
+    assert all("the kernel has no FLOAT outputs" in item.reason for item in declined)
+
+
 @pytest.mark.parametrize("per_token", [False, True])
 def test_layers_of_both_kinds_share_the_quantiser(per_token, run_pass):
     plan = mixed_plan(hosted(per_token=per_token), v=SitePrecision("fp8", 0))

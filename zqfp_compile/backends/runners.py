@@ -137,6 +137,8 @@ class EngineRunner:
         for trt in runtimes:
             runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
             engine = runtime.deserialize_cuda_engine(data)
+            if engine is None and self._load_plugin(trt, runtime):
+                engine = runtime.deserialize_cuda_engine(data)
             if engine is not None:
                 return trt, runtime, engine
         tried = ", ".join(f"{trt.__name__} {trt.__version__}" for trt in runtimes)
@@ -144,6 +146,14 @@ class EngineRunner:
             f"{self.path}: cannot be loaded by {tried} on {self._torch.cuda.get_device_name()}; an engine "
             "runs only with the runtime version and the GPU it was built for: rebuild it here"
         )
+
+    def _load_plugin(self, trt: Any, runtime: Any) -> bool:
+        """Load our plugin, which the engine may need; whether there is one to load."""
+        try:
+            library = host_library(trt.__name__.replace("_", "-"))
+        except MissingDependencyError:
+            return False
+        return runtime.get_plugin_registry().load_library(str(library)) is not None
 
     def _spec(self, name: str) -> InputSpec:
         kinds = {"HALF": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "FP8": ir.DataType.FLOAT8E4M3FN}
