@@ -23,8 +23,8 @@ def kernel_warnings(plan: QuantPlan, declined: Sequence[Declined], target: str) 
     floats = [site for site in plan.rewritten if site.dtype == ir.DataType.FLOAT]
     if target == "onnxruntime" and floats:
         lines.append(
-            f"{len(floats)} layers are FLOAT, which the GPU's kernel does not write: the output runs on the CPU "
-            "only; export the model in float16 or bfloat16"
+            f"{len(floats)} layers are FLOAT, which the GPU's kernel does not write: the output runs on the "
+            "CPU only; export the model in float16 or bfloat16"
         )
     elif target in HOSTS and kernel_library() is None:
         where = "runs on the CPU only" if target == "onnxruntime" else "does not run"

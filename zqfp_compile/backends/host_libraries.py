@@ -1,7 +1,7 @@
 """Where the libraries are that host our kernel: ONNX Runtime's custom ops, TensorRT's plugin.
 
 They are built from this project's sources (``make hosts``, ``make kernels``) and looked for in the folder
-that ``ZQFP_KERNELS`` names, else in ``build/kernels`` of the checkout. A library that lies beside a model is
+that ``ZQFP_KERNELS`` names (or of the file it names), else in ``build/kernels`` of the checkout. A library that lies beside a model is
 never loaded: opening a model must not run code that came with it.
 """
 
@@ -29,7 +29,9 @@ _DOMAIN = "zqfp"
 def libraries_folder() -> Path:
     """Return the folder our libraries are looked for in."""
     named = os.environ.get(FOLDER_VARIABLE)
-    return Path(named) if named else Path(zqfp_compile.__path__[0]).parent / "build" / "kernels"
+    if not named:
+        return Path(zqfp_compile.__path__[0]).parent / "build" / "kernels"
+    return Path(named).parent if Path(named).is_file() else Path(named)
 
 
 def host_library(target: str) -> Path:

@@ -5,8 +5,8 @@ first 64 rows, then of the next). N and K are padded to whole blocks: codes with
 
 **Codes.** A block is 4096 bytes. One warpgroup (128 threads) multiplies it in four FP8 ``wgmma`` steps of 32
 columns, the weight being operand A in registers. By the PTX ISA (register fragment of A, ``wgmma.m64nNk32``),
-thread ``t = 32*w + 4*q + c`` holds of each step rows ``16*w + q`` and ``16*w + q + 8``, columns ``4*c + e`` and
-``16 + 4*c + e``, e = 0..3. So, with
+thread ``t = 32*w + 4*q + c`` holds of each step rows ``16*w + q`` and ``16*w + q + 8``, columns ``4*c + e``
+and ``16 + 4*c + e``, e = 0..3. So, with
 
     row    n = 64*nb + 16*w + 8*h + q               w, c = 0..3   h, j, s, b = 0..1   q = 0..7   e = 0..3
     column k = 128*kb + 64*j + 32*s + 16*b + 4*c + e
@@ -15,10 +15,10 @@ code (n, k) lies in the 32-bit little-endian word number
 
     ((((nb * (Kp/128) + kb) * 2 + j) * 128 + 32*w + 4*q + c) * 2 + s) * 2 + h
 
-which holds eight codes of one row: the magnitude ``abs(code)`` in bits ``4*(4*b + e)`` to ``+2`` (selectors of
-two PRMT instructions), the sign of code b, e in bit ``8*e + 7 - 4*b`` (so ``word & 0x80808080`` and
-``word << 4 & 0x80808080`` are the signs of the two results). A thread's 16 bytes of two steps are adjacent, and
-a warpgroup reads 2048 at once.
+which holds eight codes of one row: the magnitude ``abs(code)`` in bits ``4*(4*b + e)`` to ``+2`` (selectors
+of two PRMT instructions), the sign of code b, e in bit ``8*e + 7 - 4*b`` (so ``word & 0x80808080`` and
+``word << 4 & 0x80808080`` are the signs of the two results). A thread's 16 bytes of two steps are adjacent,
+and a warpgroup reads 2048 at once.
 
 **Group scales.** One byte each, ``64 * 128/g`` bytes per block; group ``j`` of the block's ``128/g`` is byte
 
@@ -26,8 +26,8 @@ a warpgroup reads 2048 at once.
 
 Bits 0 to 6 are the E4M3 number, in [2^-5, 2^6] (``formats.scales``). Bit 7, the free sign, is set when 1.5
 times the number rounds up to five, not four, steps above it (mantissa 1 to 5): then ``byte & 0x7f``, plus 4,
-plus bit 7 is the E4M3 number nearest to 1.5 times the scale, and a thread makes the eight values of a group by
-additions.
+plus bit 7 is the E4M3 number nearest to 1.5 times the scale, and a thread makes the eight values of a group
+by additions.
 """
 
 from __future__ import annotations

@@ -78,12 +78,11 @@ Workspaces::~Workspaces() {
   }
 }
 
-Buffer Workspaces::get(const zqfpLinearDesc& desc, void* stream, std::size_t bytes) {
+Buffer Workspaces::get(void* stream, std::size_t bytes) {
   if (bytes == 0) return {};
   const std::lock_guard<std::mutex> lock(mutex_);
   void* context = currentContext();
-  Buffer& buffer = current_[Kind{context, stream, desc.n, desc.k, desc.group_size, desc.lorc_rank, desc.dtype,
-                                 desc.per_token}];
+  Buffer& buffer = current_[{context, stream}];
   if (buffer.bytes >= bytes) return buffer;
   int capturing = 0;
   check(driver().captureStatus(stream, &capturing), "looking at the stream");

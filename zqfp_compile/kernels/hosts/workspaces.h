@@ -1,8 +1,8 @@
 // Device memory for zqfpLinear that outlives a call.
 //
 // The ABI wants a workspace that is zeroed once. What a runtime hands out per call is not, and zeroing it each
-// time costs a launch per layer. So hosts keep one workspace per stream and kind of layer: layers of one kind
-// run one after the other on a stream, and share it.
+// time costs a launch per layer. So hosts keep one workspace per stream: layers run one after the other on it, and
+// share it, whatever their shapes, since the counters that must be zero are always in the same place (cuda/plan.h).
 //
 // The driver API is opened at run time: no CUDA header or library is needed to build a host.
 #ifndef ZQFP_HOSTS_WORKSPACES_H
@@ -12,10 +12,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <tuple>
+#include <utility>
 #include <vector>
-
-#include "zqfp.h"
 
 namespace zqfp {
 
@@ -31,16 +29,14 @@ class Workspaces {
 
   ~Workspaces();
 
-  // At least `bytes` of zeroed memory for layers like `desc` on `stream`, of the current device.
-  // Throws std::runtime_error when it would have to grow while `stream` is captured into a CUDA graph: run once
-  // with the largest shape first.
-  Buffer get(const zqfpLinearDesc& desc, void* stream, std::size_t bytes);
+  // At least `bytes` of memory for `stream`, of the current device, zeroed when it was allocated. Throws
+  // std::runtime_error when it would have to grow while `stream` is captured into a CUDA graph: run once with the
+  // largest shape first.
+  Buffer get(void* stream, std::size_t bytes);
 
  private:
-  using Kind = std::tuple<void*, void*, int64_t, int64_t, int32_t, int32_t, int32_t, int32_t>;
-
   std::mutex mutex_;
-  std::map<Kind, Buffer> current_;
+  std::map<std::pair<void*, void*>, Buffer> current_;  // by context and stream
   // All memory by context, outgrown buffers too: a captured graph may still use them.
   std::vector<std::pair<void*, void*>> owned_;
 };

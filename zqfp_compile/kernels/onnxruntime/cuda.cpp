@@ -22,7 +22,7 @@ void CudaLinear::compute(Ort::KernelContext& context) const {
   void* stream = context.GetGPUComputeStream();
   size_t bytes = 0;
   check(library().workspaceSize(&node_.desc, call.m, &bytes), "PackedW4A8Linear");
-  const Buffer workspace = workspaces_->get(node_.desc, stream, bytes);
+  const Buffer workspace = workspaces_->get(stream, bytes);
   check(library().linear(&node_.desc, &call.args, call.m, workspace.data, workspace.bytes, stream),
         "PackedW4A8Linear");
 }

@@ -78,7 +78,7 @@ void LinearPlugin::run(int64_t m, const void* const* inputs, void* output, cudaS
   args.y = output;
   size_t bytes = 0;
   check(library().workspaceSize(&desc_, m, &bytes), kName);
-  const Buffer workspace = workspaces_->get(desc_, stream, bytes);
+  const Buffer workspace = workspaces_->get(stream, bytes);
   check(library().linear(&desc_, &args, m, workspace.data, workspace.bytes, stream), kName);
 }
 
