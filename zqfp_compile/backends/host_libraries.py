@@ -1,8 +1,8 @@
 """Where the libraries are that host our kernel: ONNX Runtime's custom ops, TensorRT's plugin.
 
 They are built from this project's sources (``make hosts``, ``make kernels``) and looked for in the folder
-that ``ZQFP_KERNELS`` names (or of the file it names), else in ``build/kernels`` of the checkout. A library that lies beside a model is
-never loaded: opening a model must not run code that came with it.
+that ``ZQFP_KERNELS`` names (or of the file it names), else in ``build/kernels`` of the checkout. A library
+that lies beside a model is never loaded: opening a model must not run code that came with it.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ needs a GPU, the log does not. How the list reads (TensorRT-RTX 1.7, measured):
   ``[profile P]`` on each node name and each input and output of the network.
 * A GEMM that multiplies in FP8 has the type ``gemm`` and two FP8 operands. A ``runtime_fusion`` with FP8
   inputs may decode them and multiply in float (seen with a weight scale along K), so it never counts.
-* A plugin is a ``custom_layer`` named after its node. Ours multiplies FP8 activations by INT4 codes, decoded to
-  FP8 inside, and scales in float32: it covers its linear, and has no accumulator in memory to check.
+* A plugin is a ``custom_layer`` named after its node. Ours multiplies FP8 activations by INT4 codes, decoded
+  to FP8 inside, and scales in float32: it covers its linear, and has no accumulator in memory to check.
 * The per-channel scale a*R is a constant ``..._folded_matmul`` of the layer that reads the GEMM's output; a
   per-tensor one replaces the GEMM's constant ``..._alpha``.
 """
