@@ -13,9 +13,9 @@ Without one, to see that it works:
 
 Models have the shape of the preset and random weights, and are made in --work (7B: 14 GB for float16,
 deleted when it is measured). A contender's steps, measured in one session, are a token behind --context
-cached ones for each batch, and one prompt of --prefill tokens. Buffers are bound, the cache is written in place, and
-on a GPU decode steps are replayed as CUDA graphs (--no-cuda-graph: not). A row with the same contender,
-step, model and hardware replaces the older one in --publish.
+cached ones for each batch, and one prompt of --prefill tokens. Buffers are bound, the cache is written in
+place, and on a GPU decode steps are replayed as CUDA graphs (--no-cuda-graph: not). A row with the same
+contender, step, model and hardware replaces the older one in --publish.
 """
 
 from __future__ import annotations

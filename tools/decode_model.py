@@ -73,8 +73,10 @@ class Writer:
         self.initializers: list[onnx.TensorProto] = []
         self.linear_bytes = 0
         rng = np.random.default_rng(0)
-        self.normal = rng.standard_normal(RANDOM_BYTES // 2, dtype=np.float32).astype(np.float16)
-        self.bytes = rng.integers(0, 256, RANDOM_BYTES, dtype=np.uint8)
+        largest = 2 * shape.hidden * max(shape.intermediate, shape.vocab)
+        size = min(RANDOM_BYTES, largest)
+        self.normal = rng.standard_normal(size // 2, dtype=np.float32).astype(np.float16)
+        self.bytes = rng.integers(0, 256, size, dtype=np.uint8)
 
     def op(
         self, kind: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any

@@ -1,4 +1,4 @@
-"""tools/bench_decode.py on the CPU with a tiny shape: every contender runs, and its rows say what they must."""
+"""tools/bench_decode.py on the CPU with a tiny shape: every contender runs, and its rows say what they do."""
 
 from __future__ import annotations
 
