@@ -31,6 +31,7 @@ class Consumer {
         thread_(threadIdx.x % kThreads) {}
 
   __device__ __forceinline__ void run(int worker) {
+    ptx::wait_for_kernel_before();
     Walk walk(p_.schedule, worker);
     Segment segment;
     while (walk.next(p_.schedule, segment)) {

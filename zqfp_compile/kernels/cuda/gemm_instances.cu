@@ -8,6 +8,7 @@ namespace {
 template <int kTokens, int kRows, int kSlices, int kCluster, int kPromote>
 Kernel instance(const char* name) {
   using C = Config<kTokens, kRows, kSlices, ZQFP_GROUP, kCluster, kPromote>;
+  static std::atomic<uint64_t> allowed{0};
   return {name,
           kTokens,
           kRows,
@@ -18,7 +19,8 @@ Kernel instance(const char* name) {
           C::kBlockThreads,
           C::kSharedBytes,
           C::kPartialFloats,
-          reinterpret_cast<const void*>(&gemm_kernel<C>)};
+          reinterpret_cast<const void*>(&gemm_kernel<C>),
+          &allowed};
 }
 
 }  // namespace

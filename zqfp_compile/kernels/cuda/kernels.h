@@ -1,7 +1,8 @@
 // The compiled GEMM kernels, one table per group size.
 #pragma once
 
-#include <cstddef>
+#include <atomic>
+#include <cstdint>
 
 namespace zqfp {
 
@@ -13,6 +14,7 @@ struct Kernel {
   int shared_bytes;
   int partial_floats;
   const void* function;
+  std::atomic<uint64_t>* allowed;  // devices, one bit each, on which it may use its shared memory
 };
 
 // The kernels that plans choose from, by number; those beyond are there to be tried (zqfpTune).

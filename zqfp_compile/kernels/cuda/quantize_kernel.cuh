@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "ptx.cuh"
+
 namespace zqfp {
 
 constexpr int kQuantizeWarps = 16;
@@ -183,10 +185,12 @@ class Quantizer {
     first_token_ = blockIdx.x / blocks_ * kQuantizeTokens;
     first_column_ = (cluster.block_rank() * kQuantizeWarps + warp_) * kChunk + 8 * c_;
     stride_ = kQuantizeWarps * blocks_ * kChunk;
-    if (p.scale != nullptr) scale_[0] = scale_[1] = __ldg(p.scale);
   }
 
   __device__ __forceinline__ void run() {
+    ptx::release_kernel_after();
+    ptx::wait_for_kernel_before();
+    if (!per_token()) scale_[0] = scale_[1] = __ldg(p_.scale);
     read();
     if (per_token()) share_ranges();
     if constexpr (kLorc) projection_.add_warps(shared_.parts);
