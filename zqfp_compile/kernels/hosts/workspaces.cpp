@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "zqfp.h"
+
 namespace zqfp {
 namespace {
 
@@ -95,7 +97,8 @@ Buffer Workspaces::get(void* stream, std::size_t bytes) {
   DevicePointer pointer = 0;
   check(driver().allocate(&pointer, size), "allocating a workspace");
   owned_.emplace_back(context, reinterpret_cast<void*>(pointer));
-  check(driver().fill(pointer, 0, size, stream), "clearing a workspace");
+  const std::size_t zeroed = std::min<std::size_t>(size, ZQFP_WORKSPACE_ZEROED_BYTES);
+  check(driver().fill(pointer, 0, zeroed, stream), "clearing a workspace");
   buffer = {reinterpret_cast<void*>(pointer), size};
   return buffer;
 }

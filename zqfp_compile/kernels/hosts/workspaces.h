@@ -1,8 +1,8 @@
 // Device memory for zqfpLinear that outlives a call.
 //
-// The ABI wants a workspace that is zeroed once. What a runtime hands out per call is not, and zeroing it each
-// time costs a launch per layer. So hosts keep one workspace per stream: layers run one after the other on it, and
-// share it, whatever their shapes, since the counters that must be zero are always in the same place (cuda/plan.h).
+// The first bytes of a workspace must be zero (ZQFP_WORKSPACE_ZEROED_BYTES). Those of memory a runtime hands out
+// per call are not, and zeroing them each time costs a launch per layer. So hosts keep one workspace per stream:
+// layers run one after the other on it, and share it whatever their shapes.
 //
 // The driver API is opened at run time: no CUDA header or library is needed to build a host.
 #ifndef ZQFP_HOSTS_WORKSPACES_H
@@ -29,7 +29,7 @@ class Workspaces {
 
   ~Workspaces();
 
-  // At least `bytes` of memory for `stream`, of the current device, zeroed when it was allocated. Throws
+  // At least `bytes` of memory for `stream`, of the current device, zeroed where it must be. Throws
   // std::runtime_error when it would have to grow while `stream` is captured into a CUDA graph: run once with the
   // largest shape first.
   Buffer get(void* stream, std::size_t bytes);
