@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from zqfp_compile.backends.host_libraries import host_library, needs_host
 from zqfp_compile.backends.ort import create_session, is_large, run_session
 from zqfp_compile.calibrate.causal_lm import Feed, InputSpec, find_vocab_size, graph_inputs
 from zqfp_compile.errors import MissingDependencyError, ModelError, UsageError, ZqfpError
@@ -51,7 +52,7 @@ class OrtRunner:
 
     Raises:
         ModelError: When the file is unsafe, malformed, or refused by ONNX Runtime.
-        MissingDependencyError: When ONNX Runtime is not installed.
+        MissingDependencyError: When ONNX Runtime is not installed, or a custom-op library the model needs.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,7 +65,10 @@ class OrtRunner:
         try:
             # Folding a compiled model decodes every weight to float: three times the memory.
             self._session = create_session(
-                path, fold_constants=not model.functions, low_memory=is_large(model)
+                path,
+                fold_constants=not model.functions,
+                low_memory=is_large(model),
+                custom_ops=host_library("onnxruntime") if needs_host(model) else None,
             )
         except Exception as error:
             raise _runtime_error(path, "load", error) from error
@@ -133,6 +137,8 @@ class EngineRunner:
         for trt in runtimes:
             runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
             engine = runtime.deserialize_cuda_engine(data)
+            if engine is None and self._load_plugin(trt, runtime):
+                engine = runtime.deserialize_cuda_engine(data)
             if engine is not None:
                 return trt, runtime, engine
         tried = ", ".join(f"{trt.__name__} {trt.__version__}" for trt in runtimes)
@@ -140,6 +146,14 @@ class EngineRunner:
             f"{self.path}: cannot be loaded by {tried} on {self._torch.cuda.get_device_name()}; an engine "
             "runs only with the runtime version and the GPU it was built for: rebuild it here"
         )
+
+    def _load_plugin(self, trt: Any, runtime: Any) -> bool:
+        """Load our plugin, which the engine may need; whether there is one to load."""
+        try:
+            library = host_library(trt.__name__.replace("_", "-"))
+        except MissingDependencyError:
+            return False
+        return runtime.get_plugin_registry().load_library(str(library)) is not None
 
     def _spec(self, name: str) -> InputSpec:
         kinds = {"HALF": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "FP8": ir.DataType.FLOAT8E4M3FN}
