@@ -200,7 +200,7 @@ def chain_us(library: Library, n: int, k: int, m: int, overlap: int) -> float:
 def variant_times(
     library: Library, zqfp: Zqfp, x: torch.Tensor, w8: torch.Tensor, timer: Timer
 ) -> list[tuple[float, str, int, float, bool]]:
-    """Return (microseconds, kernel, cut, relative error, whether it is within the tolerance) of each variant."""
+    """Return (microseconds, kernel, cut, relative error, whether it is tolerable) of each variant."""
     times = []
     for index, name in enumerate(library.kernel_names()):
         tile = int(name[1:].split("r")[0])
