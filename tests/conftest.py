@@ -120,6 +120,8 @@ def kernel_library() -> Library:
         (ROOT / "build").mkdir(exist_ok=True)
         with (ROOT / "build" / "kernels.lock").open("w") as lock:  # pytest-xdist workers build once
             fcntl.flock(lock, fcntl.LOCK_EX)
-            done = subprocess.run(["make", "kernels"], cwd=ROOT, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ["make", "-j4", "kernels"], cwd=ROOT, capture_output=True, text=True, check=False
+            )
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return library.load_library()

@@ -7,7 +7,7 @@
 namespace zqfp {
 
 struct Kernel {
-  const char* name;  // t<tokens>r<rows>s<slices>, then c<cluster> and p<promotion> where not 1 and 0 (config.h)
+  const char* name;  // t<tokens>r<rows>s<slices>, then c<cluster>, p<promotion>, h<head start> if any (config.h)
   int tokens, rows, slices, cluster, promote;
   int stages;
   int threads;
