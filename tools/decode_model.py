@@ -1,8 +1,8 @@
 """LLaMA-shaped ONNX models with random weights and a KV cache, as ONNX Runtime runs them fastest.
 
-The graph is the one ONNX Runtime's own LLM exports have: fused norms, GroupQueryAttention with rotary
-embedding and a cache that is written in place. Only the linear layers of the decoder differ between
-contenders: embedding and lm_head are float16 in all of them.
+The graph is the one ONNX Runtime's own LLM exports have: fused norms, q, k and v in one linear layer,
+GroupQueryAttention with rotary embedding and a cache that is written in place. Only the linear layers of the
+decoder differ between contenders: embedding and lm_head are float16 in all of them.
 """
 
 from __future__ import annotations
@@ -273,9 +273,18 @@ def _add_norm(writer: Writer, x: str, branch: str, norm: str, total: str) -> str
 def _attention(writer: Writer, linears: Linears, i: int) -> None:
     shape = writer.shape
     wide, narrow = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    qkv = {f"l{i}.q": wide, f"l{i}.k": narrow, f"l{i}.v": narrow}
-    linears.emit(writer, f"l{i}.norm", shape.hidden, qkv)
-    inputs = [*qkv, f"past.{i}.key", f"past.{i}.value", "seqlens_k", "total_length", "cos", "sin"]
+    linears.emit(writer, f"l{i}.norm", shape.hidden, {f"l{i}.qkv": wide + 2 * narrow})
+    inputs = [
+        f"l{i}.qkv",
+        "",
+        "",
+        f"past.{i}.key",
+        f"past.{i}.value",
+        "seqlens_k",
+        "total_length",
+        "cos",
+        "sin",
+    ]
     outputs = [f"l{i}.mix", f"present.{i}.key", f"present.{i}.value"]
     attributes = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads, "do_rotary": 1}
     writer.op("GroupQueryAttention", inputs, outputs, "com.microsoft", **attributes)

@@ -57,6 +57,31 @@ def test_operands_are_read_with_dtype_and_dims() -> None:
     assert layers[0].constants[0].dims == (64, 96)
 
 
+def plugin(name, group=0, mark="", codes="Int4"):
+    return layer(
+        f"{name}{mark}_myl{group}_2",
+        "custom_layer",
+        [(f"x8{mark}_myl{group}", "-1,64", "FP8")],
+        [(f"{name}_codes", "64,128", codes), ("__scales", "256", "FP8"), ("__rows", "48", "Float")],
+        [(f"{name}{mark}_out", "-1,48", "Half")],
+        [name],
+    )
+
+
+def test_our_plugin_covers_its_linear_and_its_half_output_is_scaled() -> None:
+    result = check(
+        log(plugin("q/MatMul"), plugin("k/MatMul", 1, " [profile 1]")), ["q/MatMul", "k/MatMul"], 2
+    )
+    assert [profile.missing for profile in result.profiles] == [("k/MatMul",), ("q/MatMul",)]
+    result = check(log(plugin("q/MatMul"), fp8_gemm(["k/MatMul"])), ["q/MatMul", "k/MatMul"])
+    assert result.ok and (result.fp8_linears, result.fp8_gemms) == (2, 2)
+
+
+def test_another_plugin_covers_nothing() -> None:
+    result = check(log(plugin("q/MatMul", codes="Half")), ["q/MatMul"])
+    assert not result.ok and "it runs as custom_layer of FP8" in result.problems[0]
+
+
 def test_merged_linears_count_once_as_gemm_and_each_as_linear() -> None:
     result = check(log(fp8_gemm(["q", "k"]), scale("q"), scale("k")), ["q", "k"])
     assert result.ok, result.problems

@@ -252,9 +252,10 @@ def test_engine_onnx_with_fp8_weights(tiny_model, tmp_path: Path) -> None:
 def test_dump_after_every_pass(tiny_model, tmp_path: Path) -> None:
     options = {"kv_cache_dtype": "fp8", "attention": "fp8", "quantize_embedding": True}
     recipe = quick(emit=["fp4", "engine-onnx"], weight_lowering="int4", target="onnxruntime", **options)
-    result = compile_model(tiny_model("llama"), recipe, output=tmp_path / "out", dump_after=tuple(PASSES))
+    passes = tuple(name for name in PASSES if name != "lower-weights-plugin")  # instead of inline-functions
+    result = compile_model(tiny_model("llama"), recipe, output=tmp_path / "out", dump_after=passes)
     dumps = sorted((result.folder / "dump").glob("*.onnx"))
-    assert {path.stem[3:] for path in dumps} == set(PASSES)
+    assert {path.stem[3:] for path in dumps} == set(passes)
     assert [int(path.stem[:2]) for path in dumps] == list(range(1, len(dumps) + 1))
     for path in dumps:
         kinds = {value.dtype for value in load_model(path).graph.initializers.values()}

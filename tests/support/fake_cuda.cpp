@@ -11,6 +11,7 @@
 
 #include "decode.h"
 #include "numbers.h"
+#include "packed_sizes.h"
 #include "zqfp.h"
 
 namespace {

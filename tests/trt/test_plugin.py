@@ -128,6 +128,15 @@ def test_attributes_the_kernel_does_not_take_are_refused_by_the_parser(build):
         build(model, 128)
 
 
+@pytest.mark.parametrize(("name", "number"), [("n", 200), ("k", 256), ("group_size", 16), ("lorc_rank", 8)])
+def test_shapes_that_do_not_fit_the_attributes_end_the_build(name, number, build):
+    """They would be read as they are: the plugin says so when TensorRT tells it the shapes."""
+    model = lowered(CASES[3])
+    next(n for n in model.graph if n.name == LINEARS[0]).attributes[name] = ir.AttrInt64(name, number)
+    with pytest.raises(BuilderError, match=r"at node 'attn.q/MatMul'"):
+        build(model, 128)
+
+
 def wide_model(models_folder: Path, folder: Path, dtype: str = "float16") -> Path:
     from make_large import Shape, make_large
 

@@ -12,8 +12,10 @@ missing() {
     exit 1
 }
 command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || missing "this is no Debian to get $package with"
-mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 2>/dev/null | grep -m1 '/debian/\?$') ||
-    missing "apt knows no Debian mirror; run apt-get update"
+# Both forms of a source: "URIs: MIRROR" and "deb [options] MIRROR release component".
+mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null |
+    sed -n -e 's/^URIs: *\([^ ]*\).*/\1/p' -e 's/^deb .*\(https\?:[^ ]*\).*/\1/p' | grep -m1 '/debian/\?$') ||
+    missing "apt's sources name no Debian mirror"
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 mkdir -p "$state/lists/partial" "$state/archives/partial" "$folder"
 echo "deb [signed-by=$keyring] $mirror trixie main" >"$state/sources.list"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,12 @@ import torch
 
 from zqfp_compile.kernels.library import Layer, Library, LinearTensors
 from zqfp_compile.kernels.packing import pack_codes, pack_group_scales
+
+# Rounding y is at most 2^-11 or 2^-8 of each number; as a norm, and with a margin:
+_ROUNDING_ERROR = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
+# Of the accumulator, per step of 32 columns: the FP8 tensor core keeps about 14 bits and cuts off the rest
+# (DESIGN section 7), on average half of its last place and always towards zero.
+_STEP_ERROR = 2.0**-14
 
 
 @dataclass(frozen=True)
@@ -108,3 +115,15 @@ class TorchLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return y [M, N] for x [M, K], both of the layer's dtype."""
         return self.multiply(*self.quantize(x))
+
+    def tolerance(self, m: int) -> float:
+        """Return a bound on ``||y - reference|| / ||reference||`` for M rows of random data.
+
+        It grows with the columns that are added up in the tensor core: all of a slice of K, or, in kernels
+        whose names have a p, that many blocks of 128. A wrong index gives 1, a lost block of K 0.1 or more.
+        """
+        name, _ = self.library.describe_plan(self.layer, m)
+        size = {letter: int(number) for letter, number in re.findall(r"([a-z])(\d+)", name)}
+        blocks = -(-self.layer.k // (128 * size["s"]))
+        steps = 4 * min(blocks, size.get("p", blocks))
+        return _ROUNDING_ERROR[self.layer.dtype] + steps * _STEP_ERROR

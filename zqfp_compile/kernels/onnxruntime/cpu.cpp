@@ -5,6 +5,7 @@
 
 #include "decode.h"
 #include "numbers.h"
+#include "packed_sizes.h"
 
 namespace zqfp {
 namespace {
@@ -77,8 +78,8 @@ void writePanel(const LinearNode& node, const LinearCall& call, int64_t panel, c
 CpuLinear::CpuLinear(const Ort::ConstKernelInfo& info) : node_(info) {
   const Ort::ConstValue codes = constantInput(info, 2, "codes"), scales = constantInput(info, 3, "group_scales");
   const PackedSizes sizes = packedSizes(node_.desc);
-  const size_t given = codes.GetTensorTypeAndShapeInfo().GetElementCount();
-  require(given == 2 * sizes.codes && scales.GetTensorTypeAndShapeInfo().GetElementCount() == sizes.scales,
+  const int64_t given = elements(codes.GetTensorTypeAndShapeInfo().GetShape());
+  require(given == 2 * sizes.codes && elements(scales.GetTensorTypeAndShapeInfo().GetShape()) == sizes.scales,
           "codes have " + std::to_string(given) + " elements, a layer of n " + std::to_string(node_.desc.n) + ", k " +
               std::to_string(node_.desc.k) + " has " + std::to_string(2 * sizes.codes) + "; compile the model again");
   std::vector<uint8_t> w8(static_cast<size_t>(node_.desc.n * node_.desc.k));

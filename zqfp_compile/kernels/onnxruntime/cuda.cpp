@@ -4,16 +4,25 @@
 
 namespace zqfp {
 
+namespace {
+
+// A weight is on the GPU already, but its shape is known here.
+void checkElements(const Ort::ConstKernelInfo& info, size_t index, size_t wanted, const char* what) {
+  const size_t given = info.GetInputTypeInfo(index).GetTensorTypeAndShapeInfo().GetElementCount();
+  require(given == wanted, std::string(what) + " have " + std::to_string(given) + " elements, this layer has " +
+                               std::to_string(wanted) + "; compile the model again");
+}
+
+}  // namespace
+
 CudaLinear::CudaLinear(const Ort::ConstKernelInfo& info) : node_(info), workspaces_(Workspaces::shared()) {
   require(node_.desc.dtype != ZQFP_FLOAT32,
           "the CUDA kernel computes FLOAT16 and BFLOAT16, this layer is FLOAT; compile a model of one of those "
           "types, or run this one on the CPU");
   size_t codes = 0, scales = 0;
   check(library().packedSizes(&node_.desc, &codes, &scales), "PackedW4A8Linear");
-  // The weights are on the GPU already, but their shapes are known here.
-  const size_t given = info.GetInputTypeInfo(2).GetTensorTypeAndShapeInfo().GetElementCount();
-  require(given == 2 * codes, "codes have " + std::to_string(given) + " elements, this layer has " +
-                                  std::to_string(2 * codes) + "; compile the model again");
+  checkElements(info, 2, 2 * codes, "codes");
+  checkElements(info, 3, scales, "group_scales");
 }
 
 void CudaLinear::compute(Ort::KernelContext& context) const {

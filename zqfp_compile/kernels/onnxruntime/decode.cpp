@@ -1,12 +1,13 @@
 #include "decode.h"
 
 #include "numbers.h"
+#include "packed_sizes.h"
 
 namespace zqfp {
 namespace {
 
 // The order of zqfp_compile/kernels/packing.py, which says where each number is and why.
-constexpr int64_t kBlockRows = 64, kBlockColumns = 128, kWordsPerBlock = 1024;
+constexpr int64_t kWordsPerBlock = 1024;
 constexpr float kE2m1[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
@@ -33,14 +34,6 @@ int64_t scaleIndex(int64_t n, int64_t k, int64_t groupSize, int64_t blockColumns
 }
 
 }  // namespace
-
-PackedSizes packedSizes(const zqfpLinearDesc& desc) {
-  require(desc.group_size == 32 || desc.group_size == 64 || desc.group_size == 128,
-          "attribute group_size is " + std::to_string(desc.group_size) + ", it must be 32, 64 or 128");
-  const int64_t elements =
-      blocks(desc.n, kBlockRows) * kBlockRows * blocks(desc.k, kBlockColumns) * kBlockColumns;
-  return {static_cast<std::size_t>(elements / 2), static_cast<std::size_t>(elements / desc.group_size)};
-}
 
 void decodeWeights(const zqfpLinearDesc& desc, const void* codes, const void* groupScales, uint8_t* w8) {
   const auto* words = static_cast<const uint32_t*>(codes);

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "library.h"
+#include "packed_sizes.h"
 
 namespace zqfp {
 
@@ -55,6 +56,20 @@ int32_t LinearPlugin::getOutputShapes(const nvinfer1::DimsExprs* inputShapes, in
   return 0;
 }
 
+void LinearPlugin::checkShapes(const std::vector<nvinfer1::Dims>& inputs) const {
+  const PackedSizes sizes = packedSizes(desc_);
+  checkLast(inputs.at(0), desc_.k, "x8");
+  if (desc_.per_token) checkLast(inputs.at(1), 1, "a");
+  if (!desc_.per_token) checkElements(inputs.at(1), 1, "a");
+  checkElements(inputs.at(2), 2 * sizes.codes, "codes");
+  checkElements(inputs.at(3), sizes.scales, "group_scales");
+  checkElements(inputs.at(4), desc_.n, "row_scales");
+  if (bias_) checkElements(inputs.at(5), desc_.n, "bias");
+  if (desc_.lorc_rank == 0) return;
+  checkLast(inputs.at(5 + bias_), desc_.lorc_rank, "xv");
+  checkElements(inputs.at(6 + bias_), desc_.lorc_rank * desc_.n, "lorc_u");
+}
+
 bool LinearPlugin::supportsType(int32_t position, DataType type, DataType, int32_t inputs) const {
   static constexpr DataType kFixed[] = {DataType::kFP8, DataType::kFLOAT, DataType::kINT4, DataType::kFP8,
                                         DataType::kFLOAT};
@@ -77,9 +92,9 @@ void LinearPlugin::run(int64_t m, const void* const* inputs, void* output, cudaS
   }
   args.y = output;
   size_t bytes = 0;
-  check(library().workspaceSize(&desc_, m, &bytes), kName);
+  check(library().workspaceSize(&desc_, m, &bytes), "workspace");
   const Buffer workspace = workspaces_->get(stream, bytes);
-  check(library().linear(&desc_, &args, m, workspace.data, workspace.bytes, stream), kName);
+  check(library().linear(&desc_, &args, m, workspace.data, workspace.bytes, stream), "launch");
 }
 
 int32_t LinearPlugin::enqueue(const nvinfer1::PluginTensorDesc* inputDescs, const nvinfer1::PluginTensorDesc*,

@@ -42,6 +42,24 @@ nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(nvinfer1::PluginCapa
   return nullptr;
 }
 
+int32_t Plugin::configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t count,
+                                const nvinfer1::DynamicPluginTensorDesc*, int32_t) noexcept {
+  return guarded(name_, [&] {
+    std::vector<nvinfer1::Dims> dims;
+    for (int32_t i = 0; i < count; ++i) dims.push_back(inputs[i].desc.dims);
+    checkShapes(dims);
+  });
+}
+
+int32_t Plugin::onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t count,
+                              const nvinfer1::PluginTensorDesc*, int32_t) noexcept {
+  return guarded(name_, [&] {
+    std::vector<nvinfer1::Dims> dims;
+    for (int32_t i = 0; i < count; ++i) dims.push_back(inputs[i].dims);
+    checkShapes(dims);
+  });
+}
+
 bool Plugin::supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors,
                                        int32_t inputs, int32_t) noexcept {
   const nvinfer1::PluginTensorDesc& tensor = tensors[position].desc;
@@ -68,6 +86,21 @@ zqfpDataType dataType(DataType type) {
     default:
       throw std::runtime_error("a tensor is no FLOAT, FLOAT16 or BFLOAT16");
   }
+}
+
+void checkLast(const nvinfer1::Dims& dims, int64_t wanted, const char* what) {
+  const int64_t last = dims.nbDims > 0 ? dims.d[dims.nbDims - 1] : 0;
+  if (last == wanted || last == -1) return;
+  throw std::runtime_error(std::string("the last dimension of ") + what + " is " + std::to_string(last) +
+                           ", the node's is " + std::to_string(wanted));
+}
+
+void checkElements(const nvinfer1::Dims& dims, int64_t wanted, const char* what) {
+  int64_t count = 1;
+  for (int32_t i = 0; i < dims.nbDims; ++i) count *= dims.d[i];
+  if (count == wanted) return;
+  throw std::runtime_error(std::string(what) + " has " + std::to_string(count) + " elements, this layer has " +
+                           std::to_string(wanted) + "; compile the model again");
 }
 
 int64_t rowCount(const nvinfer1::Dims& dims) {

@@ -33,20 +33,19 @@ class Plugin : public nvinfer1::IPluginV3,
   const char* getPluginVersion() const noexcept override { return kVersion; }
   const char* getPluginNamespace() const noexcept override { return kNamespace; }
 
-  int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc*, int32_t, const nvinfer1::DynamicPluginTensorDesc*,
-                          int32_t) noexcept override {
-    return 0;
-  }
-  int32_t onShapeChange(const nvinfer1::PluginTensorDesc*, int32_t, const nvinfer1::PluginTensorDesc*,
-                        int32_t) noexcept override {
-    return 0;
-  }
+  int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t count,
+                          const nvinfer1::DynamicPluginTensorDesc*, int32_t) noexcept override;
+  int32_t onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t count, const nvinfer1::PluginTensorDesc*,
+                        int32_t) noexcept override;
   nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
   const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override { return &fields_; }
   bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors, int32_t inputs,
                                  int32_t outputs) noexcept override;
 
  protected:
+  // Throws std::runtime_error when the inputs' shapes do not fit the attributes; -1 is an open dimension.
+  virtual void checkShapes(const std::vector<nvinfer1::Dims>& inputs) const = 0;
+
   // Whether tensor `position` (inputs, then outputs) may have `type`, given the first input's.
   virtual bool supportsType(int32_t position, nvinfer1::DataType type, nvinfer1::DataType first, int32_t inputs) const = 0;
 
@@ -85,6 +84,12 @@ zqfpDataType dataType(nvinfer1::DataType type);
 
 // Rows of an activation: the product of all dimensions but the last.
 int64_t rowCount(const nvinfer1::Dims& dims);
+
+// Throws std::runtime_error unless the last dimension of `what` is `wanted` or open.
+void checkLast(const nvinfer1::Dims& dims, int64_t wanted, const char* what);
+
+// Throws std::runtime_error unless `what`, of which all dimensions are known, has `wanted` elements.
+void checkElements(const nvinfer1::Dims& dims, int64_t wanted, const char* what);
 
 }  // namespace zqfp
 

@@ -36,6 +36,15 @@ int32_t QuantizePlugin::getOutputShapes(const nvinfer1::DimsExprs* inputShapes, 
   return 0;
 }
 
+void QuantizePlugin::checkShapes(const std::vector<nvinfer1::Dims>& inputs) const {
+  if (!tokens_) checkElements(inputs.at(1), 1, "a");
+  if (rank_ == 0) return;
+  const nvinfer1::Dims& x = inputs.at(0);
+  const nvinfer1::Dims& v = inputs.at(tokens_ ? 1 : 2);
+  checkLast(v, rank_, "lorc_v");
+  if (v.nbDims == 2) checkLast(x, v.d[0], "x");
+}
+
 bool QuantizePlugin::supportsType(int32_t position, DataType type, DataType first, int32_t inputs) const {
   if (position == 0) return type == DataType::kHALF || type == DataType::kBF16 || type == DataType::kFLOAT;
   if (position < inputs) return type == (!tokens_ && position == 1 ? DataType::kFLOAT : first);
@@ -55,7 +64,7 @@ int32_t QuantizePlugin::enqueue(const nvinfer1::PluginTensorDesc* inputDescs, co
     void* xv = rank_ > 0 ? outputs[tokens_ ? 2 : 1] : nullptr;
     check(library().quantizeActivation(inputs[0], dataType(inputDescs[0].type), m, dims.d[dims.nbDims - 1], scale,
                                        outputs[0], a, v, rank_, xv, stream),
-          getPluginName());
+          "launch");
   });
 }
 

@@ -26,6 +26,7 @@ class QuantizePlugin : public Plugin {
                   cudaStream_t stream) noexcept override;
 
  protected:
+  void checkShapes(const std::vector<nvinfer1::Dims>& inputs) const override;
   bool supportsType(int32_t position, nvinfer1::DataType type, nvinfer1::DataType first,
                     int32_t inputs) const override;
 

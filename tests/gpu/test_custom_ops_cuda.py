@@ -1,0 +1,154 @@
+"""The custom ops' CUDA kernels in ONNX Runtime's CUDA provider, against those of the CPU provider.
+
+make kernels hosts && python -m pytest -q tests/gpu/test_custom_ops_cuda.py
+
+Without network, take what was built elsewhere: ZQFP_KERNELS=build/kernels python -m pytest ...
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from rewrite_models import NUMPY, Case, artifact
+
+from passes.lower_weights_plugin import LowerWeightsPlugin
+from passes.remove_unused import RemoveUnused
+
+ort = pytest.importorskip("onnxruntime")
+torch = pytest.importorskip("torch")
+
+if "CUDAExecutionProvider" not in ort.get_available_providers():
+    pytest.skip("needs onnxruntime-gpu", allow_module_level=True)
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("needs an H100 or H200 (sm_90)", allow_module_level=True)
+
+F16, BF16 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
+# Of the largest output: y is rounded to its type, and the tensor core keeps about 14 bits while it adds.
+TOLERANCE = {F16: 4e-3, BF16: 1e-2}
+CASES = [
+    Case(group_size=64, dtype=F16, n=512, k=1024),
+    Case(group_size=32, dtype=F16, n=72, k=80, per_token=True),
+    Case(group_size=128, dtype=BF16, n=264, k=4112, lorc=True, rank=16),
+    Case(group_size=64, dtype=F16, n=200, k=208, lorc=True, rank=12, per_token=True, constraint="m2"),
+    Case(group_size=64, dtype=F16, n=576, k=1536, lorc=True, rank=60, per_token=True),
+]
+ROWS = (1, 3, 16, 17, 64, 130, 1000, 2, 0)
+
+
+@pytest.fixture(scope="module")
+def library(make) -> Path:
+    make("kernels")
+    folder = make("onnxruntime-ops")
+    assert (folder / "libzqfp.so").is_file()
+    return folder / "libzqfp_onnxruntime.so"
+
+
+def lowered(case: Case) -> ir.Model:
+    model, plan = artifact(case)
+    assert LowerWeightsPlugin(plan, only_half=True).call(model).declined == ()
+    RemoveUnused().call(model)
+    return model
+
+
+def open_session(model: ir.Model, library: Path, provider: str, **settings: str) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.register_custom_ops_library(str(library))
+    if provider == "CUDA":  # an op that falls back to the CPU is an error
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    content = ir.to_proto(model).SerializeToString()
+    session = ort.InferenceSession(content, options, providers=[(f"{provider}ExecutionProvider", settings)])
+    assert f"{provider}ExecutionProvider" in session.get_providers()
+    return session
+
+
+def value(x: np.ndarray, dtype: ir.DataType) -> Any:
+    if dtype == BF16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(x.view(np.uint16), int(BF16))
+    return ort.OrtValue.ortvalue_from_numpy(x)
+
+
+def run(session: Any, x: np.ndarray, dtype: ir.DataType) -> list[np.ndarray]:
+    """Outputs as float64."""
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", value(x, dtype))
+    for name in ("q", "v"):
+        binding.bind_output(name, "cpu")
+    session.run_with_iobinding(binding)
+    return [as_float(output, dtype) for output in binding.get_outputs()]
+
+
+def as_float(output: Any, dtype: ir.DataType) -> np.ndarray:
+    if dtype != BF16:
+        return output.numpy().astype(np.float64)
+    import ctypes
+
+    raw = ctypes.string_at(output.data_ptr(), output.tensor_size_in_bytes())
+    return np.frombuffer(raw, np.uint16).view(NUMPY[BF16]).astype(np.float64).reshape(output.shape())
+
+
+def inputs(case: Case, rows: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, case.k)).astype(NUMPY[case.dtype])
+
+
+def close(got: list[np.ndarray], wanted: list[np.ndarray], tolerance: float) -> bool:
+    return all(
+        a.shape == b.shape and (a.size == 0 or np.abs(a - b).max() <= tolerance * np.abs(b).max())
+        for a, b in zip(got, wanted, strict=True)
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_linear_equals_the_cpu_kernel(case, library):
+    """Growing and shrinking batches, which share one workspace."""
+    model = lowered(case)
+    cuda, cpu = (open_session(model, library, provider) for provider in ("CUDA", "CPU"))
+    for rows in ROWS:
+        x = inputs(case, rows)
+        assert close(run(cuda, x, case.dtype), run(cpu, x, case.dtype), TOLERANCE[case.dtype]), rows
+
+
+def test_runs_repeat_bit_for_bit_also_side_by_side(library):
+    """Threads have streams of their own, and a workspace per stream."""
+    case = CASES[3]
+    session = open_session(lowered(case), library, "CUDA")
+    x = inputs(case, 33)
+    first = run(session, x, case.dtype)
+    with ThreadPoolExecutor(4) as pool:
+        for again in pool.map(lambda _: run(session, x, case.dtype), range(40)):
+            assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_cuda_graph(case, library):
+    """A replayed graph computes with what its input buffer then holds."""
+    model = lowered(case)
+    plain = open_session(model, library, "CUDA")
+    session = open_session(model, library, "CUDA", enable_cuda_graph="1")
+    binding = session.io_binding()
+    x = ort.OrtValue.ortvalue_from_numpy(inputs(case, 8), "cuda", 0)
+    binding.bind_ortvalue_input("x", x)
+    empty = np.zeros((8, case.n), NUMPY[case.dtype])
+    outputs = [ort.OrtValue.ortvalue_from_numpy(empty, "cuda", 0) for _ in range(2)]
+    for name, output in zip(("q", "v"), outputs, strict=True):
+        binding.bind_ortvalue_output(name, output)
+    for seed in range(4):
+        fresh = inputs(case, 8, seed)
+        x.update_inplace(fresh)
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        wanted = run(plain, fresh, case.dtype)
+        assert all(np.array_equal(as_float(o, case.dtype), y) for o, y in zip(outputs, wanted, strict=True))
+
+
+def test_a_layer_of_floats_is_refused(library):
+    model, plan = artifact(Case(group_size=64, n=72, k=80))
+    LowerWeightsPlugin(plan).call(model)
+    RemoveUnused().call(model)
+    with pytest.raises(Exception, match="this layer is FLOAT"):
+        open_session(model, library, "CUDA")
