@@ -2,7 +2,8 @@
 
     python models/export_smollm2.py --output build/models/smollm2-135m [--dtype float16|float32]
 
-Writes ``model.onnx``, ``model.onnx.data``, ``tokenizer.json``, ``config.json``, ``generation_config.json``.
+Writes ``model.onnx``, ``model.onnx.data``, ``config.json``, ``generation_config.json`` and what
+:func:`write_tokenizer` does.
 The GGUF is Q4_1: its weights are dequantised here, so this model's "full precision" is already 4-bit-shaped.
 """
 
@@ -132,11 +133,11 @@ def load_model(gguf_path: Path, dtype: str) -> Any:
 
 
 def write_tokenizer(gguf_path: Path, folder: Path) -> None:
-    """Convert the GGUF's tokenizer to ``tokenizer.json``."""
+    """Convert the GGUF's tokenizer to ``tokenizer.json``, its chat template to ``chat_template.jinja``."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(gguf_path.parent), gguf_file=gguf_path.name)
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save_pretrained(str(folder))
 
 
 def main() -> None:

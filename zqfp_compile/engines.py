@@ -13,7 +13,7 @@ from zqfp_compile.calibrate.causal_lm import InputSpec
 from zqfp_compile.disk import format_bytes
 from zqfp_compile.errors import BuilderError, MissingDependencyError, UsageError
 from zqfp_compile.model_io import load_model, save_model
-from zqfp_compile.output_folder import OutputFolder
+from zqfp_compile.output_folder import ORT_MODEL, OutputFolder
 from zqfp_compile.pass_runner import PassRunner
 from zqfp_compile.plan import QuantPlan
 from zqfp_compile.progress import StepTimer
@@ -22,7 +22,6 @@ from zqfp_compile.report.model import EngineProfile, EngineReport, LintReport
 from zqfp_compile.specs import Phase
 
 _BUILDERS = ("tensorrt", "tensorrt-rtx")
-_ORT_MODEL = "onnxruntime.onnx"
 _ENGINE_ONNX = "engine.onnx"
 _FP4_ONNX = "model.fp4.onnx"
 
@@ -104,7 +103,7 @@ def runnable_model(place: Workplace, choice: TargetChoice) -> Path:
     lowering = ["lower-weights-fp8"] if place.plan.quantizes_weights else []
     if not (lowering or deployed):
         return place.artifact
-    path = (place.folder.path if deployed else place.folder.scratch) / _ORT_MODEL
+    path = (place.folder.path if deployed else place.folder.scratch) / ORT_MODEL
     if not path.exists():
         _lower(place, path, *lowering, *(["qdq-to-casts"] if deployed else []))
     return path

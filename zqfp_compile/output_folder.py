@@ -30,9 +30,25 @@ from zqfp_compile.disk import (
 )
 from zqfp_compile.errors import MissingDependencyError, UsageError, ZqfpError
 
-__all__ = ["MANIFEST", "OutputFolder", "ensure_free_space"]
+__all__ = [
+    "ARTIFACT",
+    "COMPANIONS",
+    "MANIFEST",
+    "ORT_MODEL",
+    "TOKENIZER",
+    "OutputFolder",
+    "ensure_free_space",
+]
 
+# Files of a compiled folder. The companions are copied from beside the model, so that the folder can generate
+# text wherever it is moved to.
 MANIFEST = "manifest.json"
+ARTIFACT = "model.zqfp.onnx"
+ORT_MODEL = "onnxruntime.onnx"
+TOKENIZER = "tokenizer.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+COMPANIONS = (TOKENIZER, CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, CHAT_TEMPLATE)
 _TOOL = "zqfp-compile"
 _LOCK, _CONTENT, _SCRATCH, _OLD = "lock", "content", "scratch", "old"
 _CHUNK = 1 << 22
