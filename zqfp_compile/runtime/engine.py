@@ -141,8 +141,9 @@ class Engine:
         room = (position_limit(self._folder.path) or sys.maxsize) - len(prompt)
         if not prompt or room < 1:
             raise UsageError(f"the prompt has {len(prompt)} tokens; give 1 to {room + len(prompt) - 1}")
-        if not all(0 <= token < (interface.vocab_size or sys.maxsize) for token in prompt):
-            raise UsageError(f"{self.path}: knows tokens 0 to {interface.vocab_size}; use its own tokenizer")
+        last = (interface.vocab_size or sys.maxsize) - 1
+        if not all(0 <= token <= last for token in prompt):
+            raise UsageError(f"{self.path}: knows tokens 0 to {last}; use its own tokenizer")
         tokens = generate_tokens(self._session, interface, prompt, sampling.picker())
         return _until_end(
             itertools.islice(tokens, max(0, min(max_new_tokens, room))),

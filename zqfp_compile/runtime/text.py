@@ -15,7 +15,8 @@ _INCOMPLETE = "\ufffd"
 def decode_stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     """Yield the text of ``tokens`` in pieces that together equal the text of all of them.
 
-    A character whose bytes span tokens comes in one piece. Special tokens have no text.
+    A character whose bytes span tokens comes in one piece. Special tokens have no text. A decoder with byte
+    fallback (LLaMA 2's) may judge bytes that are no UTF-8 by what follows; a piece that came before stays.
     """
     pending: list[int] = []  # since the last piece, after the tokens that piece ended with
     shown = 0  # of these, already in pieces; they stay because a decoder may join them with what follows
