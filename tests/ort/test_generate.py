@@ -318,3 +318,22 @@ def test_smollm2_says_what_transformers_says(smollm2: Path, models_folder: Path)
             tokens = engine.encode(prompt)
             found = list(engine.generate_tokens(tokens, max_new_tokens=48))
             assert found == of_transformers(model, tokens, 48), prompt
+
+
+@pytest.mark.slow
+def test_smollm2_is_exported_with_its_chat_template(
+    smollm2: Path, models_folder: Path, tmp_path: Path
+) -> None:
+    """As transformers fills it in, from what the GGUF holds."""
+    from export_smollm2 import CACHE, fetch_gguf, write_tokenizer
+
+    from zqfp_compile.runtime.chat import chat_prompt
+    from zqfp_compile.runtime.folder import ModelFolder
+
+    write_tokenizer(fetch_gguf(CACHE), tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (smollm2.parent / "tokenizer.json").read_bytes()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "Hi\n there"}]
+    wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat_prompt(ModelFolder.of(tmp_path), "Hi\n there") == wanted
+    assert wanted.endswith("<|im_start|>user\nHi\n there<|im_end|>\n<|im_start|>assistant\n")
