@@ -6,6 +6,7 @@ torch's memory and runs on torch's current stream; everything else in here is bo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,13 @@ class TrtSession:
         self.outputs = tuple(self._spec(name) for name in names if name not in inputs)
         self._contexts: dict[int, ExecutionContext] = {}
         # An empty cache needs an address too.
-        self._nothing = torch.empty(1, dtype=torch.uint8, device="cuda")
+        self._nothing = torch.empty(1, dtype=torch.uint8, device=self.device)
 
     def take(self, spec: InputSpec, array: Any) -> torch.Tensor:
         """See :class:`Session`; values the engine reads as shapes stay on the host."""
         tensor = as_torch(spec.name, array)
         check_fits(spec, tensor)
-        return tensor.contiguous().to("cpu" if self._on_host(spec.name) else "cuda")
+        return tensor.contiguous().to("cpu" if self._on_host(spec.name) else self.device)
 
     def execute(self, feed: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, torch.Tensor]:
         """See :class:`Session`; the results are ready for whatever torch's current stream does next."""
@@ -76,7 +77,7 @@ class TrtSession:
         results = {}
         for spec in self.outputs:
             shape = tuple(context.get_tensor_shape(spec.name))
-            results[spec.name] = torch.empty(shape, dtype=torch_dtype(spec.dtype), device="cuda")
+            results[spec.name] = torch.empty(shape, dtype=torch_dtype(spec.dtype), device=self.device)
             self._bind(context, spec.name, results[spec.name])
         if not context.execute_async_v3(stream.cuda_stream):
             raise ModelError(f"{self.path}: the engine failed to run; rebuild it for this GPU and runtime")
@@ -107,10 +108,18 @@ class TrtSession:
         return bool(self._engine.get_tensor_location(name) == self._trt.TensorLocation.HOST)
 
     def _profile(self, feed: Mapping[str, torch.Tensor]) -> int:
-        """Return the first optimisation profile that takes these shapes."""
-        for index in range(self._engine.num_optimization_profiles):
-            if all(self._fits(spec.name, feed[spec.name].shape, index) for spec in self.inputs):
-                return index
+        """Return the optimisation profile that takes these shapes and is tuned for the nearest ones.
+
+        The first input tells: a decoding step fits the prefill profile too, which is tuned for long prompts.
+        """
+        found = [
+            index
+            for index in range(self._engine.num_optimization_profiles)
+            if all(self._fits(spec.name, feed[spec.name].shape, index) for spec in self.inputs)
+        ]
+        if found:
+            first = self.inputs[0].name
+            return min(found, key=lambda index: self._distance(first, feed[first].shape, index))
         shapes = ", ".join(f"{spec.name} {list(feed[spec.name].shape)}" for spec in self.inputs[:3])
         raise UsageError(
             f"{self.path}: no optimization profile takes {shapes}; use the shapes it was built for, or build "
@@ -124,6 +133,13 @@ class TrtSession:
         return len(low) == len(shape) and all(
             a <= dim <= b for a, dim, b in zip(low, shape, high, strict=True)
         )
+
+    def _distance(self, name: str, shape: Sequence[int], profile: int) -> float:
+        """How far a shape is from the one the profile is tuned for."""
+        if self._on_host(name):
+            return 0.0
+        best = self._engine.get_tensor_profile_shape(name, profile)[1]
+        return sum(abs(math.log((dim + 1) / (tuned + 1))) for dim, tuned in zip(shape, best, strict=True))
 
     def _context(self, profile: int, stream: torch.cuda.Stream) -> ExecutionContext:
         if profile not in self._contexts:
