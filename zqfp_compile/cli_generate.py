@@ -69,7 +69,13 @@ def generate_command(
         typer.Option("--seed", metavar="N", help="Repeat a run.", rich_help_panel=SAMPLING),
     ] = None,
     device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.", show_default=True)
+        str,
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            help="auto, cpu or cuda.",
+            autocompletion=lambda: ["auto", "cpu", "cuda"],
+        ),
     ] = "auto",
     verbose: Annotated[
         int,

@@ -131,6 +131,7 @@ class Engine:
 
         It ends after a token that ``generation_config.json`` (else ``config.json``) calls the end, after
         ``max_new_tokens``, or when the context that ``config.json`` names is full.
+        Nothing else of ``generation_config.json`` is used, no penalty for repetition either.
 
         Raises:
             UsageError: When the prompt is empty, too long, or holds a token that the model does not know.
