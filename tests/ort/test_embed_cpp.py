@@ -72,10 +72,9 @@ def test_smollm2(program: Path, smollm2: Path, tmp_path: Path) -> None:
         smollm2, quick(target="onnxruntime", evaluate=False), output=tmp_path / "out"
     ).folder
     engine = Engine.load(folder, device="cpu")
-    for text in ("The sea is", "def fibonacci(n):"):
-        prompt = engine.encode(text)
-        wanted = list(engine.generate_tokens(prompt, max_new_tokens=64))
-        assert tokens_of(program, folder, prompt, 64, 2) == wanted
+    prompt = engine.encode("The sea is")
+    wanted = list(engine.generate_tokens(prompt, max_new_tokens=64))
+    assert tokens_of(program, folder, prompt, 64, 2) == wanted
 
 
 def test_errors_are_one_line(program: Path, tmp_path: Path) -> None:
