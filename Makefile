@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_MODEL := build/models/smollm2-135m
 
-.PHONY: venv demo test test-fast test-tensorrt lint format clean optimum-models
+.PHONY: venv demo kernels test test-fast test-tensorrt lint format clean optimum-models
 
 venv: $(READY)
 
@@ -14,12 +14,21 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,models,dev]'
 	touch $(READY)
 
-$(DEMO_MODEL)/model.onnx: models/export_smollm2.py models/causal_lm_export.py models/atomic_folder.py | $(READY)
+EXPORT_PARTS := $(addprefix models/,gguf_export.py gguf_model.py causal_lm_export.py atomic_folder.py)
+
+$(DEMO_MODEL)/model.onnx: models/export_smollm2.py $(EXPORT_PARTS) | $(READY)
 	$(BIN)/python models/export_smollm2.py --output $(DEMO_MODEL)
 
 demo: $(READY) $(DEMO_MODEL)/model.onnx
 	mkdir -p build/demo
 	$(BIN)/zqfp-compile $(DEMO_MODEL)/model.onnx --output build/demo/smollm2-135m.zqfp --target tensorrt-rtx
+
+# libzqfp.so for sm_90a, from a bare clone: needs nvcc, no GPU and no virtual environment.
+NVCC ?= nvcc
+
+kernels:
+	@command -v $(NVCC) > /dev/null || { echo "make kernels: $(NVCC) is not found; install the CUDA toolkit (12.5 or later) or set NVCC" >&2; exit 1; }
+	+$(MAKE) --no-print-directory -C zqfp_compile/kernels/cuda NVCC=$(NVCC) OUT=$(CURDIR)/build/kernels
 
 # optimum-onnx needs an older transformers, so it exports its models from an environment of its own.
 OPTIMUM_VENV := .venv-optimum

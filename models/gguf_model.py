@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from export_smollm2 import LAYER_TENSORS, undo_permutation
 
 CLASSES = {"llama": ("LlamaConfig", "LlamaForCausalLM"), "qwen2": ("Qwen2Config", "Qwen2ForCausalLM")}
 TOP_TENSORS = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
+}
+LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 # llama.cpp reorders the rows of q and k for LLaMA, not for Qwen2.
 PERMUTED = {"llama": {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}, "qwen2": {}}
@@ -67,6 +77,12 @@ def tensor_name(name: str) -> str | None:
     raise ValueError(f"GGUF tensor {name}: this reader does not know it")
 
 
+def undo_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Invert llama.cpp's reordering of q/k rows [heads * D, K] (interleaved to half-split rotary pairs)."""
+    pairs = weight.reshape(heads, -1, 2, weight.shape[1])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)
+
+
 def load_gguf(path: Path, dtype: str) -> Any:
     """Return the causal LM in ``dtype`` (``float32``, ``float16``, ``bfloat16``), on the CPU.
 
@@ -103,3 +119,11 @@ def load_gguf(path: Path, dtype: str) -> Any:
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are not in the state
     return model
+
+
+def write_tokenizer(path: Path, folder: Path) -> None:
+    """Convert the GGUF's tokenizer to ``tokenizer.json`` in ``folder``, with ``chat_template.jinja``."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    tokenizer.save_pretrained(str(folder))

@@ -5,11 +5,18 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from zqfp_compile.kernels.library import Library
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = ROOT / "build" / "models" / "smollm2-135m" / "model.onnx"
@@ -81,3 +88,19 @@ def smollm2() -> Path:
         command = "python models/export_smollm2.py --output build/models/smollm2-135m"
         pytest.skip(f"{SMOLLM2.relative_to(ROOT)} is not exported: run `{command}`")
     return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def kernel_library() -> Library:
+    """libzqfp, built by ``make kernels`` first; $ZQFP_KERNELS is taken as it is. Skips without nvcc."""
+    from zqfp_compile.kernels import library
+
+    if library.VARIABLE not in os.environ:
+        if shutil.which("nvcc") is None:
+            pytest.skip("nvcc is not installed, so libzqfp.so cannot be built")
+        (ROOT / "build").mkdir(exist_ok=True)
+        with (ROOT / "build" / "kernels.lock").open("w") as lock:  # pytest-xdist workers build once
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = subprocess.run(["make", "kernels"], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return library.load_library()

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 def write_gguf(path: Path, model, architecture: str, **extra: float) -> None:
     """Write float32 tensors under llama.cpp's names, LLaMA's q and k rows in its interleaved order."""
-    from export_smollm2 import LAYER_TENSORS
+    from gguf_model import LAYER_TENSORS
 
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)

@@ -309,9 +309,11 @@ QUESTIONS = (
 @pytest.mark.slow
 def test_smollm2_says_what_transformers_says(smollm2: Path, models_folder: Path) -> None:
     """float16 in ONNX Runtime computes in float32, so transformers does with the same weights."""
-    from export_smollm2 import CACHE, fetch_gguf, load_model
+    from export_smollm2 import SOURCE
+    from gguf_export import fetch_gguf
+    from gguf_model import load_gguf
 
-    model = load_model(fetch_gguf(CACHE), "float16").float().eval()
+    model = load_gguf(fetch_gguf(SOURCE), "float16").float().eval()
     engine = Engine.load(smollm2, device="cpu")
     for question in QUESTIONS:
         for prompt in (question, f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"):
@@ -325,12 +327,14 @@ def test_smollm2_is_exported_with_its_chat_template(
     smollm2: Path, models_folder: Path, tmp_path: Path
 ) -> None:
     """As transformers fills it in, from what the GGUF holds."""
-    from export_smollm2 import CACHE, fetch_gguf, write_tokenizer
+    from export_smollm2 import SOURCE
+    from gguf_export import fetch_gguf
+    from gguf_model import write_tokenizer
 
     from zqfp_compile.runtime.chat import chat_prompt
     from zqfp_compile.runtime.folder import ModelFolder
 
-    write_tokenizer(fetch_gguf(CACHE), tmp_path)
+    write_tokenizer(fetch_gguf(SOURCE), tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == (smollm2.parent / "tokenizer.json").read_bytes()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": "user", "content": "Hi\n there"}]

@@ -59,11 +59,13 @@ def test_logits_agree_with_torch(
 ) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from export_smollm2 import CACHE, fetch_gguf, load_model
+    from export_smollm2 import SOURCE
+    from gguf_export import fetch_gguf
+    from gguf_model import load_gguf
 
     ids = np.array([tokenizer.encode(PROMPT).ids] * 2)
     with torch.no_grad():
-        expected = load_model(fetch_gguf(CACHE), "float32")(torch.from_numpy(ids)).logits.numpy()
+        expected = load_gguf(fetch_gguf(SOURCE), "float32").eval()(torch.from_numpy(ids)).logits.numpy()
     got = step(session, ids, [])[0].astype(np.float32)
     noise, signal = np.square(got - expected).sum(), np.square(expected).sum()
     assert 10 * np.log10(signal / noise) > 45  # float16 through 30 layers; a wrong weight gives below 20

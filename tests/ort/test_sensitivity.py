@@ -22,6 +22,7 @@ from zqfp_compile.precision.auto import Chooser, sensitivities
 from zqfp_compile.precision.goal import Goal
 from zqfp_compile.precision.probe import Probe
 from zqfp_compile.precision.sensitivity import (
+    GPTQ_RANK,
     LayerErrors,
     Statistics,
     candidates,
@@ -147,6 +148,20 @@ def test_measured_errors_are_those_of_the_weights(tiny_model) -> None:
         falling = [item.weight[rank] for rank in sorted(item.weight)]
         assert len(falling) > 3 and falling == sorted(falling, reverse=True) and falling[-1] < falling[0]
         assert 0 < item.activation < 0.01  # E4M3: 2^-4 at most relative, a third of its square on average
+
+
+def test_gptq_leaves_what_low_rank_compensation_would(tiny_model) -> None:
+    """The error after ``GPTQ_RANK`` ranks takes the place of the one before any, in the probe as well."""
+    case = Case(tiny_model("llama"), lorc_format="float")
+    rtn = measure(case.plan, case.weight, case.probe(), case.statistics, max_rank=32, max_runs=1000)
+    gptq = measure(
+        case.plan, case.weight, case.probe(), case.statistics, max_rank=16, max_runs=1000, gptq=True
+    )
+    for before, after in zip(rtn, gptq, strict=True):
+        assert after.fp8 == before.fp8 and after.activation == before.activation
+        assert after.weight[0] == pytest.approx(before.weight[GPTQ_RANK], rel=0.05)
+        assert after.weight[16] == pytest.approx(before.weight[32], rel=0.05)
+        assert after.divergence < before.divergence
 
 
 def test_one_layer_costs_what_it_costs_alone_and_groups_share(tiny_model) -> None:

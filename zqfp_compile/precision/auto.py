@@ -58,6 +58,7 @@ def sensitivities(
     *,
     max_rank: int,
     seed: int,
+    gptq: bool = False,
     device: str = "cpu",
     folder: Path | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, detail: None,
@@ -71,6 +72,7 @@ def sensitivities(
         statistics: Of the layers' inputs, over all windows.
         max_rank: Largest LoRC rank a layer may get.
         seed: Of LoRC's range finder.
+        gptq: Whether the weights will be rounded by GPTQ, not to nearest.
         device: ``cpu`` or ``cuda``.
         folder: Where measurements are kept, by default :func:`zqfp_compile.precision.cache.default_folder`.
         progress: Called with (done, total, text).
@@ -81,7 +83,7 @@ def sensitivities(
     """
     interface = CausalLm.from_model(model)
     folder = folder or cache.default_folder()
-    key = cache.cache_key(model, plan, feeds, max_rank, seed, MAX_RUNS, PROBE_TOKENS)
+    key = cache.cache_key(model, plan, feeds, max_rank, gptq, seed, MAX_RUNS, PROBE_TOKENS)
     found = cache.load(folder, key)
     if found is not None:
         return found
@@ -96,6 +98,7 @@ def sensitivities(
         probe,
         statistics,
         max_rank=max_rank,
+        gptq=gptq,
         seed=seed,
         progress=progress,
     )

@@ -33,6 +33,9 @@ ReadWeight = Callable[[WeightSource], Float32]
 
 # Ranks up to 16 in steps of 4, then wider: the gain of the next rank falls.
 RANKS = (0, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# GPTQ's error is taken to be what LoRC of this rank under channel energies leaves of round-to-nearest's: in
+# SmolLM2 the two are as large, and LoRC after GPTQ gains what the next ranks gain (docs/accuracy.md).
+GPTQ_RANK = 16
 # Runs of the model that the groups may take. Docs/accuracy.md compares it with one per layer.
 MAX_RUNS = 48
 
@@ -83,6 +86,7 @@ def measure(
     *,
     max_rank: int,
     max_runs: int = MAX_RUNS,
+    gptq: bool = False,
     seed: int = 0,
     progress: Progress = lambda done, total, detail: None,
 ) -> tuple[LayerErrors, ...]:
@@ -95,6 +99,7 @@ def measure(
         statistics: Of the layers' activations.
         max_rank: Largest LoRC rank to look at.
         max_runs: The most runs of the probe; layers of a kind are measured together to stay below.
+        gptq: Whether the weights will be rounded by GPTQ, not to nearest.
         seed: Of LoRC's range finder.
         progress: Called with (runs done, runs, text).
     """
@@ -107,7 +112,7 @@ def measure(
         for index in group:
             sites = units[index]
             weight = torch.from_numpy(read_weight(sites[0].weight))
-            result[index], error = _weigh(plan, sites, weight, statistics, max_rank, seed)
+            result[index], error = _weigh(plan, sites, weight, statistics, max_rank, gptq, seed)
             errors.update({site.name: error for site in sites})
         divergence = probe.divergence(errors)
         total = sum(result[index].weight[0] for index in group)
@@ -209,13 +214,17 @@ def _weigh(
     weight: torch.Tensor,
     statistics: Statistics,
     max_rank: int,
+    gptq: bool,
     seed: int,
 ) -> tuple[LayerErrors, Float32]:
-    """Return the relative errors of one weight, and its 4-bit rounding error W_hat - W, float32 [N, K]."""
+    """Return the relative errors of one weight, and its 4-bit error W_hat - W, float32 [N, K]."""
     site = sites[0]
     energy = torch.from_numpy(sum(statistics.energies[item.activation] for item in sites)).float()
     output = _energy(weight, energy)
     error = _rounding_error(plan, site, weight, plan.weight_format)
+    if gptq:
+        made_up = low_rank_factors(-error, min(GPTQ_RANK, *weight.shape), moment=energy, seed=seed)
+        error += (made_up.v @ made_up.u).T
     ranks = [rank for rank in RANKS if rank <= min(max_rank, *weight.shape)]
     left = {0: _energy(error, energy)}
     if len(ranks) > 1:

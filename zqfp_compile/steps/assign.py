@@ -24,6 +24,7 @@ def assign(run: Compilation) -> None:
             run.samples.feeds,
             _statistics(run),
             max_rank=recipe.lorc_rank,
+            gptq=run.walks,
             seed=recipe.seed,
             device=torch_device(recipe.device),
             progress=run.reporter.update,

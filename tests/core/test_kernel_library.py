@@ -1,0 +1,272 @@
+"""libzqfp without a GPU: it builds, decodes as the formats say, and refuses bad input with a sentence."""
+
+import ctypes
+import dataclasses
+import re
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from zqfp_compile.errors import MissingDependencyError
+from zqfp_compile.formats.codebook import E2M1
+from zqfp_compile.formats.minifloat import E4M3FN
+from zqfp_compile.formats.quantized import QuantizedWeight
+from zqfp_compile.formats.scales import legal_scales
+from zqfp_compile.kernels import library as binding
+from zqfp_compile.kernels.library import Layer
+from zqfp_compile.kernels.packing import pack_codes, pack_group_scales, packed_sizes
+from zqfp_compile.kernels.reference import decode_weight
+
+LAYER = Layer(n=64, k=128, group_size=64)
+
+
+def decoded(library, codes, scales, group_size):
+    n, k = codes.shape
+    layer = Layer(n=n, k=k, group_size=group_size)
+    return library.decode(layer, pack_codes(codes), pack_group_scales(scales, group_size))
+
+
+def expected_bits(codes, scales, group_size):
+    w8 = decode_weight(codes, scales, group_size, codes.shape[1])
+    return E4M3FN.encode(w8).view(np.uint8)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_decodes_every_code_with_every_legal_scale(kernel_library, group_size):
+    table = legal_scales("e4m3", E2M1)
+    codes = np.resize(np.arange(-7, 8, dtype=np.int8), (len(table) + 7) // 8 * 8 * group_size)
+    codes = codes.reshape(-1, group_size)
+    scales = np.resize(table, len(codes))[:, None]
+    assert {(c, s) for row, s in zip(codes, scales[:, 0], strict=True) for c in row} == {
+        (c, s) for c in range(-7, 8) for s in table
+    }
+    assert np.array_equal(
+        decoded(kernel_library, codes, scales, group_size), expected_bits(codes, scales, group_size)
+    )
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("n", "k"), [(8, 16), (72, 400), (200, 1040)])
+def test_decodes_any_shape(kernel_library, n, k, group_size):
+    rng = np.random.default_rng(n)
+    codes = rng.integers(-7, 8, (n, k)).astype(np.int8)
+    scales = rng.choice(legal_scales("e4m3", E2M1), (n, -(-k // group_size)))
+    assert np.array_equal(
+        decoded(kernel_library, codes, scales, group_size), expected_bits(codes, scales, group_size)
+    )
+
+
+@pytest.mark.parametrize("constraint", ["m1", "m2", "e4m3"])
+def test_decodes_what_the_quantizer_validates(kernel_library, constraint):
+    rng = np.random.default_rng(5)
+    padded = 192
+    codes = rng.integers(-7, 8, (24, padded)).astype(np.int8)
+    codes[:, 144:] = 0
+    scales = rng.choice(legal_scales(constraint, E2M1), (24, padded // 64))
+    rows = np.exp2(rng.integers(-9, -3, 24)).astype(np.float32)
+    weight = QuantizedWeight(codes, scales, rows, 144, "e2m1", 64, constraint)
+    layer = Layer(n=24, k=144, group_size=64)
+    bits = kernel_library.decode(layer, pack_codes(codes), pack_group_scales(scales, 64))
+    assert np.array_equal(E4M3FN.decode(bits), weight.fp8_weight())
+
+
+def test_sizes_agree_with_the_packer(kernel_library):
+    for n, k, group_size in [(8, 16, 32), (4096, 4096, 64), (72, 400, 128)]:
+        layer = Layer(n=n, k=k, group_size=group_size)
+        assert kernel_library.packed_sizes(layer) == packed_sizes(n, k, group_size)
+
+
+REFUSED = [
+    ({"n": 0}, binding.InvalidValueError, "n = 0"),
+    ({"k": -16}, binding.InvalidValueError, "k = -16"),
+    ({"k": 1 << 40}, binding.InvalidValueError, "k = 1099511627776"),
+    ({"n": 20}, binding.NotSupportedError, "multiple of 8"),
+    ({"k": 100}, binding.NotSupportedError, "multiple of 16"),
+    ({"group_size": 16}, binding.NotSupportedError, "groups of 16"),
+    ({"group_size": 0}, binding.InvalidValueError, "group_size = 0"),
+    ({"lorc_rank": 12}, binding.NotSupportedError, "rank 12"),
+    ({"lorc_rank": 72}, binding.NotSupportedError, "rank 72"),
+    ({"lorc_rank": -8}, binding.InvalidValueError, "lorc_rank = -8"),
+    ({"dtype": torch.float32}, binding.NotSupportedError, "float32"),
+    ({"dtype": torch.int8}, binding.InvalidValueError, "dtype"),
+    ({"per_token": 2}, binding.InvalidValueError, "per_token"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "words"), REFUSED)
+def test_refuses_layers_with_a_sentence(kernel_library, change, error, words):
+    layer = dataclasses.replace(LAYER, **change)
+    for call in (kernel_library.packed_sizes, lambda bad: kernel_library.workspace_bytes(bad, 1)):
+        with pytest.raises(error, match=words):
+            call(layer)
+
+
+def linear_call(library, layer=LAYER, m=4, **changes):
+    """The C call with plausible (never read) pointers; returns the status."""
+    pointers = dict.fromkeys(("x8", "a", "codes", "group_scales", "row_scales", "y"), 4096)
+    pointers |= {"bias": None, "xv": None, "u": None, "workspace": 8192}
+    workspace_bytes = changes.pop("workspace_bytes", 1 << 30)
+    pointers |= changes
+    args = binding._Args(*(pointers[name] for name, _ in binding._Args._fields_))
+    return library._c.zqfpLinear(
+        binding._desc(layer),
+        ctypes.byref(args),
+        ctypes.c_int64(m),
+        ctypes.c_void_p(pointers["workspace"]),
+        ctypes.c_size_t(workspace_bytes),
+        None,
+    )
+
+
+def last_error(library):
+    return library._c.zqfpGetLastErrorString().decode()
+
+
+@pytest.mark.parametrize("name", ["x8", "a", "codes", "group_scales", "row_scales", "y", "workspace"])
+def test_refuses_null_and_misaligned_pointers(kernel_library, name):
+    assert linear_call(kernel_library, **{name: None}) == 1
+    assert f"{name} is null" in last_error(kernel_library)
+    assert linear_call(kernel_library, **{name: 4100}) == 1
+    assert "aligned to 16 bytes" in last_error(kernel_library)
+
+
+def test_refuses_missing_lorc_factors(kernel_library):
+    layer = dataclasses.replace(LAYER, lorc_rank=8)
+    assert linear_call(kernel_library, layer, u=4096) == 1
+    assert "xv is null" in last_error(kernel_library)
+    assert linear_call(kernel_library, layer, xv=4096) == 1
+    assert "u is null" in last_error(kernel_library)
+    assert linear_call(kernel_library, bias=4104) == 1
+    assert "bias" in last_error(kernel_library)
+
+
+def test_refuses_wrong_counts_and_small_workspaces(kernel_library):
+    assert linear_call(kernel_library, m=-1) == 1
+    assert "m = -1" in last_error(kernel_library)
+    assert linear_call(kernel_library, workspace_bytes=64) == 4
+    assert "64 bytes" in last_error(kernel_library)
+    assert linear_call(kernel_library, m=0) == 0
+
+
+def test_null_structures_are_refused(kernel_library):
+    c = kernel_library._c
+    assert c.zqfpGetPackedSizes(None, None, None) == 1
+    assert c.zqfpGetPackedSizes(binding._desc(LAYER), None, None) == 1
+    assert c.zqfpGetWorkspaceSize(binding._desc(LAYER), ctypes.c_int64(1), None) == 1
+    assert c.zqfpLinear(None, None, ctypes.c_int64(1), None, ctypes.c_size_t(0), None) == 1
+    assert c.zqfpLinear(binding._desc(LAYER), None, ctypes.c_int64(1), None, ctypes.c_size_t(0), None) == 1
+    assert c.zqfpDecodeHost(binding._desc(LAYER), None, None, None) == 1
+
+
+def quantize_call(library, *, x_dtype=1, m=4, k=64, rank=0, **changes):
+    pointers = {"x": 4096, "scale": None, "x8": 4096, "a": 4096, "v": None, "xv": None} | changes
+    return library._c.zqfpQuantizeActivation(
+        ctypes.c_void_p(pointers["x"]),
+        ctypes.c_int32(x_dtype),
+        ctypes.c_int64(m),
+        ctypes.c_int64(k),
+        *(ctypes.c_void_p(pointers[name]) for name in ("scale", "x8", "a", "v")),
+        ctypes.c_int32(rank),
+        ctypes.c_void_p(pointers["xv"]),
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({"x": None}, 1, "x is null"),
+        ({"x8": 4104}, 1, "aligned"),
+        ({"a": None}, 1, "a is null"),
+        ({"scale": 4098}, 1, "scale"),
+        ({"x_dtype": 9}, 1, "dtype 9"),
+        ({"m": -3}, 1, "m = -3"),
+        ({"k": 0}, 1, "k = 0"),
+        ({"k": 72}, 2, "multiple of 16"),
+        ({"v": 4096}, 1, "both"),
+        ({"v": 4096, "xv": 4096}, 1, "rank = 0"),
+        ({"v": 4096, "xv": 4096, "rank": 68}, 2, "rank 68"),
+        ({"v": 4096, "xv": 4096, "rank": 8, "x_dtype": 3}, 2, "float32"),
+    ],
+)
+def test_quantizer_refuses(kernel_library, changes, status, words):
+    assert quantize_call(kernel_library, **changes) == status
+    assert words in last_error(kernel_library)
+
+
+def test_nothing_to_quantize_is_no_error(kernel_library):
+    assert quantize_call(kernel_library, m=0) == 0
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the pointers are not real: only for machines without a GPU"
+)
+def test_without_a_driver_cuda_errors_come_back(kernel_library):
+    assert linear_call(kernel_library) == 5
+    assert "CUDA error" in last_error(kernel_library)
+    assert quantize_call(kernel_library) == 5
+    assert "CUDA error" in last_error(kernel_library)
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 33, 100, 256, 1000, 8192])
+@pytest.mark.parametrize(("n", "k"), [(8, 16), (4096, 4096), (28672, 8192), (4096, 14336), (128256, 4096)])
+def test_plans_cover_the_output(kernel_library, n, k, m):
+    layer = Layer(n=n, k=k, group_size=64)
+    name, (workers, row_tiles, token_tiles, units, whole) = kernel_library.describe_plan(layer, m)
+    size = {letter: int(number) for letter, number in re.findall(r"([a-z])(\d+)", name)}
+    rows, columns = 64 * size["r"] * size.get("c", 1), 128 * size["s"]
+    assert row_tiles * rows >= n > (row_tiles - 1) * rows
+    assert token_tiles * size["t"] >= m > (token_tiles - 1) * size["t"]
+    assert units * columns >= k > (units - 1) * columns
+    cut = row_tiles * token_tiles - whole
+    assert 0 <= cut < 2 * 132
+    assert 1 <= workers * size.get("c", 1) <= 132
+    assert cut == 0 or workers <= cut * units
+
+
+def test_tuning_can_be_undone(kernel_library):
+    layer = Layer(n=4096, k=4096, group_size=64)
+    chosen = kernel_library.describe_plan(layer, 1)
+    try:
+        kernel_library.tune(kernel=7, cut=0)
+        assert kernel_library.describe_plan(layer, 1)[0] == kernel_library.kernel_names()[7]
+        with pytest.raises(binding.InvalidValueError, match="no kernel"):
+            kernel_library.tune(kernel=1000)
+    finally:
+        kernel_library.tune()
+    assert kernel_library.describe_plan(layer, 1) == chosen
+
+
+def test_schedules_deal_every_unit_once(repo_root, tmp_path):
+    source, program = repo_root / "tests" / "support" / "schedule_test.cpp", tmp_path / "schedule_test"
+    include = repo_root / "zqfp_compile" / "kernels" / "cuda"
+    subprocess.run(["g++", "-std=c++17", "-O1", "-I", include, source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_missing_library_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv(binding.VARIABLE, str(tmp_path))
+    with pytest.raises(MissingDependencyError, match="make kernels"):
+        binding.load_library()
+
+
+def test_a_broken_library_is_diagnosed(monkeypatch, tmp_path):
+    (tmp_path / binding.NAME).write_bytes(b"not a library")
+    monkeypatch.setenv(binding.VARIABLE, str(tmp_path))
+    with pytest.raises(MissingDependencyError, match="does not load"):
+        binding.load_library()
+
+
+def test_make_kernels_without_nvcc_says_so(repo_root):
+    done = subprocess.run(
+        ["make", "kernels", "NVCC=/nonexistent/nvcc"],
+        cwd=repo_root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "install the CUDA toolkit" in done.stderr

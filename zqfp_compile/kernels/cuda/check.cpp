@@ -1,0 +1,62 @@
+#include "check.h"
+
+#include <cstdint>
+
+namespace zqfp {
+
+zqfpStatus check_desc(const zqfpLinearDesc* desc) {
+  if (desc == nullptr) return fail(ZQFP_INVALID_VALUE, "the layer description is null");
+  const zqfpLinearDesc& d = *desc;
+  if (d.n <= 0 || d.n > kMaxRows) {
+    return fail(ZQFP_INVALID_VALUE, "n = %lld is not in 1..%lld", (long long)d.n, (long long)kMaxRows);
+  }
+  if (d.k <= 0 || d.k > kMaxColumns) {
+    return fail(ZQFP_INVALID_VALUE, "k = %lld is not in 1..%lld", (long long)d.k, (long long)kMaxColumns);
+  }
+  if (d.dtype < ZQFP_FLOAT16 || d.dtype > ZQFP_FLOAT32) return fail(ZQFP_INVALID_VALUE, "unknown dtype %d", d.dtype);
+  if (d.per_token != 0 && d.per_token != 1) return fail(ZQFP_INVALID_VALUE, "per_token = %d is not 0 or 1", d.per_token);
+  if (d.lorc_rank < 0) return fail(ZQFP_INVALID_VALUE, "lorc_rank = %d is negative", d.lorc_rank);
+  if (d.group_size <= 0) return fail(ZQFP_INVALID_VALUE, "group_size = %d is not positive", d.group_size);
+
+  if (d.n % 8 != 0) return fail(ZQFP_NOT_SUPPORTED, "n = %lld is not a multiple of 8", (long long)d.n);
+  if (d.k % 16 != 0) return fail(ZQFP_NOT_SUPPORTED, "k = %lld is not a multiple of 16", (long long)d.k);
+  if (d.group_size != 32 && d.group_size != 64 && d.group_size != 128) {
+    return fail(ZQFP_NOT_SUPPORTED, "no kernel for groups of %d weights: there are 32, 64 and 128", d.group_size);
+  }
+  if (d.lorc_rank % 8 != 0 || d.lorc_rank > 64) {
+    return fail(ZQFP_NOT_SUPPORTED, "no kernel for LoRC rank %d: multiples of 8 up to 64", d.lorc_rank);
+  }
+  if (d.dtype == ZQFP_FLOAT32) return fail(ZQFP_NOT_SUPPORTED, "no kernel for float32 outputs: float16 or bfloat16");
+  return ZQFP_SUCCESS;
+}
+
+zqfpStatus check_tokens(int64_t m) {
+  if (m >= 0 && m <= kMaxTokens) return ZQFP_SUCCESS;
+  return fail(ZQFP_INVALID_VALUE, "m = %lld is not in 0..%lld", (long long)m, (long long)kMaxTokens);
+}
+
+zqfpStatus check_alignment(const void* pointer, const char* name) {
+  if (reinterpret_cast<uintptr_t>(pointer) % 16 == 0) return ZQFP_SUCCESS;
+  return fail(ZQFP_INVALID_VALUE, "%s at %p is not aligned to 16 bytes", name, pointer);
+}
+
+zqfpStatus check_pointer(const void* pointer, const char* name) {
+  if (pointer == nullptr) return fail(ZQFP_INVALID_VALUE, "%s is null", name);
+  return check_alignment(pointer, name);
+}
+
+zqfpStatus check_args(const zqfpLinearDesc& desc, const zqfpLinearArgs* args) {
+  if (args == nullptr) return fail(ZQFP_INVALID_VALUE, "the arguments are null");
+  ZQFP_RETURN_IF_FAILED(check_pointer(args->x8, "x8"));
+  ZQFP_RETURN_IF_FAILED(check_pointer(args->a, "a"));
+  ZQFP_RETURN_IF_FAILED(check_pointer(args->codes, "codes"));
+  ZQFP_RETURN_IF_FAILED(check_pointer(args->group_scales, "group_scales"));
+  ZQFP_RETURN_IF_FAILED(check_pointer(args->row_scales, "row_scales"));
+  ZQFP_RETURN_IF_FAILED(check_pointer(args->y, "y"));
+  ZQFP_RETURN_IF_FAILED(check_alignment(args->bias, "bias"));
+  if (desc.lorc_rank == 0) return ZQFP_SUCCESS;
+  ZQFP_RETURN_IF_FAILED(check_pointer(args->xv, "xv"));
+  return check_pointer(args->u, "u");
+}
+
+}  // namespace zqfp

@@ -1,0 +1,20 @@
+// Checks of what a caller passes. They need no GPU.
+#pragma once
+
+#include "status.h"
+
+namespace zqfp {
+
+constexpr int64_t kMaxColumns = 1 << 20;
+constexpr int64_t kMaxRows = 1 << 24;
+constexpr int64_t kMaxTokens = 1 << 24;
+
+zqfpStatus check_desc(const zqfpLinearDesc* desc);
+zqfpStatus check_tokens(int64_t m);
+zqfpStatus check_args(const zqfpLinearDesc& desc, const zqfpLinearArgs* args);
+
+// Device pointers: not null, aligned to 16 bytes.
+zqfpStatus check_pointer(const void* pointer, const char* name);
+zqfpStatus check_alignment(const void* pointer, const char* name);
+
+}  // namespace zqfp

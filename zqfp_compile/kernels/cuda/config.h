@@ -1,0 +1,62 @@
+// The shape of one kernel: what its warpgroups multiply and where its shared memory goes.
+#pragma once
+
+#include <cstdint>
+
+#include "decode.h"
+
+namespace zqfp {
+
+constexpr int kMaxSharedBytes = 227 * 1024;
+constexpr int kMaxStages = 8;
+
+// A block has kRows * kSlices consumer warpgroups. Warpgroup (row, slice) multiplies 64 weight rows by kTokens tokens over
+// every kSlices-th block of K; the slices are added up in shared memory. kCluster blocks with different weight rows share
+// the activations. kPromote: blocks of K after which the tensor core's accumulator is added to one in float32; 0: never.
+template <int Tokens, int Rows, int Slices, int Group, int Cluster, int Promote>
+struct Config {
+  static constexpr int kTokens = Tokens, kRows = Rows, kSlices = Slices, kGroup = Group, kCluster = Cluster,
+                       kPromote = Promote;
+  static constexpr int kWarpgroups = Rows * Slices;
+  static constexpr int kAccumulators = Tokens / 2;  // of a thread
+
+  // The producer is a warpgroup of its own, because registers move between whole warpgroups; what it gives up goes to
+  // the consumers. A block starts with kEntryRegisters per thread: what its threads, in steps of 8, leave for each.
+  static constexpr int kBlockThreads = (kWarpgroups + 1) * kThreads;
+  static constexpr int kEntryRegisters = 65536 / kBlockThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 72 : 56;
+  static constexpr int kConsumerRegisters =
+      ((kWarpgroups + 1) * kEntryRegisters - kProducerRegisters) / kWarpgroups / 8 * 8;
+
+  // Shared memory, in order. Activation tiles have rows of 128 bytes.
+  static constexpr int kTileBytes = Tokens * kBlockColumns;
+  static constexpr int kActivationBytes = Slices * kTileBytes;
+  static constexpr int kCodeBytes = kWarpgroups * kBlockBytes;
+  static constexpr int kScaleBytes = kWarpgroups * scale_block_bytes(Group);
+  static constexpr int kStageBytes = kActivationBytes + kCodeBytes + kScaleBytes;
+
+  static constexpr int kReduceBytes = (Slices - 1) * Rows * kAccumulators * kThreads * 4;
+  static constexpr int kOutTokens = Tokens < 64 ? Tokens : 64;
+  static constexpr int kOutPitch = kBlockRows * 2 + 16;  // 16 bytes off a power of two: no bank conflicts
+  static constexpr int kOutBytes = Rows * kOutTokens * kOutPitch;
+  static constexpr int kTokenScaleBytes = kWarpgroups * Tokens * 4;
+  static constexpr int kFixedBytes = kReduceBytes + kOutBytes + kTokenScaleBytes + 1024 /* barriers, alignment */ + 1024;
+
+  static constexpr int kFittingStages = (kMaxSharedBytes - kFixedBytes) / kStageBytes;
+  static constexpr int kStages = kFittingStages < kMaxStages ? kFittingStages : kMaxStages;
+  static constexpr int kSharedBytes = kFixedBytes + kStages * kStageBytes;
+  static_assert(kStages >= 2, "no room for a pipeline");
+
+  static constexpr int kActivationOffset = 0;
+  static constexpr int kCodeOffset = kActivationOffset + kStages * kActivationBytes;
+  static constexpr int kScaleOffset = kCodeOffset + kStages * kCodeBytes;
+  static constexpr int kReduceOffset = kScaleOffset + kStages * kScaleBytes;
+  static constexpr int kOutOffset = kReduceOffset + kReduceBytes;
+  static constexpr int kTokenScaleOffset = kOutOffset + kOutBytes;
+  static constexpr int kBarrierOffset = kTokenScaleOffset + kTokenScaleBytes;
+
+  // A worker's partial sums in the workspace, in floats; it can hold two.
+  static constexpr int kPartialFloats = Rows * kAccumulators * kThreads;
+};
+
+}  // namespace zqfp

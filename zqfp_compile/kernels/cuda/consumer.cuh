@@ -1,0 +1,368 @@
+// A consumer warpgroup: decodes its blocks of the weight in registers, multiplies them, and finishes its tile.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "producer.cuh"
+#include "wgmma.cuh"
+
+namespace zqfp {
+
+// Named barriers of the block; 0 is __syncthreads.
+constexpr int kWarpgroupBarrier = 1;  // + warpgroup, at most 4
+constexpr int kSlicesReady = 5;       // + row: the slices' sums lie in shared memory
+constexpr int kSlicesTaken = 9;       // + row: they have been read
+
+template <class C>
+class Consumer {
+ public:
+  static constexpr int kCount = C::kAccumulators;
+  using Sums = float[kCount];
+
+  __device__ __forceinline__ Consumer(const GemmParams& p, Shared<C> shared, char* memory, int rank, int warpgroup)
+      : p_(p),
+        shared_(shared),
+        memory_(memory),
+        rank_(rank),
+        warpgroup_(warpgroup),
+        row_(warpgroup / C::kSlices),
+        slice_(warpgroup % C::kSlices),
+        thread_(threadIdx.x % kThreads) {}
+
+  __device__ __forceinline__ void run(int worker) {
+    Walk walk(p_.schedule, worker);
+    Segment segment;
+    while (walk.next(p_.schedule, segment)) {
+      const Tile tile = locate<C>(p_, segment.tile, rank_);
+      const bool last_units = segment.end == p_.schedule.units;
+      if (row_ >= tile.row_blocks) {
+        skip(segment.end - segment.begin + (last_units ? p_.lorc_steps : 0));
+      } else {
+        process(segment, tile, last_units);
+      }
+    }
+  }
+
+ private:
+  const GemmParams& p_;
+  Shared<C> shared_;
+  char* memory_;  // what `shared_` gives addresses of
+  int rank_, warpgroup_, row_, slice_, thread_;
+  Ring<C> ring_;
+  bool reduced_before_ = false;
+
+  // ---- the pipeline ------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void wait_full() { ptx::barrier_wait(shared_.full(ring_.stage), ring_.parity); }
+
+  // One lane of each warp says so, to every block that fills this stage.
+  __device__ __forceinline__ void release(int stage) {
+    const int lane = thread_ % 32;
+    if constexpr (C::kCluster == 1) {
+      if (lane == 0) ptx::barrier_arrive(shared_.empty(stage));
+    } else {
+      if (lane < C::kCluster) ptx::barrier_arrive_remote(shared_.empty(stage), lane);
+    }
+  }
+
+  __device__ __forceinline__ void skip(int stages) {
+    for (int i = 0; i < stages; ++i) {
+      wait_full();
+      release(ring_.stage);
+      ring_.advance();
+    }
+  }
+
+  // ---- a segment ---------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void process(const Segment& segment, const Tile& tile, bool last_units) {
+    const EdgeScales edge = load_edges(tile);
+    // The last unit may have no block of K for this slice.
+    const int units = segment.end - segment.begin;
+    const bool idle_at_end = last_units && (p_.schedule.units - 1) * C::kSlices + slice_ >= p_.k_blocks;
+
+    Sums sums;
+    multiply_all(units - idle_at_end, sums);
+    if (idle_at_end) skip(1);
+    apply_scales(edge, sums);
+    if (last_units) add_lorc(sums);
+    if constexpr (C::kSlices > 1) {
+      if (!add_slices(sums)) return;
+    }
+    if (segment.begin > 0 || !last_units) {
+      if (!add_partials(segment, sums)) return;
+    }
+    add_bias(edge, sums);
+    store(tile, sums);
+  }
+
+  // Row scales and bias of the thread's two rows, scales of the warpgroup's tokens: read early, used late.
+  struct EdgeScales {
+    static constexpr int kTokenScales = (C::kTokens + kThreads - 1) / kThreads;
+    float row[2];
+    float bias[2];
+    float token[kTokenScales];
+  };
+
+  __device__ __forceinline__ EdgeScales load_edges(const Tile& tile) const {
+    EdgeScales edge;
+    for (int h = 0; h < 2; ++h) {
+      const int n = (tile.row_block + row_) * kBlockRows + thread_ / 32 * 16 + thread_ % 32 / 4 + 8 * h;
+      const bool inside = n < p_.n;
+      edge.row[h] = inside ? __ldg(p_.row_scales + n) : 0.f;
+      edge.bias[h] = inside && p_.bias != nullptr ? load_bias(n) : 0.f;
+    }
+    for (int i = 0; i < EdgeScales::kTokenScales; ++i) {
+      const int token = tile.token + thread_ + i * kThreads;
+      const bool inside = token < p_.m && thread_ + i * kThreads < C::kTokens;
+      edge.token[i] = inside ? __ldg(p_.a + (p_.per_token ? token : 0)) : 0.f;
+    }
+    return edge;
+  }
+
+  __device__ __forceinline__ float load_bias(int n) const {
+    return p_.bfloat ? __bfloat162float(static_cast<const __nv_bfloat16*>(p_.bias)[n])
+                     : __half2float(static_cast<const __half*>(p_.bias)[n]);
+  }
+
+  // ---- multiplication ----------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void multiply_all(int units, Sums& sums) {
+    clear(sums);
+    if constexpr (C::kPromote == 0) {
+      multiply(units, sums);
+    } else {
+      for (int done = 0; done < units; done += C::kPromote) {
+        Sums part;
+        clear(part);
+        multiply(units - done < C::kPromote ? units - done : C::kPromote, part);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) sums[i] += part[i];
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void clear(Sums& sums) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sums[i] = 0.f;
+  }
+
+  // Blocks of K, one stage each, in two halves of two steps. While the tensor core works on one half, the next is
+  // decoded into other registers; a wait for all but the newest half is what makes its registers free.
+  __device__ __forceinline__ void multiply(int units, Sums& sums) {
+    uint32_t front[8], back[8];
+    int previous = -1;
+    for (int unit = 0; unit < units; ++unit) {
+      wait_full();
+      const uint32_t codes = shared_.codes(ring_.stage, warpgroup_) + thread_ * 16;
+      const uint4 front_codes = ptx::load_16(codes);
+      const uint4 back_codes = ptx::load_16(codes + kBlockBytes / 2);
+      const ThreadTables<C::kGroup> tables = load_tables();
+      const uint64_t tokens = ptx::descriptor(shared_.activations(ring_.stage, slice_));
+
+      decode_step<C::kGroup>(front_codes.x, front_codes.y, tables, 0, front);
+      decode_step<C::kGroup>(front_codes.z, front_codes.w, tables, 1, front + 4);
+      ptx::wgmma_fence();
+      Wgmma<C::kTokens>::e4m3(sums, front, tokens);
+      Wgmma<C::kTokens>::e4m3(sums, front + 4, tokens + 2);  // 32 bytes on
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();
+      if (previous >= 0) release(previous);
+
+      decode_step<C::kGroup>(back_codes.x, back_codes.y, tables, 2, back);
+      decode_step<C::kGroup>(back_codes.z, back_codes.w, tables, 3, back + 4);
+      ptx::wgmma_fence();
+      Wgmma<C::kTokens>::e4m3(sums, back, tokens + 4);
+      Wgmma<C::kTokens>::e4m3(sums, back + 4, tokens + 6);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();
+      previous = ring_.stage;
+      ring_.advance();
+    }
+    ptx::wgmma_wait<0>();
+    ptx::pin(sums);
+    if (previous >= 0) release(previous);
+  }
+
+  __device__ __forceinline__ ThreadTables<C::kGroup> load_tables() const {
+    constexpr int kBytes = scale_block_bytes(C::kGroup) / 32;
+    const uint32_t address = shared_.scales(ring_.stage, warpgroup_) + thread_ / 4 * kBytes;
+    if constexpr (C::kGroup == 32) {
+      const uint2 scales = ptx::load_8(address);
+      return ThreadTables<C::kGroup>({scales.x, scales.y});
+    } else if constexpr (C::kGroup == 64) {
+      return ThreadTables<C::kGroup>({ptx::load_4(address)});
+    } else {
+      return ThreadTables<C::kGroup>({ptx::load_2(address)});
+    }
+  }
+
+  // ---- after K -----------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void sync_warpgroup() const {
+    ptx::sync_threads(kWarpgroupBarrier + warpgroup_, kThreads);
+  }
+
+  // sums[4j + 2h + i] is row q + 8h of token 8j + 2c + i.
+  __device__ __forceinline__ void apply_scales(const EdgeScales& edge, Sums& sums) {
+    float* scales = reinterpret_cast<float*>(memory_ + C::kTokenScaleOffset) + warpgroup_ * C::kTokens;
+    sync_warpgroup();  // the segment before has been read
+#pragma unroll
+    for (int i = 0; i < EdgeScales::kTokenScales; ++i) {
+      if (thread_ + i * kThreads < C::kTokens) scales[thread_ + i * kThreads] = edge.token[i];
+    }
+    sync_warpgroup();
+#pragma unroll
+    for (int j = 0; j < C::kTokens / 8; ++j) {
+      const float2 a = *reinterpret_cast<const float2*>(scales + 8 * j + 2 * (thread_ % 4));
+      sums[4 * j + 0] *= a.x * edge.row[0];
+      sums[4 * j + 1] *= a.y * edge.row[0];
+      sums[4 * j + 2] *= a.x * edge.row[1];
+      sums[4 * j + 3] *= a.y * edge.row[1];
+    }
+  }
+
+  // sums += (xv @ u)^T; the first slice does it.
+  __device__ __forceinline__ void add_lorc(Sums& sums) {
+    if (slice_ != 0) {
+      skip(p_.lorc_steps);
+      return;
+    }
+    for (int step = 0; step < p_.lorc_steps; ++step) {
+      wait_full();
+      const uint64_t u = ptx::descriptor_transposed(shared_.codes(ring_.stage, row_));
+      const uint64_t xv = ptx::descriptor(shared_.activations(ring_.stage, 0));
+      constexpr uint64_t kUStep = 16 * 128 >> 4, kXvStep = 16 * 2 >> 4;  // 16 ranks
+      if (p_.bfloat) {
+        ptx::wgmma_fence();
+        Wgmma<C::kTokens>::bfloat(sums, u, xv);
+        Wgmma<C::kTokens>::bfloat(sums, u + kUStep, xv + kXvStep);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+      } else {
+        ptx::wgmma_fence();
+        Wgmma<C::kTokens>::half(sums, u, xv);
+        Wgmma<C::kTokens>::half(sums, u + kUStep, xv + kXvStep);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+      }
+      ptx::pin(sums);
+      release(ring_.stage);
+      ring_.advance();
+    }
+  }
+
+  // Adds the slices in order. True for the first slice, which goes on with the sum.
+  __device__ __forceinline__ bool add_slices(Sums& sums) {
+    constexpr int kParties = C::kSlices * kThreads;
+    float* parts = reinterpret_cast<float*>(memory_ + C::kReduceOffset) + row_ * (C::kSlices - 1) * kCount * kThreads;
+    const bool again = reduced_before_;
+    reduced_before_ = true;
+    if (slice_ != 0) {
+      if (again) ptx::sync_threads(kSlicesTaken + row_, kParties);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) parts[((slice_ - 1) * kCount + i) * kThreads + thread_] = sums[i];
+      ptx::arrive_threads(kSlicesReady + row_, kParties);
+      return false;
+    }
+    if (again) ptx::arrive_threads(kSlicesTaken + row_, kParties);
+    ptx::sync_threads(kSlicesReady + row_, kParties);
+#pragma unroll
+    for (int s = 0; s < C::kSlices - 1; ++s) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sums[i] += parts[(s * kCount + i) * kThreads + thread_];
+    }
+    return true;
+  }
+
+  // ---- tiles that several workers share ----------------------------------------------------------------------------
+
+  // A worker has at most one segment that starts inside a tile (its first) and one that only starts a tile (its last).
+  __device__ __forceinline__ float* partial(int worker, bool starts_tile) const {
+    const int64_t slot = (int64_t(worker) * C::kCluster + rank_) * 2 + starts_tile;
+    return p_.partials + (slot * C::kRows + row_) * kCount * kThreads + thread_;
+  }
+
+  // Leaves the sums in the workspace. True for the last to arrive, with the sum of all in the order of K.
+  __device__ __forceinline__ bool add_partials(const Segment& segment, Sums& sums) {
+    const Sharers who = sharers(p_.schedule, segment.tile);
+    const int worker = blockIdx.x / C::kCluster;
+    float* mine = partial(worker, segment.begin == 0);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) __stcg(mine + i * kThreads, sums[i]);
+    if (!last_to_arrive(segment.tile, who.last - who.first + 1)) return false;
+    clear(sums);
+    for (int other = who.first; other <= who.last; ++other) {
+      const float* part = partial(other, other == who.first);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sums[i] += __ldcg(part + i * kThreads);
+    }
+    return true;
+  }
+
+  __device__ __forceinline__ bool last_to_arrive(int tile, int parties) const {
+    uint32_t* arrivals =
+        p_.arrivals + (int64_t(tile - p_.schedule.whole_tiles) * C::kCluster + rank_) * C::kRows + row_;
+    volatile uint32_t* shared_flag = reinterpret_cast<uint32_t*>(memory_ + C::kTokenScaleOffset) + warpgroup_ * C::kTokens;
+    __threadfence();
+    sync_warpgroup();
+    if (thread_ == 0) {
+      const uint32_t before = atomicAdd(arrivals, 1);
+      if (before == uint32_t(parties - 1)) *arrivals = 0;
+      *shared_flag = before;
+    }
+    sync_warpgroup();
+    const bool last = *shared_flag == uint32_t(parties - 1);
+    __threadfence();
+    return last;
+  }
+
+  // ---- output ------------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void add_bias(const EdgeScales& edge, Sums& sums) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sums[i] += edge.bias[i / 2 % 2];
+  }
+
+  __device__ __forceinline__ uint32_t pack(float first, float second) const {
+    if (p_.bfloat) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+      return *reinterpret_cast<const uint32_t*>(&pair);
+    }
+    const __half2 pair = __floats2half2_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+
+  // Through shared memory, where the tile is turned to rows of tokens, then 128 bytes of a row by eight threads.
+  __device__ __forceinline__ void store(const Tile& tile, const Sums& sums) const {
+    char* staging = memory_ + C::kOutOffset + row_ * C::kOutTokens * C::kOutPitch;
+    const int lane = thread_ % 32;
+    const uint32_t corner = ptx::shared_address(staging) + lane % 8 * C::kOutPitch +
+                            (thread_ / 32 * 16 + lane / 8 % 2 * 8) * 2;
+#pragma unroll
+    for (int part = 0; part < C::kTokens; part += C::kOutTokens) {
+#pragma unroll
+      for (int j = 0; j < C::kOutTokens / 8; ++j) {
+        const float* d = sums + (part / 8 + j) * 4;
+        ptx::store_transposed(corner + j * 8 * C::kOutPitch, pack(d[0], d[1]), pack(d[2], d[3]));
+      }
+      sync_warpgroup();
+      store_rows(staging, tile, part);
+      sync_warpgroup();
+    }
+  }
+
+  __device__ __forceinline__ void store_rows(const char* staging, const Tile& tile, int part) const {
+#pragma unroll
+    for (int i = thread_; i < C::kOutTokens * 8; i += kThreads) {
+      const int token = tile.token + part + i / 8;
+      const int column = (tile.row_block + row_) * kBlockRows + i % 8 * 8;
+      if (token >= p_.m || column >= p_.n) continue;
+      const uint4 eight = *reinterpret_cast<const uint4*>(staging + i / 8 * C::kOutPitch + i % 8 * 16);
+      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p_.y) + int64_t(token) * p_.n + column) = eight;
+    }
+  }
+};
+
+}  // namespace zqfp

@@ -1,0 +1,58 @@
+// The kernels of one group size, ZQFP_GROUP (32, 64 or 128). Compiled once for each, so that they build in parallel.
+#include "gemm_kernel.cuh"
+#include "kernels.h"
+
+namespace zqfp {
+namespace {
+
+template <int kTokens, int kRows, int kSlices, int kCluster, int kPromote>
+Kernel instance(const char* name) {
+  using C = Config<kTokens, kRows, kSlices, ZQFP_GROUP, kCluster, kPromote>;
+  return {name,
+          kTokens,
+          kRows,
+          kSlices,
+          kCluster,
+          kPromote,
+          C::kStages,
+          C::kBlockThreads,
+          C::kSharedBytes,
+          C::kPartialFloats,
+          reinterpret_cast<const void*>(&gemm_kernel<C>)};
+}
+
+}  // namespace
+
+#define ZQFP_TABLE_NAME(group) kernels_##group
+#define ZQFP_TABLE(group) ZQFP_TABLE_NAME(group)
+
+KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
+  // Few tokens: all four warpgroups on 64 rows, each a quarter of K, so that a tile is small and cut rarely. Wide: 256
+  // rows, which read the tokens a quarter as often. Pairs share the tokens. The order is KernelId's.
+  static const Kernel kernels[] = {
+      instance<8, 1, 4, 1, 4>("t8r1s4p4"),
+      instance<16, 1, 4, 1, 4>("t16r1s4p4"),
+      instance<32, 1, 4, 1, 4>("t32r1s4p4"),
+      instance<32, 4, 1, 1, 4>("t32r4s1p4"),
+      instance<64, 1, 4, 1, 0>("t64r1s4"),
+      instance<64, 4, 1, 1, 0>("t64r4s1"),
+      instance<128, 2, 1, 1, 0>("t128r2s1"),
+      instance<128, 2, 1, 2, 0>("t128r2s1c2"),
+      instance<256, 2, 1, 1, 0>("t256r2s1"),
+      instance<256, 2, 1, 2, 0>("t256r2s1c2"),
+#ifdef ZQFP_VARIANTS
+      instance<128, 2, 1, 1, 4>("t128r2s1p4"),
+      instance<64, 2, 1, 1, 4>("t64r2s1p4"),
+      instance<64, 2, 2, 1, 0>("t64r2s2"),
+      instance<32, 2, 2, 1, 4>("t32r2s2p4"),
+      instance<16, 4, 1, 1, 4>("t16r4s1p4"),
+      instance<16, 2, 2, 1, 4>("t16r2s2p4"),
+      instance<8, 2, 2, 1, 4>("t8r2s2p4"),
+      instance<8, 1, 4, 1, 0>("t8r1s4"),
+      instance<8, 1, 2, 1, 4>("t8r1s2p4"),
+#endif
+  };
+  return {kernels, int(sizeof kernels / sizeof kernels[0])};
+}
+
+}  // namespace zqfp

@@ -1,0 +1,35 @@
+// The compiled GEMM kernels, one table per group size.
+#pragma once
+
+#include <cstddef>
+
+namespace zqfp {
+
+struct Kernel {
+  const char* name;  // t<tokens>r<rows>s<slices>, then c<cluster> and p<promotion> where not 1 and 0 (config.h)
+  int tokens, rows, slices, cluster, promote;
+  int stages;
+  int threads;
+  int shared_bytes;
+  int partial_floats;
+  const void* function;
+};
+
+// The kernels that plans choose from, by number; those beyond are there to be tried (zqfpTune).
+enum KernelId { kT8, kT16, kT32, kT32Wide, kT64, kT64Wide, kT128, kT128Pair, kT256, kT256Pair, kKernelCount };
+
+struct KernelTable {
+  const Kernel* kernels;
+  int count;  // at least kKernelCount, the same for all group sizes
+};
+
+KernelTable kernels_32();
+KernelTable kernels_64();
+KernelTable kernels_128();
+
+// The table of a legal group size.
+inline KernelTable kernels_of(int group_size) {
+  return group_size == 32 ? kernels_32() : group_size == 64 ? kernels_64() : kernels_128();
+}
+
+}  // namespace zqfp

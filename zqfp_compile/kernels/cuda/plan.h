@@ -1,0 +1,35 @@
+// Which kernel computes a call and how its work is dealt out. Pure arithmetic on the host.
+#pragma once
+
+#include "kernels.h"
+#include "schedule.h"
+#include "zqfp.h"
+
+namespace zqfp {
+
+// A bound on multiprocessors, so that the workspace does not depend on the device; the full chip has 144.
+constexpr int kMaxProcessors = 144;
+
+enum class Cut { kAuto, kNever, kAlways };
+
+// What zqfpTune overrides; kernel < 0 is the plan's own choice.
+struct Tuning {
+  int kernel = -1;
+  Cut cut = Cut::kAuto;
+};
+
+struct Plan {
+  const Kernel* kernel;
+  Schedule schedule;
+};
+
+Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuning& tuning);
+
+// Whether all of a schedule's numbers fit in the kernel's integers.
+bool plan_fits(const zqfpLinearDesc& desc, int64_t m);
+
+// Workspace: arrival counters first, then partial sums.
+size_t arrivals_bytes();
+size_t workspace_bytes(const zqfpLinearDesc& desc, int64_t m, const Tuning& tuning);
+
+}  // namespace zqfp
