@@ -72,3 +72,5 @@ format: $(READY)
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache
+
+include zqfp_compile/kernels/hosts.mk

@@ -82,6 +82,23 @@ def _optimum_model(path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def make() -> Callable[[str], Path]:
+    """``make(rule)``: build one of our libraries, and return the folder it is in."""
+
+    def build(rule: str) -> Path:
+        folder = ROOT / "build" / "kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["make", "--silent", rule, f"PYTHON={sys.executable}"]
+        with (folder / ".lock").open("w") as lock:  # pytest-xdist workers share the folder
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"make {rule}: {result.stderr}"
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The exported SmolLM2-135M ``model.onnx`` (float16); skips where it is not exported."""
     if not SMOLLM2.exists():

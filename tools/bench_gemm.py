@@ -31,6 +31,9 @@ TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 2048, 4096, 8192)
 EXTRA_TOKENS = (1, 16, 1024, 4096)
 EXTRAS = (("e4m3", 64, 32), ("m2", 64, 0), ("e4m3", 32, 0), ("e4m3", 128, 0))
 CONTENDERS = ("zqfp", "cublaslt_fp8", "cublaslt_fp8_rowwise", "fp16", "ort_nbits", "ort_fp4")
+# The chain of --variants: more than L2 holds, and the tokens of decoding.
+CHAIN_BYTES = 200 << 20
+CHAIN_TOKENS = 32
 KEY = ("n", "k", "m", "group_size", "constraint", "lorc_rank", "hardware")
 
 Row = dict[str, Any]
@@ -129,7 +132,7 @@ def write_rows(rows: list[Row], path: Path) -> None:
     """Put the rows into the JSON list, in place of older ones of the same case and hardware."""
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     merged = {tuple(row[key] for key in KEY): row for row in [*old, *rows]}
-    ordered = [merged[key] for key in sorted(merged, key=str)]
+    ordered = [merged[key] for key in sorted(merged)]
     path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
 
 
@@ -137,14 +140,12 @@ def bench(options: argparse.Namespace) -> None:
     """The table of the issue."""
     timer, library, started = Timer(), load_library(), time.monotonic()
     bandwidth, rate = copy_gbps(timer), fp8_tflops(timer)
-    rows: list[Row] = []
-    for n, k in options.shapes:
-        rows += shape_rows(library, n, k, options.tokens, timer)
+    extras: list[Row] = []
+    if not options.no_extras:
+        extras = [row for n, k in options.shapes for row in extra_rows(library, n, k, timer)]
+    rows = [row for n, k in options.shapes for row in shape_rows(library, n, k, options.tokens, timer)]
     if not options.no_ort:
         add_ort(rows, timer)
-    if not options.no_extras:
-        for n, k in options.shapes:
-            rows += extra_rows(library, n, k, timer)
     stamp = {
         "hardware": torch.cuda.get_device_name(),
         "copy_gbps": round(bandwidth),
@@ -152,10 +153,10 @@ def bench(options: argparse.Namespace) -> None:
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "tools/bench_gemm.py", *sys.argv[1:]]),
     }
-    rows = [{**row, **stamp} for row in rows]
-    write_rows(rows, options.output)
-    print_table(rows, bandwidth, rate)
-    print(f"{len(rows)} rows in {options.output}, {time.monotonic() - started:.0f} s")
+    write_rows([{**row, **stamp} for row in (*extras, *rows)], options.output)
+    for table in (extras, rows):
+        print_table(table, bandwidth, rate)
+    print(f"{len(extras) + len(rows)} rows in {options.output}, {time.monotonic() - started:.0f} s")
 
 
 def bench_variants(options: argparse.Namespace) -> None:
@@ -171,6 +172,28 @@ def bench_variants(options: argparse.Namespace) -> None:
             for us, name, cut, error in sorted(variant_times(library, zqfp, x, w8, timer)):
                 mark = "" if error < TOLERANCE else f"  WRONG: {error:.1e}"
                 print(f"{us:9.1f} us  {name:12} cut={cut}  error {error:.1e}{mark}")
+            if m <= CHAIN_TOKENS:
+                apart, overlapping = (chain_us(library, n, k, m, overlap) for overlap in (0, 1))
+                print(f"quantizer and GEMM in a graph: {apart:.1f} us, overlapping {overlapping:.1f} us")
+
+
+def chain_us(library: Library, n: int, k: int, m: int, overlap: int) -> float:
+    """Return the time of quantizer and GEMM in a CUDA graph of layers whose weights do not fit in L2."""
+    first = Zqfp(library, Case(n, k, m), m)
+    layers = [first] + [Zqfp(library, Case(n, k, m), m) for _ in range(CHAIN_BYTES // first.weight_bytes)]
+    x = first.inputs(m)
+    library.tune(overlap=overlap)
+    try:
+        for layer in layers:
+            layer.linear(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for layer in layers:
+                layer.linear(x)
+    finally:
+        library.tune()
+    return Timer().median_us(graph.replay) / len(layers)
 
 
 def variant_times(

@@ -15,7 +15,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from zqfp_compile import __version__
@@ -30,7 +29,6 @@ _NEEDED = ("numpy", "onnx", "onnx-ir", "tokenizers", "torch", "onnxruntime")
 _PROBE_SECONDS = 120
 # Measured: TensorRT-RTX 1.7 "does not support this compute capability" on an H100.
 _NOT_FOR_RTX = ("90",)
-_KERNELS_VARIABLE = "ZQFP_KERNELS"
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Diagnosis:
     Attributes:
         system: Name to value: ``zqfp-compile``, ``python``, ``platform``.
         gpus: Compute capability of each GPU.
-        libraries: Libraries a compile or an engine uses, then tools and our own kernels.
+        libraries: Libraries a compile or an engine uses, our own kernels, and the tool that builds them.
         targets: One verdict per target.
         auto: What ``--target auto`` takes and why; or why it takes nothing.
     """
@@ -104,7 +102,7 @@ def diagnose() -> Diagnosis:
             "platform": platform.platform(),
         },
         gpus=gpus,
-        libraries=(*found.values(), _nvcc(), _kernels()),
+        libraries=(*found.values(), _nvcc()),
         targets=tuple(
             TargetVerdict(target, _build_fix(target, found, gpus), _run_fix(target, found, gpus))
             for target in (*MODULES, "onnxruntime")
@@ -143,16 +141,6 @@ def _nvcc() -> Library:
         return Library("nvcc", None, fix=f"{path} does not run ({error}); reinstall it")
     release = re.search(r"release (\d+\.\d+)", said.stdout)
     return Library("nvcc", release[1] if release else "unknown", path)
-
-
-def _kernels() -> Library:
-    """Our own libraries, where they are built or where the variable says."""
-    named = os.environ.get(_KERNELS_VARIABLE)
-    folder = Path(named) if named else Path(__file__).resolve().parents[1] / "build" / "kernels"
-    names = sorted(path.name for path in folder.glob("libzqfp*")) if folder.is_dir() else []
-    if not names:
-        return Library("kernels", None, fix=f"none in {folder}; stock operators are used instead")
-    return Library("kernels", "built", f"{', '.join(names)} in {folder}")
 
 
 def _missing(found: dict[str, Library]) -> dict[str, MissingDependencyError]:

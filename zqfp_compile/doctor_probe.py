@@ -50,6 +50,20 @@ def _runtime(target: str) -> Facts:
     return {"version": import_runtime(target).__version__, "detail": ""}
 
 
+def _kernels() -> Facts:
+    """Our own libraries, where they are looked for; whether they load is for those that load them."""
+    from zqfp_compile.backends.host_libraries import HOSTS, KERNELS, libraries_folder
+
+    folder = libraries_folder()
+    names = sorted({KERNELS, *(name for name, _ in HOSTS.values())})
+    found = [name for name in names if (folder / name).is_file()]
+    if not found:
+        raise MissingDependencyError(
+            f"none in {folder}; only --weight-lowering plugin needs them: make kernels hosts in a checkout"
+        )
+    return {"version": "built", "detail": f"{', '.join(found)} in {folder}"}
+
+
 def _import(name: str, install: str) -> Any:
     """Import a module.
 
@@ -81,6 +95,7 @@ PROBES: dict[str, Callable[[], Facts]] = {
     "torch": _torch,
     "onnxruntime": _onnxruntime,
     **{target: partial(_runtime, target) for target in MODULES},
+    "kernels": _kernels,
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from zqfp_compile.backends.host_libraries import HOSTS, copy_libraries, host_library
 from zqfp_compile.backends.profiles import Profile, default_profiles, position_limit
 from zqfp_compile.backends.target import TargetChoice
 from zqfp_compile.backends.tensorrt import EngineResult, build_engine
@@ -24,6 +25,9 @@ from zqfp_compile.specs import Phase
 _BUILDERS = ("tensorrt", "tensorrt-rtx")
 _ENGINE_ONNX = "engine.onnx"
 _FP4_ONNX = "model.fp4.onnx"
+# --weight-lowering -> the pass that makes the engine-ready model.
+_FP8, PLUGIN = "lower-weights-fp8", "lower-weights-plugin"
+_LOWERINGS = {"auto": _FP8, "fp8": _FP8, "int4": "inline-functions", "plugin": PLUGIN}
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,14 @@ def check_options(recipe: Recipe, choice: TargetChoice) -> None:
     """Refuse what cannot be lowered, before any work is done.
 
     Raises:
-        MissingDependencyError: ``--weight-lowering plugin`` without the plugin.
+        MissingDependencyError: ``--weight-lowering plugin``, and our kernel's host is not built.
         UsageError: ``--emit fp4`` for weights that are not E2M1.
     """
-    if recipe.weight_lowering == "plugin":
-        raise MissingDependencyError(
-            "--weight-lowering plugin: the W4A8 kernel library is not part of this version; use fp8 or int4"
-        )
+    if recipe.weight_lowering == "plugin" and choice.target in HOSTS:
+        try:
+            host_library(choice.target)
+        except MissingDependencyError as error:
+            raise MissingDependencyError(f"--weight-lowering plugin: {error}; or use fp8 or int4") from error
     e2m1 = recipe.weights == "fp4" and recipe.fp4_format == "e2m1"
     if "fp4" in recipe.emit and not e2m1:
         raise UsageError("--emit fp4: only e2m1 weights have a FLOAT4E2M1 form; use --weights fp4")
@@ -94,13 +99,15 @@ def _profiles(recipe: Recipe, inputs: Sequence[InputSpec], source: Path) -> tupl
     )
 
 
-def runnable_model(place: Workplace, choice: TargetChoice) -> Path:
+def runnable_model(place: Workplace, recipe: Recipe, choice: TargetChoice) -> Path:
     """Return the model ONNX Runtime should run: FP8 weights, so that loading decodes nothing (made once).
 
-    For ONNX Runtime as the target it runs in anybody's session, whatever the options.
+    For ONNX Runtime as the target it is what will be deployed: it runs in anybody's session, whatever the
+    options, if that has our custom ops with ``--weight-lowering plugin``.
     """
     deployed = choice.target == "onnxruntime"
-    lowering = ["lower-weights-fp8"] if place.plan.quantizes_weights else []
+    hosted = deployed and recipe.weight_lowering == "plugin"
+    lowering = [PLUGIN if hosted else _FP8] if place.plan.quantizes_weights else []
     if not (lowering or deployed):
         return place.artifact
     path = (place.folder.path if deployed else place.folder.scratch) / ORT_MODEL
@@ -128,8 +135,10 @@ def build(
     engine_onnx = _engine_onnx(place, recipe, choice)
     if choice.target == "none":
         return EngineReport("none", choice.reason)
+    if recipe.weight_lowering == "plugin":
+        copy_libraries(choice.target, place.folder.path)
     if choice.target == "onnxruntime":
-        path = runnable_model(place, choice)
+        path = runnable_model(place, recipe, choice)
         size = sum(file.stat().st_size for file in place.folder.path.glob(f"{path.name}*"))
         return EngineReport(choice.target, choice.reason, path.name, size)
     if engine_onnx is None:
@@ -142,10 +151,10 @@ def _engine_onnx(place: Workplace, recipe: Recipe, choice: TargetChoice) -> Path
     emitted = "engine-onnx" in recipe.emit
     if not emitted and choice.target not in _BUILDERS:
         return None
-    if not emitted and recipe.weight_lowering != "int4":
-        return runnable_model(place, choice)
+    name = _LOWERINGS[recipe.weight_lowering]
+    if not emitted and name == _FP8:
+        return runnable_model(place, recipe, choice)
     path = (place.folder.path if emitted else place.folder.scratch) / _ENGINE_ONNX
-    name = "inline-functions" if recipe.weight_lowering == "int4" else "lower-weights-fp8"
     _lower(place, path, name)
     return path
 
@@ -154,7 +163,9 @@ def _lower(place: Workplace, path: Path, *names: str) -> None:
     """Run the passes on a copy of the artifact and write it."""
     model = load_model(place.artifact)
     for name in names:
-        options = {"plan": place.plan} if name.startswith("lower-weights") else {}
+        options: dict[str, object] = {"plan": place.plan} if name.startswith("lower-weights") else {}
+        if name == PLUGIN:
+            options["only_half"] = path.name != ORT_MODEL
         phase: Phase = "onnxruntime" if name == "qdq-to-casts" else "engine"
         place.runner.run(model, name, phase, **options)
     place.runner.run(model, "remove-unused", phase)
@@ -178,6 +189,7 @@ def _build_engine(
             compute_capability=recipe.compute_capability,
             timing_cache=None if recipe.timing_cache is None else Path(recipe.timing_cache),
             linears=[f"{site.name}/MatMul" for site in quantized] if fp8 else [],
+            plugin=host_library(choice.target) if recipe.weight_lowering == "plugin" else None,
             timeout_s=recipe.builder_timeout,
             memory_gb=recipe.builder_memory_gb,
             on_progress=lambda text: place.timer.reporter.update(0, None, text),

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from zqfp_compile.backends.host_libraries import host_library, needs_host
 from zqfp_compile.backends.ort import create_session, is_large, run_session
 from zqfp_compile.calibrate.causal_lm import CausalLm
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
@@ -220,12 +221,14 @@ def _sum(values: torch.Tensor) -> float:
 
 def _open(path: Path) -> Any:
     model = ir.load(path)
-    low_memory = is_large(model)
+    options: dict[str, Any] = {"arena": False, "low_memory": is_large(model)}
+    if needs_host(model):
+        options["custom_ops"] = host_library("onnxruntime")
     if not uses_bfloat16(model):
-        return create_session(path, arena=False, low_memory=low_memory)
+        return create_session(path, **options)
     widen_bfloat16(model)
     content = ir.to_proto(model).SerializeToString()
-    return create_session(content, external_data=path.resolve().parent, arena=False, low_memory=low_memory)
+    return create_session(content, external_data=path.resolve().parent, **options)
 
 
 def _ort_error(path: Path, action: str, error: Exception) -> Exception:

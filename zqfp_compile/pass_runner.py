@@ -38,7 +38,7 @@ class PassRunner:
         self._dump_folder = dump_folder
         self._count = 0
         self._ran: set[str] = set()
-        self.declined: list[Declined] = []
+        self.declined: dict[str, list[Declined]] = {}
 
     @property
     def not_dumped(self) -> list[str]:
@@ -52,7 +52,7 @@ class PassRunner:
             check(result.model, phase, after=name)
         self._count += 1
         self._ran.add(name)
-        self.declined.extend(result.declined)
+        self.declined.setdefault(name, []).extend(result.declined)
         for declined in result.declined:
             self._timer.reporter.detail(f"  {name}: {declined.place}: {declined.reason}")
         if name in self._dump_after:

@@ -22,6 +22,7 @@ PASSES: dict[str, str] = {
     "remove-unused": "passes.remove_unused:RemoveUnused",
     "lower-weights-fp8": "passes.lower_weights_fp8:LowerWeightsFp8",
     "lower-weights-fp4": "passes.lower_weights_fp4:LowerWeightsFp4",
+    "lower-weights-plugin": "passes.lower_weights_plugin:LowerWeightsPlugin",
     "inline-functions": "passes.inline_functions:InlineFunctions",
     "qdq-to-casts": "passes.qdq_to_casts:QdqToCasts",
 }

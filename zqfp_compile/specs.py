@@ -22,6 +22,8 @@ _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT1
 _DOMAIN = "zqfp"
 _OP = "W4A8Linear"
 _OP_INPUTS = 11
+# Operators that runtimes get from our libraries -> how many inputs they may have.
+_HOSTED = {"PackedW4A8Linear": range(5, 9), "QuantizeActivation": (2, 3), "QuantizeTokens": (1, 2)}
 # Operators that pass a dequantised tensor on to the MatMul without a new quantisation.
 _TRANSPARENT = frozenset({"Cast", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 
@@ -30,7 +32,7 @@ class SpecError(ModelError):
     """A pass left a graph that is not legal in its phase. An internal error, never the user's."""
 
 
-def check(model: ir.Model, phase: Phase, *, after: str | None = None, allow_plugin: bool = False) -> None:
+def check(model: ir.Model, phase: Phase, *, after: str | None = None) -> None:
     """Check that ``model`` is legal in ``phase``.
 
     Args:
@@ -39,15 +41,11 @@ def check(model: ir.Model, phase: Phase, *, after: str | None = None, allow_plug
             functions, and Q/DQ. ``engine``: nothing left to inline, and free of what TensorRT gets wrong.
             ``onnxruntime``: nothing left to inline, and free of what its optimiser gets wrong.
         after: Name of the pass that ran last, for the message.
-        allow_plugin: In the ``engine`` phase, accept ``zqfp`` nodes, which the plugin takes.
 
     Raises:
         SpecError: On the first violation.
     """
-    rules = _RULES[phase]
-    if allow_plugin:
-        rules = tuple(rule for rule in rules if rule is not _no_zqfp_nodes)
-    for rule in rules:
+    for rule in _RULES[phase]:
         for violation in rule(model):
             culprit = f"after pass {after}" if after else f"in the {phase} graph"
             raise SpecError(
@@ -253,11 +251,15 @@ def _w4a8_functions(model: ir.Model) -> Iterator[str]:
 # Engine phase: DESIGN section 5
 
 
-def _no_zqfp_nodes(model: ir.Model) -> Iterator[str]:
-    """Without the plugin an engine knows standard operators only."""
+def _lowered(model: ir.Model) -> Iterator[str]:
+    """Only standard operators are left, and those of our kernel's hosts, no input of which is empty."""
     for node in _all_nodes(model):
-        if node.domain == _DOMAIN:
+        if node.domain != _DOMAIN:
+            continue
+        if node.op_type not in _HOSTED:
             yield f"{_place(node)} is not lowered to standard operators"
+        elif len(node.inputs) not in _HOSTED[node.op_type] or None in node.inputs:
+            yield f"{_place(node)} has {len(node.inputs)} inputs, or empty ones"
 
 
 def _no_calls(model: ir.Model) -> Iterator[str]:
@@ -365,12 +367,12 @@ _RULES: dict[Phase, tuple[Rule, ...]] = {
         *_ALWAYS,
         _node_names,
         _quantize_scales,
-        _no_zqfp_nodes,
+        _lowered,
         _no_calls,
         _narrow_types,
         _blocked_weights,
         _blocked_requantize,
         _half_row_scales,
     ),
-    "onnxruntime": (*_ALWAYS, _node_names, _quantize_scales, _no_zqfp_nodes, _no_calls, _no_fp8_qdq),
+    "onnxruntime": (*_ALWAYS, _node_names, _quantize_scales, _lowered, _no_calls, _no_fp8_qdq),
 }

@@ -109,7 +109,7 @@ def test_everything_is_broken(shadow: Path) -> None:
         "onnx": "does not load (",
         "numpy": "does not load (libopenblas.so: wrong ELF class); reinstall it: pip install 'numpy>=",
         "nvcc": "not on PATH nor in CUDA_HOME; only building our kernels needs it",
-        "kernels": f"none in {shadow / 'k'}; stock operators are used instead",
+        "kernels": "does not load (",
     }
     for name, text in says.items():
         assert libraries[name]["version"] is None and text in libraries[name]["fix"], name
@@ -151,7 +151,10 @@ def test_a_gpu_that_torch_does_not_see(shadow: Path) -> None:
     pytest.importorskip("onnxruntime")
     write(shadow / "tensorrt_rtx.py", "__version__ = '1.7'\nclass Builder: pass")
     write(shadow / "torch.py", CUDA_TORCH.replace("lambda: True", "lambda: False").replace('"13.0"', "None"))
-    _, libraries, targets = found(shadow, **fake_driver(shadow, 8, 9))
+    _, libraries, targets = found(shadow, ZQFP_KERNELS=str(shadow / "k"), **fake_driver(shadow, 8, 9))
+    assert libraries["kernels"]["fix"].startswith(
+        f"none in {shadow / 'k'}; only --weight-lowering plugin needs"
+    )
     assert libraries["torch"]["detail"] == "built without CUDA"
     assert targets["tensorrt-rtx"]["builds"]
     assert targets["tensorrt-rtx"]["run_fix"].endswith("install a CUDA build of torch")

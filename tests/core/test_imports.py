@@ -26,6 +26,7 @@ MAY_IMPORT = {
         ".",
         "zqfp_compile.errors",
         "zqfp_compile.formats",
+        "zqfp_compile.kernels.packing",
         "zqfp_compile.pass_base",
         "zqfp_compile.plan",
         "zqfp_compile.quantize",

@@ -247,6 +247,13 @@ def test_schedules_deal_every_unit_once(repo_root, tmp_path):
     assert done.returncode == 0, done.stdout
 
 
+def test_constants_are_those_of_the_header(repo_root):
+    header = (repo_root / "zqfp_compile" / "kernels" / "include" / "zqfp.h").read_text()
+    defined = dict(re.findall(r"#define (ZQFP_\w+) (\d+)", header))
+    assert int(defined["ZQFP_ABI_VERSION"]) == binding.ABI_VERSION
+    assert int(defined["ZQFP_WORKSPACE_ZEROED_BYTES"]) == binding.WORKSPACE_ZEROED_BYTES
+
+
 def test_a_missing_library_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv(binding.VARIABLE, str(tmp_path))
     with pytest.raises(MissingDependencyError, match="make kernels"):

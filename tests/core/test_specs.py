@@ -11,6 +11,7 @@ from rewrite_models import Case, artifact, float_model
 from passes.inline_functions import InlineFunctions
 from passes.lower_weights_fp4 import LowerWeightsFp4
 from passes.lower_weights_fp8 import LowerWeightsFp8
+from passes.lower_weights_plugin import LowerWeightsPlugin
 from passes.remove_unused import RemoveUnused
 from zqfp_compile.errors import ModelError
 from zqfp_compile.specs import Phase, SpecError, check
@@ -46,10 +47,17 @@ def test_the_form_for_fp4_hardware_is_legal(constraint: str) -> None:
     check(model, "engine")
 
 
-def test_the_plugin_keeps_its_nodes() -> None:
-    model, _ = artifact(Case())
-    check(model, "engine", allow_plugin=True)
+def test_of_our_nodes_only_those_of_the_kernels_hosts_are_left() -> None:
+    model, plan = artifact(Case(group_size=32, lorc=True))
     with pytest.raises(SpecError, match=r"zqfp::W4A8Linear node 'attn.q' is not lowered"):
+        check(model, "engine")
+    LowerWeightsPlugin(plan).call(model)
+    RemoveUnused().call(model)
+    check(model, "engine")
+    check(model, "onnxruntime")
+    packed = next(node for node in model.graph if node.op_type == "PackedW4A8Linear")
+    packed.replace_input_with(5, None)
+    with pytest.raises(SpecError, match=r"PackedW4A8Linear node 'attn.q/MatMul' has 7 inputs, or empty ones"):
         check(model, "engine")
 
 

@@ -108,11 +108,26 @@ class FakeEngine:
         return FakeContext(self.used)
 
 
+class FakeRuntime:
+    """Loads ``ftrt...``; ``plug...`` only after somebody loaded a plugin library."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.plugins: list[str] = []
+
+    def deserialize_cuda_engine(self, data: bytes) -> FakeEngine | None:
+        return self.engine if data[:4] == b"ftrt" or (data[:4] == b"plug" and self.plugins) else None
+
+    def get_plugin_registry(self) -> SimpleNamespace:
+        return SimpleNamespace(load_library=lambda path: self.plugins.append(path) or "handle")
+
+
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    """A ``tensorrt`` that loads any file that begins with ``ftrt``, on a machine where torch sees a GPU."""
+def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
+    """A ``tensorrt`` on a machine where torch sees a GPU; our own libraries are looked for in ``kernels``."""
     engine = FakeEngine()
-    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine if data[:4] == b"ftrt" else None)
+    runtime = FakeRuntime(engine)
+    monkeypatch.setenv("ZQFP_KERNELS", str(tmp_path / "kernels"))
     logger = type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None})
     fake = SimpleNamespace(
         __name__="tensorrt",
@@ -176,3 +191,15 @@ def test_what_does_not_fit_is_said(library: FakeEngine, file: Path) -> None:
     file.write_bytes(b"other")
     with pytest.raises(ModelError, match=r"cannot be loaded by tensorrt 11\.0 on Pretend GPU"):
         Engine.load(file)
+
+
+def test_an_engine_with_our_plugin_loads_the_library_that_was_built(library: FakeEngine, file: Path) -> None:
+    """Never one that lies beside the engine."""
+    file.write_bytes(b"plug")
+    (file.parent / "libzqfp_tensorrt.so").write_bytes(b"")
+    with pytest.raises(ModelError, match="cannot be loaded by tensorrt"):
+        Engine.load(file)
+    (file.parent / "kernels").mkdir()
+    (file.parent / "kernels" / "libzqfp_tensorrt.so").write_bytes(b"")
+    engine = Engine.load(file)
+    assert list(engine.generate_tokens([3], max_new_tokens=3)) == expected([3], 3)

@@ -12,7 +12,7 @@ import torch
 from zqfp_compile.formats.codebook import E2M1
 from zqfp_compile.formats.scales import legal_scales
 from zqfp_compile.kernels import reference
-from zqfp_compile.kernels.library import Layer, WrongArchitectureError
+from zqfp_compile.kernels.library import WORKSPACE_ZEROED_BYTES, Layer, WrongArchitectureError
 from zqfp_compile.kernels.torch_linear import PackedWeight, TorchLinear
 
 if not torch.cuda.is_available():
@@ -25,7 +25,7 @@ SEED = int(os.environ.get("ZQFP_SEED", np.random.SeedSequence().entropy % 2**31)
 
 # ||y - reference|| / ||reference||. Rounding y, by at most 2^-11 (float16) or 2^-8 (bfloat16) of each number,
 # gives about 2e-4 and 1.6e-3. Hopper's tensor core keeps about 14 bits while it adds up E4M3 products (DESIGN
-# section 7): up to 2^-13 of the largest term in each of K / 32 steps. A wrong index gives 1, a lost block of K 0.1.
+# section 7): up to 2^-13 of the largest term in each of K / 32 steps. A wrong index gives 1.
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 5e-3}
 
 
@@ -86,7 +86,7 @@ class Problem:
         assert bool(torch.isfinite(y).all()), "part of the output was not written"
         error = relative_error(y, self.expected(x8, a, xv))
         assert error < TOLERANCE[self.layer.dtype], f"relative error {error:.2e} for {self.layer}, m = {m}"
-        counters = self.linear.workspace[:9216]
+        counters = self.linear.workspace[:WORKSPACE_ZEROED_BYTES]
         assert not bool(counters.any()), "arrival counters were not left at zero"
         return y
 
@@ -165,7 +165,15 @@ def test_rows_do_not_depend_on_each_other(kernel_library):
     assert bool(torch.isfinite(y[torch.arange(32) != 5]).all())
 
 
-def test_captured_in_a_graph(kernel_library):
+@pytest.fixture(params=[0, 1], ids=["apart", "overlapping"])
+def overlap(request, kernel_library):
+    """Kernels that wait for the one before to end, and kernels that start while it ends."""
+    kernel_library.tune(overlap=request.param)
+    yield request.param
+    kernel_library.tune()
+
+
+def test_captured_in_a_graph(kernel_library, overlap):
     problem = Problem(kernel_library, Layer(2048, 4096, 64, lorc_rank=16), max_rows=4)
     x = problem.input(4)
     problem.linear(x)
@@ -181,7 +189,29 @@ def test_captured_in_a_graph(kernel_library):
         assert relative_error(y, problem.expected(*problem.linear.quantize(x))) < TOLERANCE[torch.float16]
 
 
-def test_one_workspace_serves_many_layers(kernel_library):
+def test_a_chain_of_layers_without_waiting(kernel_library, overlap):
+    """Outputs become inputs, buffers are used again: what a missing wait between kernels would spoil."""
+    layers = [Layer(4096, 4096, 64, lorc_rank=16), Layer(4096, 4096, 64), Layer(4096, 4096, 32, lorc_rank=32)]
+    problems = [Problem(kernel_library, layer, max_rows=16) for layer in layers]
+    for problem in problems:
+        problem.linear.weight.row_scales.mul_(1 / 16)  # no overflow after three layers
+    x = problems[0].input(16)
+    expected, y = [], x
+    for problem in problems:
+        y = problem.linear(y)
+        torch.cuda.synchronize()
+        expected.append(y)
+    assert bool(torch.isfinite(y).all())
+    for _ in range(50):
+        outputs, y = [], x
+        for problem in problems:
+            y = problem.linear(y)
+            outputs.append(y)
+        for y, wanted in zip(outputs, expected, strict=True):
+            assert torch.equal(y, wanted)
+
+
+def test_one_workspace_serves_many_layers(kernel_library, overlap):
     """Calls of different layers follow each other on one stream and share the workspace."""
     layers = [Layer(4096, 4096, 64), Layer(520, 1040, 32, lorc_rank=8), Layer(1024, 8192, 128)]
     problems = [Problem(kernel_library, layer, max_rows=64) for layer in layers]

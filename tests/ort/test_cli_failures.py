@@ -298,7 +298,8 @@ def test_compute_capability(refused: Refused) -> None:
     refused(2, *arguments, says=("--compute-capability 90", "89", "120"))
 
 
-def test_environment(refused: Refused) -> None:
+def test_environment(refused: Refused, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("ZQFP_KERNELS", str(tmp_path))  # where no library is
     refused(6, "m/model.onnx", "--weight-lowering", "plugin", says=("--weight-lowering plugin", "fp8"))
     try:
         import tensorrt  # noqa: F401

@@ -58,6 +58,7 @@ def create_session(
     low_memory: bool = False,
     threads: int = 0,
     external_data: str | Path | None = None,
+    custom_ops: Path | None = None,
 ) -> Any:
     """Open an ``onnxruntime.InferenceSession``.
 
@@ -76,6 +77,7 @@ def create_session(
             20; a run of 512 tokens takes 1.5 times as long, short ones several times.
         threads: Intra-op threads; 0 lets ONNX Runtime choose.
         external_data: Folder of the external data when ``model`` is bytes.
+        custom_ops: Custom-op library the model needs (``host_libraries.host_library``).
 
     Raises:
         MissingDependencyError: When ONNX Runtime is missing or a provider silently fell back to the CPU.
@@ -90,6 +92,8 @@ def create_session(
     if external_data is not None:
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, str(external_data))
+    if custom_ops is not None:
+        options.register_custom_ops_library(str(custom_ops))
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = arena

@@ -11,6 +11,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from zqfp_compile.backends.arrays import Array, as_torch, check_fits, from_numpy, to_numpy
+from zqfp_compile.backends.host_libraries import host_library, needs_host
 from zqfp_compile.backends.ort import create_session, import_onnxruntime
 from zqfp_compile.backends.runners import runtime_error, value_spec
 from zqfp_compile.calibrate.causal_lm import InputSpec, graph_inputs
@@ -33,7 +34,7 @@ class OrtSession:
 
     Raises:
         ModelError: When the file is unsafe, malformed, or refused by ONNX Runtime.
-        MissingDependencyError: When ONNX Runtime or a provider is not there.
+        MissingDependencyError: When ONNX Runtime, a provider, or a custom-op library it needs is not there.
     """
 
     def __init__(self, path: Path, providers: Sequence[str]) -> None:
@@ -44,7 +45,12 @@ class OrtSession:
         self.outputs = tuple(value_spec(value) for value in model.graph.outputs)
         self._ort = import_onnxruntime()
         try:
-            self._session = create_session(path, providers=providers, low_memory=not _fits(model))
+            self._session = create_session(
+                path,
+                providers=providers,
+                low_memory=not _fits(model),
+                custom_ops=host_library("onnxruntime") if needs_host(model) else None,
+            )
         except Exception as error:
             raise runtime_error(path, "load", error) from error
 

@@ -11,6 +11,8 @@ needs a GPU, the log does not. How the list reads (TensorRT-RTX 1.7, measured):
   ``[profile P]`` on each node name and each input and output of the network.
 * A GEMM that multiplies in FP8 has the type ``gemm`` and two FP8 operands. A ``runtime_fusion`` with FP8
   inputs may decode them and multiply in float (seen with a weight scale along K), so it never counts.
+* A plugin is a ``custom_layer`` named after its node. Ours multiplies FP8 activations by INT4 codes, decoded
+  to FP8 inside, and scales in float32: it covers its linear, and has no accumulator in memory to check.
 * The per-channel scale a*R is a constant ``..._folded_matmul`` of the layer that reads the GEMM's output; a
   per-tensor one replaces the GEMM's constant ``..._alpha``.
 """
@@ -37,6 +39,7 @@ _SUBGRAPH = re.compile(r"_myl(\d+)_\d+$")
 _PROFILE = re.compile(r" \[profile (\d+)\]")
 _METADATA = re.compile(r"\[ONNX Layer: (.*?)\](?=\x1f|\[ONNX Layer: |$)")  # unit separators between entries
 _GEMM = "gemm"
+_PLUGINS = ("custom_layer", "PluginV3")  # as TensorRT-RTX and TensorRT call them
 _UNREAD = "unread"
 
 
@@ -71,8 +74,18 @@ class Layer:
 
     @property
     def is_fp8_gemm(self) -> bool:
-        """Whether both factors are FP8."""
-        return self.type == _GEMM and sum("FP8" in t.dtype for t in self.inputs + self.constants) >= 2
+        """Whether both factors are FP8, in a GEMM of the builder's or in our kernel."""
+        return self.is_kernel or (self.type == _GEMM and sum("FP8" in t.dtype for t in self._operands) >= 2)
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether this is our plugin with its 4-bit weight."""
+        dtypes = [tensor.dtype for tensor in self._operands]
+        return self.type in _PLUGINS and any("FP8" in t for t in dtypes) and any("Int4" in t for t in dtypes)
+
+    @property
+    def _operands(self) -> tuple[Tensor, ...]:
+        return self.inputs + self.constants
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ class ProfileLint:
     """What one profile runs in FP8.
 
     Attributes:
-        fp8_gemms: Number of FP8 GEMM layers; merged linears share one.
+        fp8_gemms: Number of FP8 GEMM layers, plugins included; merged linears share one.
         fp8_linears: Planned linears they cover.
         missing: Planned linears they do not cover.
     """
@@ -233,7 +246,7 @@ def _profile_problems(layers: Sequence[Layer], missing: Sequence[str]) -> Iterat
             readers.setdefault(tensor.name, []).append(layer)
     produced = {tensor.name for layer in layers if layer.is_fp8_gemm for tensor in layer.outputs}
     for layer in layers:
-        if layer.is_fp8_gemm:
+        if layer.is_fp8_gemm and not layer.is_kernel:
             yield from _half_accumulator(layer, readers)
         yield from _scale_sizes(layer, produced)
 

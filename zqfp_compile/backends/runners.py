@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import onnx_ir as ir
 
+from zqfp_compile.backends.host_libraries import host_library, needs_host
 from zqfp_compile.backends.ort import create_session, is_large, run_session
 from zqfp_compile.backends.trt_session import TrtSession
 from zqfp_compile.calibrate.causal_lm import Feed, InputSpec, find_vocab_size, graph_inputs
@@ -49,7 +50,7 @@ class OrtRunner:
 
     Raises:
         ModelError: When the file is unsafe, malformed, or refused by ONNX Runtime.
-        MissingDependencyError: When ONNX Runtime is not installed.
+        MissingDependencyError: When ONNX Runtime is not installed, or a custom-op library the model needs.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,7 +63,10 @@ class OrtRunner:
         try:
             # Folding a compiled model decodes every weight to float: three times the memory.
             self._session = create_session(
-                path, fold_constants=not model.functions, low_memory=is_large(model)
+                path,
+                fold_constants=not model.functions,
+                low_memory=is_large(model),
+                custom_ops=host_library("onnxruntime") if needs_host(model) else None,
             )
         except Exception as error:
             raise runtime_error(path, "load", error) from error

@@ -84,6 +84,7 @@ def build_engine(
     compute_capability: str | None = None,
     timing_cache: Path | None = None,
     linears: Sequence[str] = (),
+    plugin: Path | None = None,
     timeout_s: int = 3600,
     memory_gb: float | None = None,
     on_progress: Callable[[str], None] | None = None,
@@ -101,7 +102,8 @@ def build_engine(
         compute_capability: Architecture such as ``"89"`` or ``"120"`` (TensorRT-RTX); ``None`` takes the GPU
             here, or 89 where there is none it can build for.
         timing_cache: File of kernel timings to use and extend (TensorRT; TensorRT-RTX has none).
-        linears: Node names of the planned linears' MatMuls, for the lint.
+        linears: Node names of the planned linears' main products, for the lint.
+        plugin: Plugin library with the model's ``zqfp`` operators.
         timeout_s: Seconds after which the builder is killed.
         memory_gb: GiB of data the builder may allocate; ``None`` is no limit.
         on_progress: Called with a short text, at most four times a second.
@@ -127,6 +129,7 @@ def build_engine(
             compute_capability=compute_capability,
             timing_cache=None if timing_cache is None else str(timing_cache.resolve()),
             memory_gb=memory_gb,
+            plugin=None if plugin is None else str(plugin.resolve()),
         )
         outcome = _run(job, place, timeout_s, on_progress)
         if outcome.result is None:

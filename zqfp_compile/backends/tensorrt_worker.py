@@ -56,6 +56,7 @@ class Job:
         compute_capability: Such as ``"89"``; ``None`` for the GPU here, or 89 without one.
         timing_cache: File, or ``None``.
         memory_gb: Limit on this process's data, in GiB, or ``None``.
+        plugin: Plugin library the model needs, or ``None``.
     """
 
     target: str
@@ -65,6 +66,7 @@ class Job:
     compute_capability: str | None
     timing_cache: str | None
     memory_gb: float | None
+    plugin: str | None = None
 
     def to_json(self) -> str:
         """Serialise for :meth:`from_json`."""
@@ -119,6 +121,8 @@ def _build(job: Job, tell: Tell) -> dict[str, Any]:
     label = f"{LABELS[job.target]} {trt.__version__}"
     log = _make_logger(trt)
     builder = _create_builder(trt, log, label)
+    if job.plugin is not None:
+        load_plugin(builder.get_plugin_registry(), Path(job.plugin), label)
     network = builder.create_network(_network_flags(trt))
     tell("parsing the model")
     parser = trt.OnnxParser(network, log)  # owns the weights: it must outlive the build
@@ -156,6 +160,18 @@ def _create_builder(trt: TrtModule, log: Any, label: str) -> Builder:
         raise MissingDependencyError(
             f"{label} does not start here ({_one_line(why)}); check the GPU and its driver"
         ) from error
+
+
+def load_plugin(registry: Any, library: Path, label: str) -> None:
+    """Load a plugin library into a builder's or a runtime's registry.
+
+    Raises:
+        MissingDependencyError: When it does not load; the registry itself returns ``None`` in silence.
+    """
+    if registry.load_library(str(library)) is None:
+        raise MissingDependencyError(
+            f"{label} does not load the plugin {library}; build it again: make tensorrt-plugin"
+        )
 
 
 def _network_flags(trt: TrtModule) -> int:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 
 from zqfp_compile.backends.arrays import Array, as_torch, check_fits, to_numpy, torch_dtype
+from zqfp_compile.backends.host_libraries import host_library
 from zqfp_compile.backends.trt_api import (
     MODULES,
     CudaEngine,
@@ -159,6 +160,8 @@ def _deserialize(path: Path) -> tuple[TrtModule, Runtime, CudaEngine]:
     for trt in tried:
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         engine = runtime.deserialize_cuda_engine(data)
+        if engine is None and _load_plugin(trt, runtime):
+            engine = runtime.deserialize_cuda_engine(data)
         if engine is not None:
             return trt, runtime, engine
     raise ModelError(
@@ -166,6 +169,15 @@ def _deserialize(path: Path) -> tuple[TrtModule, Runtime, CudaEngine]:
         f"{torch.cuda.get_device_name()}; an engine runs only with the runtime version and the GPU it was "
         "built for: rebuild it here"
     )
+
+
+def _load_plugin(trt: TrtModule, runtime: Runtime) -> bool:
+    """Load our plugin, which the engine may need; whether there is one to load."""
+    try:
+        library = host_library(trt.__name__.replace("_", "-"))
+    except MissingDependencyError:
+        return False
+    return runtime.get_plugin_registry().load_library(str(library)) is not None
 
 
 def _runtimes(path: Path) -> list[TrtModule]:

@@ -22,6 +22,8 @@ from zqfp_compile.errors import MissingDependencyError, ZqfpError
 NAME = "libzqfp.so"
 ABI_VERSION = 1
 VARIABLE = "ZQFP_KERNELS"
+# ZQFP_WORKSPACE_ZEROED_BYTES: where a workspace must be zero before a call, and is zero after it.
+WORKSPACE_ZEROED_BYTES = 16384
 
 _DTYPES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 
@@ -185,7 +187,7 @@ class Library:
         return w8
 
     def workspace_bytes(self, layer: Layer, m: int) -> int:
-        """Return the bytes of workspace for up to ``m`` rows; it must be zeroed once.
+        """Return the bytes of workspace for up to ``m`` rows; the first WORKSPACE_ZEROED_BYTES must be zero.
 
         Raises:
             KernelError: When no kernel computes the layer.
@@ -279,9 +281,9 @@ class Library:
             names.append(name.decode())
         return names
 
-    def tune(self, kernel: int = -1, cut: int = -1) -> None:
+    def tune(self, kernel: int = -1, cut: int = -1, overlap: int = -1) -> None:
         """Override the plans of the whole process (``tuning.h``); without arguments let them choose again."""
-        self._check(self._c.zqfpTune(kernel, cut))
+        self._check(self._c.zqfpTune(kernel, cut, overlap))
 
     def describe_plan(self, layer: Layer, m: int, processors: int = 132) -> tuple[str, list[int]]:
         """Return the kernel a call would use, and workers, row tiles, token tiles, K units, uncut tiles.

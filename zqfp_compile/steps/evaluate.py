@@ -38,7 +38,7 @@ def evaluate(run: Compilation) -> None:
     recipe, text = run.recipe, run.eval_text
     if text is None:
         return
-    runnable = engines.runnable_model(run.place, run.choice)
+    runnable = engines.runnable_model(run.place, run.recipe, run.choice)
     with run.timer.step("evaluate"):
         run.evaluation = evaluate_models(
             run.source,

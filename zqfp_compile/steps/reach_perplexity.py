@@ -36,7 +36,7 @@ def reach_perplexity(run: Compilation) -> None:
 def _held_out_loss(run: Compilation, samples: Samples) -> float:
     """Return by how much the loss rises on held-out windows, nats per token."""
     windows = [feed["input_ids"][0].astype(np.int64) for feed in samples.feeds]
-    runnable = engines.runnable_model(run.place, run.choice)
+    runnable = engines.runnable_model(run.place, run.recipe, run.choice)
     with run.timer.step("measure"):
         result = evaluate(
             run.source,

@@ -13,6 +13,7 @@ namespace zqfp {
 constexpr int kWarpgroupBarrier = 1;  // + warpgroup, at most 4
 constexpr int kSlicesReady = 5;       // + row: the slices' sums lie in shared memory
 constexpr int kSlicesTaken = 9;       // + row: they have been read
+constexpr int kHeadStartOver = 13;
 
 template <class C>
 class Consumer {
@@ -31,12 +32,15 @@ class Consumer {
         thread_(threadIdx.x % kThreads) {}
 
   __device__ __forceinline__ void run(int worker) {
+    ptx::wait_for_kernel_before();
+    if (C::kHeadStart > 0 && warpgroup_ == 1) ptx::sync_threads(kHeadStartOver, 2 * kThreads);
     Walk walk(p_.schedule, worker);
     Segment segment;
     while (walk.next(p_.schedule, segment)) {
       const Tile tile = locate<C>(p_, segment.tile, rank_);
       const bool last_units = segment.end == p_.schedule.units;
       if (row_ >= tile.row_blocks) {
+        end_head_start();
         skip(segment.end - segment.begin + (last_units ? p_.lorc_steps : 0));
       } else {
         process(segment, tile, last_units);
@@ -51,6 +55,7 @@ class Consumer {
   int rank_, warpgroup_, row_, slice_, thread_;
   Ring<C> ring_;
   bool reduced_before_ = false;
+  bool ahead_ = C::kHeadStart > 0 && warpgroup_ == 0;
 
   // ---- the pipeline ------------------------------------------------------------------------------------------------
 
@@ -130,7 +135,15 @@ class Consumer {
 
   __device__ __forceinline__ void multiply_all(int units, Sums& sums) {
     clear(sums);
-    if constexpr (C::kPromote == 0) {
+    if constexpr (C::kHeadStart > 0) {
+      int done = 0;
+      do {
+        const int count = ahead_ && units - done > C::kHeadStart ? C::kHeadStart : units - done;
+        multiply(count, sums);
+        done += count;
+        end_head_start();
+      } while (done < units);
+    } else if constexpr (C::kPromote == 0) {
       multiply(units, sums);
     } else {
       for (int done = 0; done < units; done += C::kPromote) {
@@ -141,6 +154,12 @@ class Consumer {
         for (int i = 0; i < kCount; ++i) sums[i] += part[i];
       }
     }
+  }
+
+  __device__ __forceinline__ void end_head_start() {
+    if (!ahead_) return;
+    ptx::arrive_threads(kHeadStartOver, 2 * kThreads);
+    ahead_ = false;
   }
 
   __device__ __forceinline__ static void clear(Sums& sums) {
@@ -321,6 +340,7 @@ class Consumer {
   // ---- output ------------------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void add_bias(const EdgeScales& edge, Sums& sums) const {
+    if (p_.bias == nullptr) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sums[i] += edge.bias[i / 2 % 2];
   }

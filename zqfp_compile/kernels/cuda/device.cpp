@@ -37,16 +37,23 @@ zqfpStatus get_attribute(int* value, cudaDeviceAttr attribute, int device) {
 
 }  // namespace
 
+// Attributes do not change, and asking for them would take microseconds of every launch.
 zqfpStatus find_device(int* device, int* processors) {
-  int major = 0, minor = 0;
+  static std::atomic<int> known[kMaxDevices];
   ZQFP_RETURN_IF_FAILED(check_cuda(cudaGetDevice(device), "asking for the current device"));
+  const bool cached = *device < kMaxDevices;
+  *processors = cached ? known[*device].load(std::memory_order_relaxed) : 0;
+  if (*processors > 0) return ZQFP_SUCCESS;
+  int major = 0, minor = 0;
   ZQFP_RETURN_IF_FAILED(get_attribute(&major, cudaDevAttrComputeCapabilityMajor, *device));
   ZQFP_RETURN_IF_FAILED(get_attribute(&minor, cudaDevAttrComputeCapabilityMinor, *device));
   if (major != 9 || minor != 0) {
     return fail(ZQFP_WRONG_ARCHITECTURE, "device %d has compute capability %d.%d; these kernels need 9.0", *device,
                 major, minor);
   }
-  return get_attribute(processors, cudaDevAttrMultiProcessorCount, *device);
+  ZQFP_RETURN_IF_FAILED(get_attribute(processors, cudaDevAttrMultiProcessorCount, *device));
+  if (cached) known[*device].store(*processors, std::memory_order_relaxed);
+  return ZQFP_SUCCESS;
 }
 
 zqfpStatus make_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, const void* data, int64_t rows,

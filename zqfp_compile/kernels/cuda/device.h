@@ -7,6 +7,9 @@
 
 namespace zqfp {
 
+// Devices whose properties are remembered; others are asked each time.
+constexpr int kMaxDevices = 64;
+
 // Checks that the current device is one the kernels are built for, and gives its multiprocessors.
 zqfpStatus find_device(int* device, int* processors);
 

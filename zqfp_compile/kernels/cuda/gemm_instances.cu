@@ -5,9 +5,10 @@
 namespace zqfp {
 namespace {
 
-template <int kTokens, int kRows, int kSlices, int kCluster, int kPromote>
+template <int kTokens, int kRows, int kSlices, int kCluster, int kPromote, int kHeadStart = 0>
 Kernel instance(const char* name) {
-  using C = Config<kTokens, kRows, kSlices, ZQFP_GROUP, kCluster, kPromote>;
+  using C = Config<kTokens, kRows, kSlices, ZQFP_GROUP, kCluster, kPromote, kHeadStart>;
+  static std::atomic<uint64_t> allowed{0};
   return {name,
           kTokens,
           kRows,
@@ -18,7 +19,8 @@ Kernel instance(const char* name) {
           C::kBlockThreads,
           C::kSharedBytes,
           C::kPartialFloats,
-          reinterpret_cast<const void*>(&gemm_kernel<C>)};
+          reinterpret_cast<const void*>(&gemm_kernel<C>),
+          &allowed};
 }
 
 }  // namespace
@@ -41,6 +43,10 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       instance<256, 2, 1, 1, 0>("t256r2s1"),
       instance<256, 2, 1, 2, 0>("t256r2s1c2"),
 #ifdef ZQFP_VARIANTS
+      instance<256, 2, 1, 1, 0, 2>("t256r2s1h2"),
+      instance<256, 2, 1, 2, 0, 1>("t256r2s1c2h1"),
+      instance<256, 2, 1, 2, 0, 2>("t256r2s1c2h2"),
+      instance<256, 2, 1, 2, 0, 3>("t256r2s1c2h3"),
       instance<128, 2, 1, 1, 4>("t128r2s1p4"),
       instance<64, 2, 1, 1, 4>("t64r2s1p4"),
       instance<64, 2, 2, 1, 0>("t64r2s2"),

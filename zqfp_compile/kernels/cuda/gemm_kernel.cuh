@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(C::kBlockThreads, 1) gemm_kernel(const __grid_
   const int worker = blockIdx.x / C::kCluster;
   const int warpgroup = threadIdx.x / kThreads;
 
+  ptx::release_kernel_after();
   if (threadIdx.x == 0) init_barriers<C>(shared);
   sync_blocks<C>();
 

@@ -1,18 +1,20 @@
 // The compiled GEMM kernels, one table per group size.
 #pragma once
 
-#include <cstddef>
+#include <atomic>
+#include <cstdint>
 
 namespace zqfp {
 
 struct Kernel {
-  const char* name;  // t<tokens>r<rows>s<slices>, then c<cluster> and p<promotion> where not 1 and 0 (config.h)
+  const char* name;  // t<tokens>r<rows>s<slices>, then c<cluster>, p<promotion>, h<head start> if any (config.h)
   int tokens, rows, slices, cluster, promote;
   int stages;
   int threads;
   int shared_bytes;
   int partial_floats;
   const void* function;
+  std::atomic<uint64_t>* allowed;  // devices, one bit each, on which it may use its shared memory
 };
 
 // The kernels that plans choose from, by number; those beyond are there to be tried (zqfpTune).

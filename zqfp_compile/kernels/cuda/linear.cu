@@ -1,6 +1,7 @@
 // zqfpLinear and what belongs to it: plan, workspace, launch.
 #include "check.h"
 #include "device.h"
+#include "launch.h"
 #include "params.h"
 #include "plan.h"
 #include "tuning.h"
@@ -11,10 +12,13 @@ namespace {
 Tuning tuning;
 
 // Past the default limit of shared memory a kernel must ask for it, once per device.
-zqfpStatus allow_shared_memory(const Kernel& kernel) {
-  return check_cuda(
+zqfpStatus allow_shared_memory(const Kernel& kernel, int device) {
+  if (device < kMaxDevices && kernel.allowed->load(std::memory_order_relaxed) >> device & 1) return ZQFP_SUCCESS;
+  ZQFP_RETURN_IF_FAILED(check_cuda(
       cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes),
-      "asking for shared memory");
+      "asking for shared memory"));
+  if (device < kMaxDevices) kernel.allowed->fetch_or(uint64_t(1) << device, std::memory_order_relaxed);
+  return ZQFP_SUCCESS;
 }
 
 zqfpStatus fill_maps(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Kernel& kernel,
@@ -37,7 +41,7 @@ void fill_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t
   p->bias = args.bias;
   p->y = args.y;
   p->arrivals = static_cast<uint32_t*>(workspace);
-  p->partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + arrivals_bytes());
+  p->partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + ZQFP_WORKSPACE_ZEROED_BYTES);
   p->schedule = schedule;
   p->m = int(m);
   p->n = int(desc.n);
@@ -46,24 +50,6 @@ void fill_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t
   p->lorc_steps = (desc.lorc_rank + kLorcStep - 1) / kLorcStep;
   p->per_token = desc.per_token != 0;
   p->bfloat = desc.dtype == ZQFP_BFLOAT16;
-}
-
-zqfpStatus launch(const Kernel& kernel, GemmParams& p, void* stream) {
-  ZQFP_RETURN_IF_FAILED(allow_shared_memory(kernel));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = kernel.cluster;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(p.schedule.workers * kernel.cluster);
-  config.blockDim = dim3(kernel.threads);
-  config.dynamicSmemBytes = kernel.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = kernel.cluster > 1 ? 1 : 0;
-  void* arguments[] = {&p};
-  return check_cuda(cudaLaunchKernelExC(&config, kernel.function, arguments), "launching the GEMM");
 }
 
 zqfpStatus check_plan(const zqfpLinearDesc& desc, int64_t m) {
@@ -104,7 +90,10 @@ zqfpStatus zqfpLinear(const zqfpLinearDesc* desc, const zqfpLinearArgs* args, in
   GemmParams p{};
   ZQFP_RETURN_IF_FAILED(fill_maps(*desc, *args, m, *plan.kernel, &p));
   fill_params(*desc, *args, m, plan.schedule, workspace, &p);
-  return launch(*plan.kernel, p, stream);
+  ZQFP_RETURN_IF_FAILED(allow_shared_memory(*plan.kernel, device));
+  const LaunchShape shape{plan.schedule.workers * plan.kernel->cluster, plan.kernel->threads,
+                          plan.kernel->shared_bytes, plan.kernel->cluster};
+  return launch_kernel(plan.kernel->function, shape, &p, stream, "launching the GEMM");
 }
 
 const char* zqfpGetKernelName(int index) {
@@ -112,9 +101,11 @@ const char* zqfpGetKernelName(int index) {
   return index >= 0 && index < table.count ? table.kernels[index].name : nullptr;
 }
 
-zqfpStatus zqfpTune(int index, int cut) {
+zqfpStatus zqfpTune(int index, int cut, int overlap) {
   if (index < -1 || index >= kernels_of(64).count) return fail(ZQFP_INVALID_VALUE, "there is no kernel %d", index);
   if (cut < -1 || cut > 1) return fail(ZQFP_INVALID_VALUE, "cut = %d is not -1, 0 or 1", cut);
+  if (overlap < -1 || overlap > 1) return fail(ZQFP_INVALID_VALUE, "overlap = %d is not -1, 0 or 1", overlap);
+  overlap_kernels = overlap < 0 ? kOverlapByDefault : overlap == 1;
   tuning = {index, cut < 0 ? Cut::kAuto : cut == 0 ? Cut::kNever : Cut::kAlways};
   return ZQFP_SUCCESS;
 }

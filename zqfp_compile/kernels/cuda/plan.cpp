@@ -7,7 +7,8 @@ namespace {
 
 constexpr int kTokenGroup = 8;
 constexpr int kMaxRowsPerTile = 4;
-constexpr int kMaxCluster = 2;
+static_assert(2 * kMaxProcessors * kMaxRowsPerTile * sizeof(uint32_t) <= ZQFP_WORKSPACE_ZEROED_BYTES,
+              "a counter for each row of warpgroups of each cut tile; workers are fewer where they are clusters");
 
 // Shares of the multiprocessors' time that must be in use before a schedule gives up cutting tiles.
 constexpr double kGoodUse = 0.92;
@@ -82,8 +83,6 @@ bool plan_fits(const zqfpLinearDesc& desc, int64_t m) {
   return walk_fits && 2 * kMaxProcessors * k_blocks * kMaxProcessors < kLimit;
 }
 
-size_t arrivals_bytes() { return size_t(2) * kMaxProcessors * kMaxCluster * kMaxRowsPerTile * sizeof(uint32_t); }
-
 size_t workspace_bytes(const zqfpLinearDesc& desc, int64_t m, const Tuning& tuning) {
   const KernelTable table = kernels_of(desc.group_size);
   size_t floats = 0;
@@ -93,7 +92,7 @@ size_t workspace_bytes(const zqfpLinearDesc& desc, int64_t m, const Tuning& tuni
     const bool possible = tuning.kernel >= 0 ? tuning.kernel == i : i < kKernelCount && kernel.tokens < 2 * m + 8;
     if (possible) floats = std::max(floats, size_t(kernel.partial_floats));
   }
-  return arrivals_bytes() + 2 * kMaxProcessors * floats * sizeof(float);
+  return ZQFP_WORKSPACE_ZEROED_BYTES + 2 * kMaxProcessors * floats * sizeof(float);
 }
 
 }  // namespace zqfp

@@ -28,8 +28,7 @@ Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuni
 // Whether all of a schedule's numbers fit in the kernel's integers.
 bool plan_fits(const zqfpLinearDesc& desc, int64_t m);
 
-// Workspace: arrival counters first, then partial sums.
-size_t arrivals_bytes();
+// Arrival counters in the zeroed bytes, then partial sums.
 size_t workspace_bytes(const zqfpLinearDesc& desc, int64_t m, const Tuning& tuning);
 
 }  // namespace zqfp

@@ -30,12 +30,13 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives on the barrier at the same offset in another block of the cluster.
+// Arrives on the barrier at the same offset in another block of the cluster. Not .release.cluster, which costs a fence
+// of all memory each time: the arrival says that shared memory was read, there are no writes to publish.
 __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t block) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
       "r"(block)
       : "memory");
 }
@@ -119,6 +120,15 @@ template <int kRegisters>
 __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
+
+// ---- overlap with the kernels before and after on the stream; without the launch attribute both do nothing -----------
+
+// Waits until the kernel before has ended and its writes can be read. Before it, nothing may be written, and of what is
+// read only weights.
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Lets the kernel after start as soon as there is room; it still waits for this one to end.
+__device__ __forceinline__ void release_kernel_after() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 // zqfpQuantizeActivation.
 #include "check.h"
 #include "device.h"
+#include "launch.h"
 #include "quantize_kernel.cuh"
 
 namespace zqfp {
@@ -52,22 +53,6 @@ int choose_blocks(int64_t m, int64_t k, int processors) {
   return blocks;
 }
 
-zqfpStatus launch(const void* function, QuantizeParams p, int blocks, void* stream) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = blocks;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3((p.m + kQuantizeTokens - 1) / kQuantizeTokens * blocks);
-  config.blockDim = dim3(kQuantizeWarps * 32);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  void* arguments[] = {&p};
-  return check_cuda(cudaLaunchKernelExC(&config, function, arguments), "launching the quantizer");
-}
-
 }  // namespace
 }  // namespace zqfp
 
@@ -84,6 +69,8 @@ zqfpStatus zqfpQuantizeActivation(const void* x, int32_t x_dtype, int64_t m, int
   ZQFP_RETURN_IF_FAILED(check_alignment(a, "a"));
   int device = 0, processors = 0;
   ZQFP_RETURN_IF_FAILED(find_device(&device, &processors));
-  const QuantizeParams p{x, scale, static_cast<uint8_t*>(x8), a, v, xv, int(m), int(k), v == nullptr ? 0 : rank};
-  return launch(choose_kernel(x_dtype, v != nullptr), p, choose_blocks(m, k, processors), stream);
+  QuantizeParams p{x, scale, static_cast<uint8_t*>(x8), a, v, xv, int(m), int(k), v == nullptr ? 0 : rank};
+  const int blocks = choose_blocks(m, k, processors);
+  const LaunchShape shape{(p.m + kQuantizeTokens - 1) / kQuantizeTokens * blocks, kQuantizeWarps * 32, 0, blocks};
+  return launch_kernel(choose_kernel(x_dtype, v != nullptr), shape, &p, stream, "launching the quantizer");
 }

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "ptx.cuh"
+
 namespace zqfp {
 
 constexpr int kQuantizeWarps = 16;
@@ -160,88 +162,137 @@ __device__ __forceinline__ void store_projection(const float (*sum)[32], const Q
   }
 }
 
+// Shared memory of a block. `range` and the first of `parts` are read by the other blocks of the cluster.
 template <typename T, bool kLorc>
-__global__ void __launch_bounds__(kQuantizeWarps * 32) quantize_kernel(QuantizeParams p) {
-  namespace cg = cooperative_groups;
-  const cg::cluster_group cluster = cg::this_cluster();
-  __shared__ float ranges[kQuantizeTokens];
-  __shared__ float warp_ranges[kQuantizeWarps][kQuantizeTokens];
-  __shared__ float parts[kLorc ? kQuantizeWarps / 2 : 1][kLorc ? Projection<T>::kFloats : 1][32];
+struct QuantizeShared {
+  float range[kQuantizeTokens];
+  float warp_range[kQuantizeWarps][kQuantizeTokens];
+  float parts[kLorc ? kQuantizeWarps / 2 : 1][kLorc ? Projection<T>::kFloats : 1][32];
+};
 
-  const int warp = threadIdx.x / 32, q = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-  const int first_token = blockIdx.x / cluster.num_blocks() * kQuantizeTokens;
-  const int blocks = cluster.num_blocks();
-  const int stride = kQuantizeWarps * blocks * kChunk;
-  const int start = (cluster.block_rank() * kQuantizeWarps + warp) * kChunk + 8 * c;
-  const int chunks = (p.k + kChunk - 1) / kChunk;
-  const bool token_inside[2] = {first_token + q < p.m, first_token + q + 8 < p.m};
-  const T* x = static_cast<const T*>(p.x) + int64_t(first_token + q) * p.k;
-  uint8_t* x8 = p.x8 + int64_t(first_token + q) * p.k;
-  const bool per_token = p.scale == nullptr;
+// One thread's part: columns of two tokens.
+template <typename T, bool kLorc>
+class Quantizer {
+ public:
+  using Shared = QuantizeShared<T, kLorc>;
+  using Cluster = cooperative_groups::cluster_group;
 
-  float range[2] = {0.f, 0.f};
-  float scale[2] = {per_token ? 1.f : __ldg(p.scale), per_token ? 1.f : __ldg(p.scale)};
-  Projection<T> projection;
-  // All lanes of a warp run the same chunks: mma needs them all.
-  for (int column = start; column - 8 * c < chunks * kChunk; column += stride) {
-    Eight<T> eight[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const bool inside = token_inside[h] && column < p.k;
-      eight[h] = load_eight(x + int64_t(8 * h) * p.k + column, inside);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) range[h] = fmaxf(range[h], fabsf(eight[h].value[i]));
-      if (inside && !per_token) store_quantized(eight[h], scale[h], x8 + int64_t(8 * h) * p.k + column);
-    }
-    if constexpr (kLorc) projection.add(eight[0], eight[1], p, column);
+  __device__ __forceinline__ Quantizer(const QuantizeParams& p, Shared& shared, const Cluster& cluster)
+      : p_(p), shared_(shared), cluster_(cluster), blocks_(cluster.num_blocks()) {
+    q_ = threadIdx.x % 32 / 4;
+    c_ = threadIdx.x % 4;
+    warp_ = threadIdx.x / 32;
+    first_token_ = blockIdx.x / blocks_ * kQuantizeTokens;
+    first_column_ = (cluster.block_rank() * kQuantizeWarps + warp_) * kChunk + 8 * c_;
+    stride_ = kQuantizeWarps * blocks_ * kChunk;
   }
 
-  if (per_token) {
+  __device__ __forceinline__ void run() {
+    ptx::release_kernel_after();
+    ptx::wait_for_kernel_before();
+    if (!per_token()) scale_[0] = scale_[1] = __ldg(p_.scale);
+    read();
+    if (per_token()) share_ranges();
+    if constexpr (kLorc) projection_.add_warps(shared_.parts);
+    cluster_.sync();
+    if (per_token()) write_per_token();
+    if (cluster_.block_rank() == 0 && warp_ == 0) {
+      store_scales();
+      if constexpr (kLorc) store_sum();
+    }
+    cluster_.sync();  // no block ends while another reads its shared memory
+  }
+
+ private:
+  const QuantizeParams& p_;
+  Shared& shared_;
+  const Cluster& cluster_;
+  int blocks_, q_, c_, warp_, first_token_, first_column_, stride_;
+  float range_[2] = {0.f, 0.f};
+  float scale_[2] = {1.f, 1.f};
+  Projection<T> projection_;
+
+  __device__ __forceinline__ bool per_token() const { return p_.scale == nullptr; }
+  __device__ __forceinline__ int token(int h) const { return first_token_ + q_ + 8 * h; }
+  __device__ __forceinline__ int64_t offset(int h, int column) const { return int64_t(token(h)) * p_.k + column; }
+  __device__ __forceinline__ Eight<T> load(int h, int column) const {
+    const bool inside = token(h) < p_.m && column < p_.k;
+    return load_eight(static_cast<const T*>(p_.x) + (inside ? offset(h, column) : 0), inside);
+  }
+  __device__ __forceinline__ void store(const Eight<T>& eight, int h, int column) const {
+    if (token(h) < p_.m && column < p_.k) store_quantized(eight, scale_[h], p_.x8 + offset(h, column));
+  }
+
+  // Ranges and x @ V, and with a static scale all there is to do. All lanes of a warp run the same chunks, as mma
+  // needs them all.
+  __device__ __forceinline__ void read() {
+    for (int column = first_column_; column - 8 * c_ < p_.k; column += stride_) {
+      Eight<T> eight[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        eight[h] = load(h, column);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) range_[h] = fmaxf(range_[h], fabsf(eight[h].value[i]));
+        if (!per_token()) store(eight[h], h, column);
+      }
+      if constexpr (kLorc) projection_.add(eight[0], eight[1], p_, column);
+    }
+  }
+
+  // The block's largest number of each token, to shared memory.
+  __device__ __forceinline__ void share_ranges() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      range[h] = fmaxf(range[h], __shfl_xor_sync(~0u, range[h], 1));
-      range[h] = fmaxf(range[h], __shfl_xor_sync(~0u, range[h], 2));
-      if (c == 0) warp_ranges[warp][q + 8 * h] = range[h];
+      range_[h] = fmaxf(range_[h], __shfl_xor_sync(~0u, range_[h], 1));
+      range_[h] = fmaxf(range_[h], __shfl_xor_sync(~0u, range_[h], 2));
+      if (c_ == 0) shared_.warp_range[warp_][q_ + 8 * h] = range_[h];
     }
     __syncthreads();
-    if (threadIdx.x < kQuantizeTokens) {
-      float largest = kSmallestRange;
-      for (int w = 0; w < kQuantizeWarps; ++w) largest = fmaxf(largest, warp_ranges[w][threadIdx.x]);
-      ranges[threadIdx.x] = largest;
-    }
+    if (threadIdx.x >= kQuantizeTokens) return;
+    float largest = kSmallestRange;
+    for (int w = 0; w < kQuantizeWarps; ++w) largest = fmaxf(largest, shared_.warp_range[w][threadIdx.x]);
+    shared_.range[threadIdx.x] = largest;
   }
-  if constexpr (kLorc) projection.add_warps(parts);
-  cluster.sync();
 
-  if (per_token) {
+  // x once more, now out of the cache.
+  __device__ __forceinline__ void write_per_token() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float largest = 0.f;
-      for (int b = 0; b < blocks; ++b) largest = fmaxf(largest, cluster.map_shared_rank(ranges, b)[q + 8 * h]);
-      scale[h] = __fdiv_rn(largest, kLargestE4m3);
-      for (int column = start; column < p.k && token_inside[h]; column += stride) {
-        const int64_t at = int64_t(8 * h) * p.k + column;
-        store_quantized(load_eight(x + at, true), scale[h], x8 + at);
+      for (int b = 0; b < blocks_; ++b) {
+        largest = fmaxf(largest, cluster_.map_shared_rank(shared_.range, b)[q_ + 8 * h]);
       }
+      scale_[h] = __fdiv_rn(largest, kLargestE4m3);
+      for (int column = first_column_; column < p_.k; column += stride_) store(load(h, column), h, column);
     }
   }
-  if (cluster.block_rank() == 0 && warp == 0) {
-    if (per_token) {
-      for (int h = 0; h < 2; ++h) {
-        if (c == 0 && token_inside[h]) p.a[first_token + q + 8 * h] = scale[h];
-      }
-    } else if (first_token == 0 && threadIdx.x == 0 && p.a != nullptr) {
-      p.a[0] = scale[0];
+
+  __device__ __forceinline__ void store_scales() const {
+    if (!per_token()) {
+      if (first_token_ == 0 && threadIdx.x == 0 && p_.a != nullptr) p_.a[0] = scale_[0];
+      return;
     }
-    if constexpr (kLorc) {
-      for (int b = 1; b < blocks; ++b) {
-        const auto other = cluster.map_shared_rank(&parts[0][0], b);
-        for (int i = 0; i < Projection<T>::kFloats; ++i) parts[0][i][threadIdx.x] += other[i][threadIdx.x];
-      }
-      store_projection<T>(parts[0], p, first_token);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (c_ == 0 && token(h) < p_.m) p_.a[token(h)] = scale_[h];
     }
   }
-  cluster.sync();  // no block ends while another reads its shared memory
+
+  // Adds up the blocks in their order.
+  __device__ __forceinline__ void store_sum() {
+    for (int b = 1; b < blocks_; ++b) {
+      const auto* other = cluster_.map_shared_rank(&shared_.parts[0][0], b);
+      for (int i = 0; i < Projection<T>::kFloats; ++i) shared_.parts[0][i][threadIdx.x] += other[i][threadIdx.x];
+    }
+    store_projection<T>(shared_.parts[0], p_, first_token_);
+  }
+};
+
+template <typename T, bool kLorc>
+__global__ void __launch_bounds__(kQuantizeWarps * 32) quantize_kernel(QuantizeParams p) {
+  __shared__ QuantizeShared<T, kLorc> shared;
+  const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
+  Quantizer<T, kLorc>(p, shared, cluster).run();
 }
 
 }  // namespace zqfp

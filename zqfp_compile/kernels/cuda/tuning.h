@@ -12,8 +12,9 @@ extern "C" {
 ZQFP_API const char* zqfpGetKernelName(int index);
 
 /* From now on, in the whole process: use kernel `index` (-1: the plan's choice); cut tiles along K never (0), always
- * (1) or as the plan likes (-1). Sizes of workspaces follow. Not thread safe. */
-ZQFP_API zqfpStatus zqfpTune(int index, int cut);
+ * (1) or as the plan likes (-1); let kernels start while the one before ends (1), not (0), or by default (-1). Sizes of
+ * workspaces follow. Not thread safe. */
+ZQFP_API zqfpStatus zqfpTune(int index, int cut, int overlap);
 
 /* What a call would do on a device of so many multiprocessors: kernel index, workers, row tiles, token tiles, K units of
  * a tile, tiles that are not cut. Needs no GPU. */

@@ -74,8 +74,10 @@ ZQFP_API zqfpStatus zqfpGetPackedSizes(const zqfpLinearDesc* desc, size_t* codes
 ZQFP_API zqfpStatus zqfpDecodeHost(const zqfpLinearDesc* desc, const void* codes, const void* group_scales,
                                    uint8_t* w8);
 
-/* Bytes of workspace that zqfpLinear needs for any number of rows up to m. The workspace must be zeroed once
- * when it is allocated; every call leaves it as it found it where that matters. */
+/* Bytes of workspace that zqfpLinear needs for any number of rows up to m. Its first ZQFP_WORKSPACE_ZEROED_BYTES
+ * must be zero before a call and are zero again after it: zero them once, or before each call where the memory is
+ * shared with others. Calls that may run at the same time need workspaces of their own. */
+#define ZQFP_WORKSPACE_ZEROED_BYTES 16384
 ZQFP_API zqfpStatus zqfpGetWorkspaceSize(const zqfpLinearDesc* desc, int64_t m, size_t* bytes);
 
 /* y of m rows; m = 0 does nothing. `stream` is a cudaStream_t. */

@@ -1,0 +1,110 @@
+"""The operators of the kernel's hosts, and which layers they take.
+
+``zqfp::QuantizeActivation(x, a, v?) -> x8, xv?``             static scale
+``zqfp::QuantizeTokens(x, v?) -> x8, a, xv?``                 one scale per token
+``zqfp::PackedW4A8Linear(x8, a, codes, group_scales, row_scales, [bias], [xv, u]) -> y``
+
+The linear is no ``W4A8Linear``: a custom op beats a model-local function of its name, so a session that has
+the library could not run the artifact, whose codes are in another order. Optional inputs are left out, never
+empty: their number tells which are there (TensorRT counts the inputs of a plugin).
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from passes._w4a8_function import BIAS, DOMAIN, LORC_V, X8
+from zqfp_compile.kernels.packing import GROUP_SIZES
+from zqfp_compile.plan import LinearSite, QuantPlan
+
+LINEAR = "PackedW4A8Linear"
+QUANTIZE_STATIC = "QuantizeActivation"
+QUANTIZE_TOKENS = "QuantizeTokens"
+# TensorRT's parser takes a plugin only for nodes that name its namespace.
+PLUGIN_NAMESPACE, PLUGIN_VERSION = "zqfp", "1"
+
+K_MULTIPLE, N_MULTIPLE, RANK_MULTIPLE, LARGEST_RANK = 16, 8, 8, 64
+
+
+def padded_rank(rank: int) -> int:
+    """Return ``rank`` rounded up to what the kernel takes."""
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+def refusal(plan: QuantPlan, site: LinearSite, node: ir.Node, only_half: bool) -> str | None:
+    """Return why the kernel cannot take the ``W4A8Linear`` of ``site``; ``None`` when it can."""
+    return _refused_format(plan, site, only_half) or _refused_shape(plan, site, node)
+
+
+def _refused_format(plan: QuantPlan, site: LinearSite, only_half: bool) -> str | None:
+    weight_format = plan.precision(site).weight_format
+    if only_half and site.dtype == ir.DataType.FLOAT:
+        return "the kernel has no FLOAT outputs; export the model in float16 or bfloat16"
+    if weight_format != "e2m1":
+        return f"the kernel has no {weight_format} weights"
+    if plan.activation_format != "e4m3":
+        return f"the kernel has no {plan.activation_format} activations"
+    if plan.scale_constraint == "none":
+        return "the kernel has no unconstrained group scales"
+    if plan.group_size not in GROUP_SIZES:
+        known = ", ".join(map(str, GROUP_SIZES))
+        return f"the kernel has no group size {plan.group_size or 'row'} ({known})"
+    return None
+
+
+def _refused_shape(plan: QuantPlan, site: LinearSite, node: ir.Node) -> str | None:
+    rank = lorc_rank(node)
+    if site.k % K_MULTIPLE:
+        return f"the kernel needs K as a multiple of {K_MULTIPLE}, not {site.k}"
+    if site.n % N_MULTIPLE:
+        return f"the kernel needs N as a multiple of {N_MULTIPLE}, not {site.n}"
+    if rank > LARGEST_RANK:
+        return f"the kernel has no LoRC rank above {LARGEST_RANK}, and this is {rank}"
+    if activation_source(plan, site, node) is None:
+        return "its activation is not quantised by the nodes of quantize-activations"
+    return None
+
+
+def lorc_rank(node: ir.Node) -> int:
+    """Return the rank of a ``W4A8Linear``'s compensation, 0 without."""
+    v = node.inputs[LORC_V]
+    return 0 if v is None or v.shape is None else int(v.shape.numpy()[1])
+
+
+def activation_source(plan: QuantPlan, site: LinearSite, node: ir.Node) -> ir.Value | None:
+    """Walk back over the nodes of quantize-activations, from x8 to the activation x; ``None`` without."""
+    value = _operand(node.inputs[X8], "QuantizeLinear")
+    if plan.per_token:
+        value = _operand(value, "Div")
+    if value is not None and value.name != site.activation:
+        value = _operand(value, "Cast")
+    return value if value is not None and value.name == site.activation else None
+
+
+def _operand(value: ir.Value | None, op_type: str) -> ir.Value | None:
+    """The first input of the node that makes ``value``, when that is an ``op_type``."""
+    node = None if value is None else value.producer()
+    return node.inputs[0] if node is not None and node.op_type == op_type else None
+
+
+def plugin_node(
+    op_type: str, inputs: list[ir.Value], attributes: dict[str, int], outputs: int, metadata: dict[str, str]
+) -> ir.Node:
+    """Return a node of the hosts' domain, its values and itself without names."""
+    attrs = [ir.AttrInt64(name, value) for name, value in attributes.items()]
+    attrs.append(ir.AttrString("plugin_namespace", PLUGIN_NAMESPACE))
+    attrs.append(ir.AttrString("plugin_version", PLUGIN_VERSION))
+    return ir.Node(DOMAIN, op_type, inputs, attrs, num_outputs=outputs, metadata_props=metadata)
+
+
+def linear_attributes(site: LinearSite, plan: QuantPlan, node: ir.Node) -> dict[str, int]:
+    """Return what a host needs to know of a linear besides its inputs."""
+    return {
+        "n": site.n,
+        "k": site.k,
+        "group_size": plan.group_size,
+        "lorc_rank": padded_rank(lorc_rank(node)),
+        "per_token": int(plan.per_token),
+        "bias": int(node.inputs[BIAS] is not None),
+        "dtype": int(site.dtype),
+    }

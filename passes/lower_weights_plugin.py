@@ -1,0 +1,196 @@
+"""Pass ``lower-weights-plugin``: linears become ops of our kernel's hosts, weights in the kernel's order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from passes._emit import Emitter, Names, insert_after, replace_node
+from passes._lowering import lower_linears
+from passes._packed_tensors import PackedTensors
+from passes._plugin_ops import (
+    LARGEST_RANK,
+    LINEAR,
+    QUANTIZE_STATIC,
+    QUANTIZE_TOKENS,
+    activation_source,
+    linear_attributes,
+    lorc_rank,
+    padded_rank,
+    plugin_node,
+    refusal,
+)
+from passes._sites import is_w4a8, w4a8_nodes
+from passes._w4a8_function import BIAS, LORC_V, ROW_SCALES, X8, A
+from passes.lower_weights_fp8 import DecodedWeights
+from zqfp_compile.pass_base import Declined, Pass, PassError, PassResult
+from zqfp_compile.plan import LinearSite, QuantPlan
+
+Linears = list[tuple[LinearSite, ir.Node]]
+
+
+@dataclass(frozen=True)
+class LowerWeightsPlugin(Pass):
+    """Turn every ``W4A8Linear`` the kernel takes into ops of its hosts, the others into standard nodes.
+
+    Before, static scale::
+
+        x -> [Cast] -> QuantizeLinear(a) -> x8 -> W4A8Linear(x8, a, codes, group_scales, row_scales,
+                                                             bias, x, V, U) -> y
+
+    After, codes and group scales in the kernel's own order (INT4 and FLOAT8E4M3FN, one dimension)::
+
+        x -> QuantizeActivation(a, V) -> x8, xv
+        PackedW4A8Linear(x8, a, codes, group_scales, row_scales, bias, xv, U) -> y
+
+    After, per token::
+
+        x -> QuantizeTokens(V) -> x8, a, xv
+
+    All linears of one x8 share the quantiser. When several of them have LoRC, V is their factors side by side
+    and a Split hands each its xv; beyond rank 64 in all, each gets ``MatMul(x, V)`` instead. Ranks are padded
+    with zeros to multiples of 8. x8 is bit for bit that of the standard nodes.
+
+    Not for layers whose weights, activations, scales or sizes the kernel does not have; the reason is
+    reported and they are lowered as ``lower-weights-fp8`` does. Layers with one input are not merged. No
+    weight is loaded before the model is written.
+
+    Attributes:
+        plan: The plan the nodes were made from.
+        only_half: Whether layers of type FLOAT are declined as well: the kernel of the GPU writes FLOAT16 and
+            BFLOAT16; the one of ONNX Runtime's CPU provider writes any type.
+    """
+
+    name: ClassVar[str] = "lower-weights-plugin"
+    plan: QuantPlan
+    only_half: bool = False
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite ``model``.
+
+        Raises:
+            PassError: When a ``W4A8Linear`` is not in the plan.
+        """
+        groups: dict[ir.Value, Linears] = {}
+        declined = []
+        for site, node in w4a8_nodes(model, self.plan):
+            reason, x8 = refusal(self.plan, site, node, self.only_half), node.inputs[X8]
+            if reason is not None or x8 is None:
+                declined.append(Declined(site.name, f"{reason}; its weights are decoded to FP8 instead"))
+            else:
+                groups.setdefault(x8, []).append((site, node))
+        lowering = _Lowering(model.graph, self.plan)
+        for x8, linears in groups.items():
+            lowering.lower(x8, linears)
+        rest = lower_linears(model, self.plan, DecodedWeights(model.graph, self.plan).emit)
+        return PassResult(model, bool(groups) or rest.modified, tuple(declined))
+
+
+class _Lowering:
+    """Puts the kernel's ops in the place of linears, one distinct input at a time."""
+
+    def __init__(self, graph: ir.Graph, plan: QuantPlan) -> None:
+        self._graph = graph
+        self._plan = plan
+        self._names = Names(graph)
+        self._tensors = PackedTensors(graph, plan, self._names)
+
+    def lower(self, x8: ir.Value, linears: Linears) -> None:
+        """Replace the quantiser of ``x8`` and the linears that read it."""
+        x = activation_source(self._plan, *linears[0])
+        if x is None:
+            raise PassError(f"layer {linears[0][0].name!r}: its activation was replaced before it; a bug")
+        scale = linears[0][1].inputs[A]
+        low_rank = [item for item in linears if item[1].inputs[LORC_V] is not None]
+        fused = 0 < sum(padded_rank(lorc_rank(node)) for _, node in low_rank) <= LARGEST_RANK
+        v = self._tensors.side_by_side(low_rank) if fused else None
+        quantized, xv = self._quantize(x, x8, scale, v)
+        if xv is not None:
+            parts = self._split(xv, low_rank)
+        else:
+            parts = {site.name: self._project(x, site, node) for site, node in low_rank}
+        for site, node in linears:
+            self._linear(site, node, quantized, parts.get(site.name))
+
+    def _quantize(
+        self, x: ir.Value, x8: ir.Value, scale: ir.Value | None, v: ir.Value | None
+    ) -> tuple[ir.Value, ir.Value | None]:
+        """Put the kernel's quantiser in the place of the one that makes ``x8``; return x8 and xv."""
+        old, tokens = x8.producer(), self._plan.per_token
+        if old is None or scale is None:
+            raise PassError(f"activation {x8.name!r}: it is not quantised; run quantize-activations first")
+        inputs = [value for value in (x, None if tokens else scale, v) if value is not None]
+        rank = 0 if v is None or v.shape is None else int(v.shape.numpy()[1])
+        node = plugin_node(
+            QUANTIZE_TOKENS if tokens else QUANTIZE_STATIC,
+            inputs,
+            {"lorc_rank": rank},
+            1 + tokens + (v is not None),
+            dict(old.metadata_props),
+        )
+        new = node.outputs[0]
+        new.shape = None if x8.shape is None else x8.shape.copy()
+        replace_node(self._graph, old, [node], new)
+        self._names.claim_node(node, self._names.node(f"{x.name}.quantize"))
+        if tokens:
+            self._replace_scale(scale, node.outputs[1], x)
+        xv = None if v is None else self._name(node.outputs[-1], f"{x.name}.xv", x, rank)
+        return new, xv
+
+    def _replace_scale(self, old: ir.Value, new: ir.Value, x: ir.Value) -> None:
+        """Let the linears read the kernel's scales; what computed them is left to remove-unused."""
+        self._name(new, f"{x.name}.token_scale", x, 1)
+        new.dtype = ir.DataType.FLOAT
+        for use in tuple(old.uses()):
+            if is_w4a8(use.node):
+                use.node.replace_input_with(use.idx, new)
+
+    def _name(self, value: ir.Value, name: str, x: ir.Value, width: int) -> ir.Value:
+        """Name a value that has x's type and shape but for its last dimension."""
+        value.name = self._names.value(name)
+        if x.dtype is not None:
+            value.dtype = x.dtype
+        if x.shape is not None:
+            value.shape = ir.Shape([*x.shape[:-1], width])
+        return value
+
+    def _split(self, xv: ir.Value, low_rank: Linears) -> dict[str, ir.Value]:
+        """Hand each linear its columns of ``xv``."""
+        if len(low_rank) == 1:
+            return {low_rank[0][0].name: xv}
+        ranks = [padded_rank(lorc_rank(node)) for _, node in low_rank]
+        emit = Emitter(self._graph, self._names)
+        sizes = emit.constant("split_" + "_".join(map(str, ranks)), np.array(ranks))
+        node = ir.Node("", "Split", [xv, sizes], [ir.AttrInt64("axis", -1)], num_outputs=len(ranks))
+        self._names.claim_node(node, self._names.node(f"{xv.name}.split"))
+        parts = {}
+        for (site, _), value, rank in zip(low_rank, node.outputs, ranks, strict=True):
+            parts[site.name] = self._name(value, f"{site.name}/xv", xv, rank)
+        insert_after(self._graph, xv, [node])
+        return parts
+
+    def _project(self, x: ir.Value, site: LinearSite, node: ir.Node) -> ir.Value:
+        """Emit x @ V in front of the linear."""
+        emit = Emitter(self._graph, self._names, f"{site.name}/", node.metadata_props)
+        xv = emit.op("MatMul", [x, self._tensors.v(site, node)], "lorc_down", site.dtype)
+        self._graph.insert_before(node, emit.nodes)
+        return xv
+
+    def _linear(self, site: LinearSite, node: ir.Node, x8: ir.Value, xv: ir.Value | None) -> None:
+        """Replace one linear; its node is called ``<layer>/MatMul`` as in every lowering."""
+        codes, scales = self._tensors.weight(site, node)
+        inputs = [x8, node.inputs[A], codes, scales, node.inputs[ROW_SCALES], node.inputs[BIAS]]
+        if xv is not None:
+            inputs += [xv, self._tensors.u(site, node)]
+        new = plugin_node(
+            LINEAR,
+            [value for value in inputs if value is not None],
+            linear_attributes(site, self._plan, node),
+            1,
+            dict(node.metadata_props),
+        )
+        replace_node(self._graph, node, [new], new.outputs[0])
+        self._names.claim_node(new, f"{site.name}/MatMul")

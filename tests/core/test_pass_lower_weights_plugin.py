@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from rewrite_models import Case, artifact, decoded, float_model, make_plan, mixed_plan, unreadable
+
+from passes.lower_weights_plugin import LowerWeightsPlugin
+from passes.remove_unused import RemoveUnused
+from zqfp_compile.formats.minifloat import E4M3FN
+from zqfp_compile.kernels.packing import packed_sizes, padded_shape, unpack_codes, unpack_group_scales
+from zqfp_compile.pass_base import PassError
+from zqfp_compile.plan import SitePrecision
+
+HOSTED = Case(group_size=32)
+
+
+def hosted(**changes: object) -> Case:
+    return dataclasses.replace(HOSTED, **changes)
+
+
+def lowered(case: Case, plan=None):
+    model, plan = artifact(case, plan)
+    result = LowerWeightsPlugin(plan).call(model)
+    RemoveUnused().call(model)
+    return model, plan, result
+
+
+def by_name(model: ir.Model) -> dict[str, ir.Node]:
+    return {str(node.name): node for node in model.graph}
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("lower_weights_plugin", hosted(dtype=ir.DataType.FLOAT16)),
+        ("lower_weights_plugin_lorc", hosted(dtype=ir.DataType.FLOAT16, lorc=True, rank=12)),
+        ("lower_weights_plugin_token", hosted(per_token=True, lorc=True, lorc_fp8=True)),
+    ],
+)
+def test_golden(name, case, run_pass, golden):
+    model, plan = artifact(case)
+    assert run_pass(LowerWeightsPlugin(plan), model).modified
+    RemoveUnused().call(model)
+    golden(name, model)
+
+
+@pytest.mark.parametrize("constraint", ["m1", "m2", "e4m3"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("k", [64, 80, 208])
+def test_weights_are_exact(constraint, group_size, k):
+    model, plan, result = lowered(hosted(constraint=constraint, group_size=group_size, k=k))
+    assert result.declined == ()
+    for layer in ("attn.q", "attn.v"):
+        codes = model.graph.initializers[f"{layer}/packed_codes"].const_value
+        scales = model.graph.initializers[f"{layer}/packed_scales"].const_value
+        assert codes.dtype == ir.DataType.INT4 and tuple(codes.shape) == padded_shape(48, k)
+        assert scales.dtype == ir.DataType.FLOAT8E4M3FN
+        assert (codes.nbytes, scales.nbytes) == packed_sizes(48, k, group_size)
+        packed = np.frombuffer(codes.tobytes(), np.uint8)
+        weight = decoded(plan, layer)
+        assert np.array_equal(unpack_codes(packed, 48, k), weight.codes[:, :k])
+        stored = np.frombuffer(scales.tobytes(), np.uint8)
+        assert np.array_equal(unpack_group_scales(stored, 48, k, group_size), weight.group_scales)
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_factors_are_padded_with_zeros_and_side_by_side(dtype, fp8):
+    model, plan, _ = lowered(hosted(lorc=True, lorc_fp8=fp8, dtype=dtype, rank=12))
+    v = model.graph.initializers["attn.q/lorc_v"].const_value
+    assert v.dtype == dtype and tuple(v.shape) == (64, 32)
+    for number, layer in enumerate(("attn.q", "attn.v")):
+        wanted_v, wanted_u = (part.astype(dtype.numpy()) for part in plan.low_rank(site(plan, layer)))
+        mine = v.numpy()[:, 16 * number : 16 * (number + 1)]
+        u = model.graph.initializers[f"{layer}/lorc_u"].const_value
+        assert u.dtype == dtype and tuple(u.shape) == (16, 48)
+        for stored, wanted in ((mine.T, wanted_v.T), (u.numpy(), wanted_u)):
+            assert np.array_equal(stored[:12], wanted) and not stored[12:].any()
+
+
+def site(plan, layer):
+    return next(item for item in plan.linears if item.name == layer)
+
+
+def test_factors_that_fit_are_taken_as_they_are(run_pass):
+    plan = mixed_plan(hosted(), q=SitePrecision("e2m1", 16))
+    model, _, _ = lowered(hosted(), plan)
+    nodes = by_name(model)
+    assert nodes["x.quantize"].inputs[2].name == "attn.q.lorc_v"
+    assert nodes["attn.q/MatMul"].inputs[5] is nodes["x.quantize"].outputs[1]
+    assert nodes["attn.q/MatMul"].inputs[6].name == "attn.q.lorc_u"
+    assert len(nodes["attn.v/MatMul"].inputs) == 6  # the bias
+    assert "Split" not in {node.op_type for node in model.graph}
+
+
+def test_more_than_rank_64_in_all_is_multiplied_by_standard_nodes():
+    plan = mixed_plan(hosted(), q=SitePrecision("e2m1", 64), v=SitePrecision("e2m1", 5))
+    model, _, result = lowered(hosted(), plan)
+    nodes = by_name(model)
+    assert result.declined == () and len(nodes["x.quantize"].outputs) == 1
+    assert nodes["attn.v/MatMul"].inputs[6].producer() is nodes["attn.v/lorc_down"]
+    assert [nodes[f"attn.{key}/MatMul"].attributes["lorc_rank"].as_int() for key in "qv"] == [64, 8]
+
+
+def test_the_cast_in_front_of_the_quantiser_is_absorbed():
+    model, _, _ = lowered(hosted(dtype=ir.DataType.BFLOAT16, per_token=True))
+    assert [node.op_type for node in model.graph] == [
+        "QuantizeTokens",
+        "PackedW4A8Linear",
+        "PackedW4A8Linear",
+    ]
+    assert model.graph[0].inputs[0] is model.graph.inputs[0]
+    assert [value.name for value in model.graph[0].outputs] == ["x.x8", "x.token_scale"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"weight_format": "e3m0"}, "the kernel has no e3m0 weights"),
+        ({"weight_format": "int4"}, "the kernel has no int4 weights"),
+        ({"weight_format": "fp8"}, "the kernel has no fp8 weights"),
+        ({"activation": "e5m2"}, "the kernel has no e5m2 activations"),
+        ({"activation": "int8"}, "the kernel has no int8 activations"),
+        ({"activation": "none"}, "the kernel has no none activations"),
+        ({"constraint": "none"}, "the kernel has no unconstrained group scales"),
+        ({"group_size": 16}, "the kernel has no group size 16 (32, 64, 128)"),
+        ({"group_size": 0}, "the kernel has no group size row (32, 64, 128)"),
+        ({"k": 72}, "the kernel needs K as a multiple of 16, not 72"),
+        ({"n": 44}, "the kernel needs N as a multiple of 8, not 44"),
+        ({"lorc": True, "rank": 65, "k": 80}, "the kernel has no LoRC rank above 64, and this is 65"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_lowered_to_fp8(changes, reason, run_pass):
+    model, plan = artifact(hosted(**changes))
+    result = run_pass(LowerWeightsPlugin(plan), model)
+    assert result.modified
+    assert [item.place for item in result.declined] == ["attn.q", "attn.v"]
+    assert {item.reason for item in result.declined} == {f"{reason}; its weights are decoded to FP8 instead"}
+    assert by_name(model)["attn.q/MatMul"].op_type == "MatMul"
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+def test_only_half_leaves_float_layers_to_standard_nodes(dtype):
+    model, plan = artifact(hosted(dtype=dtype))
+    declined = LowerWeightsPlugin(plan, only_half=True).call(model).declined
+    assert len(declined) == (2 if dtype == ir.DataType.FLOAT else 0)
+    assert all("the kernel has no FLOAT outputs" in item.reason for item in declined)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_layers_of_both_kinds_share_the_quantiser(per_token, run_pass):
+    plan = mixed_plan(hosted(per_token=per_token), v=SitePrecision("fp8", 0))
+    model, plan = artifact(hosted(per_token=per_token), plan)
+    result = run_pass(LowerWeightsPlugin(plan), model)
+    RemoveUnused().call(model)
+    assert [item.place for item in result.declined] == ["attn.v"]
+    kinds = [node.op_type for node in model.graph]
+    assert kinds.count("PackedW4A8Linear") == kinds.count("DequantizeLinear") - 1 == 1
+    quantizer = model.graph[0]
+    assert quantizer.domain == "zqfp"
+    assert {"QuantizeLinear", "Abs", "Div"}.isdisjoint(kinds)
+
+
+def test_an_activation_quantised_otherwise_is_left():
+    model, plan = artifact(HOSTED)
+    named = dataclasses.replace(
+        plan, linears=tuple(dataclasses.replace(item, activation="elsewhere") for item in plan.linears)
+    )
+    result = LowerWeightsPlugin(named).call(model)
+    assert "its activation is not quantised by" in result.declined[0].reason
+
+
+def test_shared_tensors_are_packed_once(run_pass):
+    plan = make_plan(hosted(lorc=True))
+    shared = plan.replace(tensors=dict.fromkeys(plan.tensors, plan.tensors["attn.q"]))
+    model, plan = artifact(hosted(lorc=True), shared)
+    run_pass(LowerWeightsPlugin(plan), model)
+    made = sorted(name for name in model.graph.initializers if "/" in name)
+    assert made == ["attn.q/lorc_u", "attn.q/lorc_v", "attn.q/packed_codes", "attn.q/packed_scales"]
+
+
+def test_nothing_to_do_without_linears(run_pass):
+    assert not run_pass(LowerWeightsPlugin(make_plan(HOSTED)), float_model(HOSTED)).modified
+
+
+def test_a_plan_of_another_model_is_an_error():
+    model, plan = artifact(HOSTED)
+    with pytest.raises(PassError, match=r"node 'attn.q': the plan does not know this W4A8Linear"):
+        LowerWeightsPlugin(plan.replace(linears=())).call(model)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_no_tensor_is_read(fp8):
+    model, plan = artifact(hosted(lorc=True, lorc_fp8=fp8))
+    assert LowerWeightsPlugin(unreadable(model, plan)).call(model).modified
+
+
+def test_external_tensors_are_released_after_packing(tmp_path):
+    model, plan = artifact(hosted(lorc=True, rank=4))
+    ir.save(model, tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    model = ir.load(tmp_path / "m.onnx")
+    stored = [model.graph.initializers[f"attn.q.{name}"].const_value for name in ("codes", "group_scales")]
+    LowerWeightsPlugin(plan).call(model)
+    for name in ("packed_codes", "packed_scales", "lorc_u"):
+        model.graph.initializers[f"attn.q/{name}"].const_value.tobytes()
+    assert [tensor._array for tensor in stored] == [None, None]
+    ir.save(model, tmp_path / "packed.onnx", external_data="packed.data", size_threshold_bytes=0)
+    again = ir.load(tmp_path / "packed.onnx").graph.initializers["attn.q/packed_codes"].const_value
+    assert again.tobytes() == model.graph.initializers["attn.q/packed_codes"].const_value.tobytes()
+
+
+def test_group_scales_are_the_same_numbers_below_the_free_bit():
+    model, plan, _ = lowered(HOSTED)
+    stored = model.graph.initializers["attn.q/packed_scales"].const_value.tobytes()
+    values = E4M3FN.decode(np.frombuffer(stored, np.uint8) & 0x7F)
+    assert set(decoded(plan, "attn.q").group_scales.ravel()) <= set(values)

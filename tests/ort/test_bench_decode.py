@@ -1,0 +1,35 @@
+"""tools/bench_decode.py on the CPU with a tiny shape: every contender runs, and its rows say what they do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("onnxruntime")
+
+SHAPE = "--layers 2 --hidden 128 --intermediate 192 --heads 2 --kv-heads 1 --vocab 200"
+STEPS = "--batches 1 3 --prefill 8 --context 16 --repeats 1"
+
+
+def test_every_contender_has_a_row_per_step(make, repo_root: Path, tmp_path: Path) -> None:
+    make("onnxruntime-ops")
+    published = tmp_path / "decode.json"
+    command = [sys.executable, "tools/bench_decode.py", "--device", "cpu", *SHAPE.split(), *STEPS.split()]
+    command += ["--publish", str(published), "--work", str(tmp_path / "work")]
+    for _ in range(2):  # the second run's rows replace the first's
+        subprocess.run(command, cwd=repo_root, check=True, timeout=120, capture_output=True)
+    rows = json.loads(published.read_text())
+    names = {row["contender"] for row in rows}
+    assert names == {"fp16", "ort_int4", "zqfp", "zqfp_lorc16", "zqfp_lorc16_token"}
+    steps = {("decode", 1, 17), ("decode", 3, 17), ("prefill", 1, 8)}
+    for name in names:
+        mine = [row for row in rows if row["contender"] == name]
+        assert sorted((row["phase"], row["batch"], row["context"]) for row in mine) == sorted(steps)
+        assert all(row["tokens_per_s"] > 0 and not row["cuda_graph"] for row in mine)
+    bits = {row["contender"]: row["bits_per_weight"] for row in rows}
+    assert (bits["fp16"], bits["ort_int4"]) == (16, 4.5)
+    assert list((tmp_path / "work").iterdir()) == []

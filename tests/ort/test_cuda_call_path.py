@@ -1,0 +1,144 @@
+"""The custom ops' CUDA kernels without a GPU: in the CPU provider, over a libzqfp and a driver of host code.
+
+What runs is everything of ours between ONNX Runtime and libzqfp: attributes, arguments, sizes, the workspace
+that is zeroed once and shared by all layers of a stream, and the errors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from rewrite_models import Case, artifact
+
+from passes.lower_weights_plugin import LowerWeightsPlugin
+from passes.remove_unused import RemoveUnused
+
+pytest.importorskip("onnxruntime")
+
+F16 = ir.DataType.FLOAT16
+CASES = [
+    Case(group_size=64, dtype=F16, n=72, k=80),
+    Case(group_size=32, dtype=F16, n=96, k=144, per_token=True),
+    Case(group_size=128, dtype=F16, n=72, k=208, lorc=True, rank=16),
+    Case(group_size=64, dtype=F16, n=72, k=80, lorc=True, rank=12, per_token=True),
+]
+
+# argv: library, model, device library folder is on LD_LIBRARY_PATH; x of growing, then shrinking, batches.
+SCRIPT = """
+import json, sys
+import numpy as np
+import onnxruntime as ort
+library, model, k = sys.argv[1], sys.argv[2], int(sys.argv[3])
+options = ort.SessionOptions()
+options.log_severity_level = 4
+options.register_custom_ops_library(library)
+try:
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).standard_normal((40, k)).astype(np.float16)
+    ys = [session.run(None, {"x": x[:m]}) for m in (0, 1, 3, 40, 2)]
+    print(json.dumps({"y": [[y.astype(float).tolist() for y in pair] for pair in ys]}))
+except Exception as error:
+    print(json.dumps({"error": str(error), "type": type(error).__module__}))
+"""
+
+
+@pytest.fixture(scope="module")
+def fakes(make, repo_root: Path, tmp_path_factory) -> Path:
+    """A folder with ops.so, libzqfp.so beside it, and libcuda.so.1."""
+    make("onnxruntime-ops")  # fetches the headers
+    folder = tmp_path_factory.mktemp("fakes")
+    kernels, support = repo_root / "zqfp_compile" / "kernels", repo_root / "tests" / "support"
+    includes = [f"-I{kernels / name}" for name in ("include", "hosts", "onnxruntime")]
+    flags = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", *includes]
+    flags += ["-isystem", os.environ.get("ORT_INCLUDE", str(repo_root / "build/headers/onnxruntime"))]
+    sources = [path for path in (kernels / "onnxruntime").glob("*.cpp") if path.name != "register.cpp"]
+    sources += [*(kernels / "hosts").glob("*.cpp"), support / "cuda_ops_on_cpu.cpp"]
+    hidden = ["-fvisibility=hidden", "-ldl"]
+    fake = [support / "fake_cuda.cpp", kernels / "onnxruntime" / "decode.cpp"]
+    for name, inputs, more in (("ops.so", sources, hidden), ("libzqfp.so", fake, [])):
+        command = [*flags, *map(str, inputs), "-o", str(folder / name), *more]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+    (folder / "libcuda.so.1").symlink_to("libzqfp.so")
+    return folder
+
+
+def lowered(case: Case) -> ir.Model:
+    model, plan = artifact(case)
+    assert LowerWeightsPlugin(plan).call(model).declined == ()
+    RemoveUnused().call(model)
+    return model
+
+
+def run(library: Path, model: ir.Model, k: int, tmp_path: Path, **environment: str) -> dict[str, Any]:
+    path = tmp_path / "m.onnx"
+    ir.save(model, path)
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(library), str(path), str(k)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_arguments_arrive_where_they_belong(case, fakes, make, tmp_path):
+    model = lowered(case)
+    got = run(fakes / "ops.so", model, case.k, tmp_path, LD_LIBRARY_PATH=str(fakes))
+    assert "error" not in got, got
+    wanted = run(make("onnxruntime-ops") / "libzqfp_onnxruntime.so", model, case.k, tmp_path)
+    assert [len(pair[0]) for pair in got["y"]] == [0, 1, 3, 40, 2]
+    for mine, cpu in zip(got["y"], wanted["y"], strict=True):
+        for y, exact in zip(mine, cpu, strict=True):
+            if y:
+                assert np.abs(np.array(y) - np.array(exact)).max() <= 2**-10 * np.abs(exact).max()
+
+
+def refused(says: str, *arguments: Any, **environment: str) -> None:
+    got = run(*arguments, **environment)
+    assert says in got["error"] and got["type"].startswith("onnxruntime")
+
+
+def test_a_layer_of_floats_is_refused_when_the_session_opens(fakes, tmp_path):
+    case = Case(group_size=64, n=72, k=80)
+    refused("this layer is FLOAT", fakes / "ops.so", lowered(case), 80, tmp_path, LD_LIBRARY_PATH=str(fakes))
+
+
+def test_the_missing_kernels_are_named(fakes, tmp_path):
+    alone = tmp_path / "ops.so"
+    alone.write_bytes((fakes / "ops.so").read_bytes())
+    refused("make kernels", alone, lowered(CASES[0]), 80, tmp_path)
+    elsewhere = {"ZQFP_LIBRARY": str(fakes / "libzqfp.so"), "LD_LIBRARY_PATH": str(fakes)}
+    assert "y" in run(alone, lowered(CASES[0]), 80, tmp_path, **elsewhere)
+
+
+def test_no_driver_is_an_error_of_the_run(fakes, tmp_path):
+    library = tmp_path / "fakes"
+    library.mkdir()
+    for name in ("ops.so", "libzqfp.so"):
+        (library / name).write_bytes((fakes / name).read_bytes())
+    got = run(library / "ops.so", lowered(CASES[0]), 80, tmp_path)
+    assert "no CUDA driver" in got.get("error", "there is a driver here: no CUDA driver")
+
+
+def test_a_workspace_does_not_grow_inside_a_captured_graph(fakes, tmp_path):
+    environment = {"LD_LIBRARY_PATH": str(fakes), "FAKE_CAPTURING": "1"}
+    refused("run once with", fakes / "ops.so", lowered(CASES[0]), 80, tmp_path, **environment)
+
+
+def test_what_libzqfp_refuses_is_said_in_its_words(fakes, tmp_path):
+    environment = {"LD_LIBRARY_PATH": str(fakes), "FAKE_REFUSAL": "not today"}
+    says = "zqfp: PackedW4A8Linear: not today"
+    refused(says, fakes / "ops.so", lowered(CASES[0]), 80, tmp_path, **environment)

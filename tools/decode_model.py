@@ -1,0 +1,309 @@
+"""LLaMA-shaped ONNX models with random weights and a KV cache, as ONNX Runtime runs them fastest.
+
+The graph is the one ONNX Runtime's own LLM exports have: fused norms, GroupQueryAttention with rotary
+embedding and a cache that is written in place. Only the linear layers of the decoder differ between
+contenders: embedding and lm_head are float16 in all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from zqfp_compile.kernels.packing import pack_group_scales, packed_sizes, padded_shape
+
+F16, F32, U8, INT4 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT4
+E4M3 = TensorProto.FLOAT8E4M3FN
+ALIGNMENT = 4096
+RANDOM_BYTES = 1 << 26
+MAX_FUSED_RANK = 64
+OPSETS = [
+    helper.make_opsetid("", 21),
+    helper.make_opsetid("com.microsoft", 1),
+    helper.make_opsetid("zqfp", 1),
+]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.hidden // self.heads
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the decoder's linear layers."""
+        attention = 2 * self.hidden * self.head_size * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+
+PRESETS = {
+    "llama-7b": Shape(32, 4096, 11008, 32, 32, 32000),
+    "qwen2.5-1.5b": Shape(28, 1536, 8960, 12, 2, 151936),
+}
+
+
+class Writer:
+    """Collects nodes, and streams weights to the external data file.
+
+    Every weight is a piece of one block of random bytes, starting where its name's hash says: making 13 GB of
+    fresh random numbers would take longer than the benchmark, and no kernel can tell.
+    """
+
+    def __init__(self, shape: Shape, data: BinaryIO, location: str) -> None:
+        self.shape, self.data, self.location = shape, data, location
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.linear_bytes = 0
+        rng = np.random.default_rng(0)
+        largest = 2 * shape.hidden * max(shape.intermediate, shape.vocab)
+        size = min(RANDOM_BYTES, largest)
+        self.normal = rng.standard_normal(size // 2, dtype=np.float32).astype(np.float16)
+        self.bytes = rng.integers(0, 256, size, dtype=np.uint8)
+
+    def op(
+        self, kind: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: Any
+    ) -> str:
+        """Add one node named after its first output, which is returned."""
+        node = helper.make_node(kind, inputs, outputs, f"{outputs[0]}/{kind}", domain=domain, **attributes)
+        self.nodes.append(node)
+        return outputs[0]
+
+    def small(self, name: str, array: np.ndarray[Any, Any]) -> str:
+        """Add a tensor stored in the model file."""
+        self.initializers.append(numpy_helper.from_array(array, name))
+        return name
+
+    def stored(
+        self, name: str, dims: tuple[int, ...], kind: int, source: np.ndarray[Any, Any], size: int
+    ) -> str:
+        """Add a tensor of ``size`` bytes, repeating ``source`` from a place of its own."""
+        self.data.write(b"\0" * (-self.data.tell() % ALIGNMENT))
+        offset = self.data.tell()
+        start = zlib.crc32(name.encode()) % len(source)
+        block = np.roll(source, -start).view(np.uint8) if size >= source.nbytes else None
+        if block is None:
+            block = np.concatenate([source[start:], source[:start]])[: -(-size // source.itemsize)].view(
+                np.uint8
+            )
+        for done in range(0, size, block.nbytes):
+            self.data.write(block[: size - done].data)
+        tensor = TensorProto(name=name, dims=dims, data_type=kind, data_location=TensorProto.EXTERNAL)
+        for key, value in {"location": self.location, "offset": offset, "length": size}.items():
+            tensor.external_data.add(key=key, value=str(value))
+        self.initializers.append(tensor)
+        return name
+
+    def half(self, name: str, *dims: int, scale: float = 1.0) -> str:
+        """Add a random float16 tensor."""
+        source = self.normal if scale == 1.0 else (self.normal * np.float16(scale)).astype(np.float16)
+        return self.stored(name, dims, F16, source, 2 * math.prod(dims))
+
+
+class Float16Linears:
+    """MatMul on float16 weights."""
+
+    name = "fp16"
+
+    def emit(self, writer: Writer, x: str, k: int, outputs: dict[str, int]) -> None:
+        """Add the linears ``outputs`` (name -> N) of one input."""
+        for name, n in outputs.items():
+            writer.linear_bytes += 2 * k * n
+            writer.op("MatMul", [x, writer.half(f"{name}.w", k, n, scale=k**-0.5)], [name])
+
+
+class NBitsLinears:
+    """MatMulNBits: ONNX Runtime's int4 in blocks of 32 with float16 scales, symmetric."""
+
+    name = "ort_int4"
+
+    def emit(self, writer: Writer, x: str, k: int, outputs: dict[str, int]) -> None:
+        """Add the linears ``outputs`` (name -> N) of one input."""
+        if k % 32:
+            raise ValueError(f"{self.name}: K = {k} is no multiple of its block, 32")
+        # Codes around 8 have a standard deviation of 4.6.
+        scales = (np.abs(writer.normal[: 1 << 20]) * np.float16(k**-0.5 / 4.6)).astype(np.float16)
+        for name, n in outputs.items():
+            size = n * k // 2
+            codes = writer.stored(f"{name}.w", (n, k // 32, 16), U8, writer.bytes, size)
+            stored = writer.stored(f"{name}.s", (n * k // 32,), F16, scales, size // 8)
+            writer.linear_bytes += size + size // 8
+            attributes = {"K": k, "N": n, "bits": 4, "block_size": 32}
+            writer.op("MatMulNBits", [x, codes, stored], [name], "com.microsoft", **attributes)
+
+
+@dataclass(frozen=True)
+class W4A8Linears:
+    """Our ops, with the nodes that the pass lower-weights-plugin makes."""
+
+    lorc_rank: int = 0
+    per_token: bool = False
+    group_size: int = 64
+
+    @property
+    def name(self) -> str:
+        """The contender's name in the results."""
+        rank = f"_lorc{self.lorc_rank}" if self.lorc_rank else ""
+        return f"zqfp{rank}" + ("_token" if self.per_token else "")
+
+    def emit(self, writer: Writer, x: str, k: int, outputs: dict[str, int]) -> None:
+        """Add the linears ``outputs`` (name -> N) of one input."""
+        x8, a, parts = self._quantize(writer, x, k, list(outputs))
+        for name, n in outputs.items():
+            codes, scales = packed_sizes(n, k, self.group_size)
+            weight = [
+                writer.stored(f"{name}.codes", padded_shape(n, k), INT4, writer.bytes, codes),
+                writer.stored(f"{name}.scales", (scales,), E4M3, _legal_scales(), scales),
+                # Codes have a root mean square of 2.6, scales are around 1.
+                writer.small(f"{name}.rows", np.full(n, k**-0.5 / 2.6, np.float32)),
+            ]
+            writer.linear_bytes += codes + scales + 4 * n
+            inputs = [x8, a, *weight]
+            if parts:
+                inputs += [parts[name], writer.half(f"{name}.u", self.lorc_rank, n, scale=0.01)]
+                writer.linear_bytes += 2 * self.lorc_rank * (n + k)
+            attributes = {"n": n, "k": k, "group_size": self.group_size, "lorc_rank": self.lorc_rank}
+            attributes |= {"per_token": int(self.per_token), "bias": 0, "dtype": F16}
+            writer.op("PackedW4A8Linear", inputs, [name], "zqfp", **attributes)
+
+    def _quantize(self, writer: Writer, x: str, k: int, names: list[str]) -> tuple[str, str, dict[str, str]]:
+        """Add the quantiser of ``x``; return x8, a, and xv of each linear."""
+        rank = self.lorc_rank * len(names)
+        fused = 0 < rank <= MAX_FUSED_RANK
+        static = [] if self.per_token else [writer.small(f"{x}.a", np.float32(0.02))]
+        inputs, outputs = [x, *static], [f"{x}.x8", *([f"{x}.a"] if self.per_token else [])]
+        if fused:
+            inputs.append(writer.half(f"{x}.v", k, rank, scale=k**-0.5))
+            outputs.append(f"{x}.xv")
+        kind = "QuantizeTokens" if self.per_token else "QuantizeActivation"
+        writer.op(kind, inputs, outputs, "zqfp", lorc_rank=rank if fused else 0)
+        return f"{x}.x8", f"{x}.a", self._parts(writer, x, k, names, fused)
+
+    def _parts(self, writer: Writer, x: str, k: int, names: list[str], fused: bool) -> dict[str, str]:
+        if self.lorc_rank == 0:
+            return {}
+        if fused and len(names) == 1:
+            return {names[0]: f"{x}.xv"}
+        parts = {name: f"{name}.xv" for name in names}
+        if fused:
+            sizes = writer.small(f"{x}.split", np.full(len(names), self.lorc_rank, np.int64))
+            writer.op("Split", [f"{x}.xv", sizes], list(parts.values()), axis=-1)
+            return parts
+        for name, xv in parts.items():
+            writer.op("MatMul", [x, writer.half(f"{name}.v", k, self.lorc_rank, scale=k**-0.5)], [xv])
+        return parts
+
+
+def _legal_scales() -> np.ndarray[Any, Any]:
+    """Packed bytes of random group scales around 1."""
+    values = np.random.default_rng(1).choice([0.75, 0.875, 1, 1.125, 1.25, 1.375], (4096, 256))
+    return pack_group_scales(values.astype(np.float32), 64)
+
+
+Linears = Float16Linears | NBitsLinears | W4A8Linears
+
+
+def write_model(folder: Path, shape: Shape, linears: Linears, max_length: int) -> tuple[Path, int]:
+    """Write ``folder/<name>.onnx`` and its data; return the path and the bytes of the decoder's linears.
+
+    Inputs: input_ids int64 [batch, sequence], seqlens_k int32 [batch] (total length - 1), total_length int32
+    [], past.<i>.key and .value float16 [batch, kv_heads, max_length, head_size], which present.<i>
+    overwrites.
+    Output: logits float16 [batch, vocab] of the last token.
+    """
+    path = folder / f"{linears.name}.onnx"
+    with (folder / f"{path.name}.data").open("wb") as data:
+        writer = Writer(shape, data, f"{path.name}.data")
+        graph = _graph(writer, linears, max_length)
+    path.write_bytes(helper.make_model(graph, opset_imports=OPSETS, ir_version=10).SerializeToString())
+    return path, writer.linear_bytes
+
+
+def _graph(writer: Writer, linears: Linears, max_length: int) -> onnx.GraphProto:
+    shape = writer.shape
+    _rotary_tables(writer, max_length)
+    writer.small("ones", np.ones(shape.hidden, np.float16))
+    writer.op("Gather", [writer.half("embed", shape.vocab, shape.hidden), "input_ids"], ["x"])
+    norm = {"epsilon": 1e-5}
+    writer.op("SimplifiedLayerNormalization", ["x", "ones"], ["l0.norm"], axis=-1, **norm)
+    total = "x"
+    for i in range(shape.layers):
+        _attention(writer, linears, i)
+        total = _add_norm(writer, total, f"l{i}.o", f"l{i}.norm2", f"l{i}.sum")
+        _feed_forward(writer, linears, i)
+        last = i == shape.layers - 1
+        total = _add_norm(writer, total, f"l{i}.down", "norm" if last else f"l{i + 1}.norm", f"l{i}.sum2")
+    writer.op("Gather", ["norm", writer.small("last", np.int64(-1))], ["last_token"], axis=1)
+    head = writer.half("lm_head", shape.hidden, shape.vocab, scale=shape.hidden**-0.5)
+    writer.op("MatMul", ["last_token", head], ["logits"])
+    inputs, outputs = _interface(shape)
+    return helper.make_graph(writer.nodes, "decoder", inputs, outputs, writer.initializers)
+
+
+def _rotary_tables(writer: Writer, max_length: int) -> None:
+    half = writer.shape.head_size // 2
+    angles = np.arange(max_length)[:, None] * 10000.0 ** (-np.arange(half) / half)
+    writer.small("cos", np.cos(angles).astype(np.float16))
+    writer.small("sin", np.sin(angles).astype(np.float16))
+
+
+def _add_norm(writer: Writer, x: str, branch: str, norm: str, total: str) -> str:
+    outputs, domain = [norm, "", "", total], "com.microsoft"
+    writer.op("SkipSimplifiedLayerNormalization", [x, branch, "ones"], outputs, domain, epsilon=1e-5)
+    return total
+
+
+def _attention(writer: Writer, linears: Linears, i: int) -> None:
+    shape = writer.shape
+    wide, narrow = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    qkv = {f"l{i}.q": wide, f"l{i}.k": narrow, f"l{i}.v": narrow}
+    linears.emit(writer, f"l{i}.norm", shape.hidden, qkv)
+    inputs = [*qkv, f"past.{i}.key", f"past.{i}.value", "seqlens_k", "total_length", "cos", "sin"]
+    outputs = [f"l{i}.mix", f"present.{i}.key", f"present.{i}.value"]
+    attributes = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads, "do_rotary": 1}
+    writer.op("GroupQueryAttention", inputs, outputs, "com.microsoft", **attributes)
+    linears.emit(writer, f"l{i}.mix", wide, {f"l{i}.o": shape.hidden})
+
+
+def _feed_forward(writer: Writer, linears: Linears, i: int) -> None:
+    shape = writer.shape
+    linears.emit(
+        writer, f"l{i}.norm2", shape.hidden, dict.fromkeys((f"l{i}.gate", f"l{i}.up"), shape.intermediate)
+    )
+    writer.op("Sigmoid", [f"l{i}.gate"], [f"l{i}.sigmoid"])
+    writer.op("Mul", [f"l{i}.gate", f"l{i}.sigmoid"], [f"l{i}.silu"])
+    writer.op("Mul", [f"l{i}.silu", f"l{i}.up"], [f"l{i}.hidden"])
+    linears.emit(writer, f"l{i}.hidden", shape.intermediate, {f"l{i}.down": shape.hidden})
+
+
+def _interface(shape: Shape) -> tuple[list[Any], list[Any]]:
+    info = helper.make_tensor_value_info
+    inputs = [
+        info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+        info("seqlens_k", TensorProto.INT32, ["batch"]),
+        info("total_length", TensorProto.INT32, []),
+    ]
+    outputs = [info("logits", F16, ["batch", shape.vocab])]
+    cache = ["batch", shape.kv_heads, "max_length", shape.head_size]
+    for i in range(shape.layers):
+        for part in ("key", "value"):
+            inputs.append(info(f"past.{i}.{part}", F16, cache))
+            outputs.append(info(f"present.{i}.{part}", F16, cache))
+    return inputs, outputs

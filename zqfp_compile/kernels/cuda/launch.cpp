@@ -1,0 +1,34 @@
+#include "launch.h"
+
+namespace zqfp {
+
+bool overlap_kernels = kOverlapByDefault;
+
+zqfpStatus launch_kernel(const void* function, const LaunchShape& shape, void* params, void* stream,
+                         const char* action) {
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = shape.cluster;
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  if (overlap_kernels) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count].val.programmaticStreamSerializationAllowed = 1;
+    ++count;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(shape.blocks);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  config.numAttrs = count;
+  void* arguments[] = {params};
+  return check_cuda(cudaLaunchKernelExC(&config, function, arguments), action);
+}
+
+}  // namespace zqfp

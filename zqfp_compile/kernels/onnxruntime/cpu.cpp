@@ -1,0 +1,128 @@
+#include "cpu.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "decode.h"
+#include "numbers.h"
+
+namespace zqfp {
+namespace {
+
+constexpr float kLargest = 448.0f;
+constexpr float kSmallestRange = 1e-30f;
+
+// Runs `body(i)` for i < count on ONNX Runtime's threads.
+template <typename Body>
+void parallelFor(Ort::KernelContext& context, int64_t count, Body body) {
+  const auto call = [](void* data, size_t index) { (*static_cast<Body*>(data))(static_cast<int64_t>(index)); };
+  context.ParallelFor(call, static_cast<size_t>(count), 0, &body);
+}
+
+// Floats of a tensor of any of the types.
+std::vector<float> asFloats(const void* data, zqfpDataType type, int64_t count) {
+  std::vector<float> result(static_cast<size_t>(count));
+  withType(type, [&](auto* tag) { toFloat(static_cast<decltype(tag)>(data), count, result.data()); });
+  return result;
+}
+
+Ort::ConstValue constantInput(const Ort::ConstKernelInfo& info, size_t index, const char* what) {
+  int constant = 0;
+  Ort::ConstValue value = info.GetTensorConstantInput(index, &constant);
+  require(constant != 0, std::string(what) + " is not an initializer; compile the model again");
+  return value;
+}
+
+// xv of one row: float sums, rounded once.
+template <typename T>
+void projectRow(const float* x, const float* v, int64_t k, int64_t rank, T* xv) {
+  std::vector<float> sums(static_cast<size_t>(rank));
+  for (int64_t i = 0; i < k; ++i) {
+    for (int64_t r = 0; r < rank; ++r) sums[r] += x[i] * v[i * rank + r];
+  }
+  for (int64_t r = 0; r < rank; ++r) xv[r] = fromFloat<T>(sums[r]);
+}
+
+// The order of operations is that of the standard nodes: amax, Max, Div, Div, round.
+float quantizeRow(const float* x, int64_t k, const float* scale, uint8_t* x8) {
+  float a = scale == nullptr ? 0.0f : *scale;
+  if (scale == nullptr) {
+    for (int64_t i = 0; i < k; ++i) a = std::max(a, std::fabs(x[i]));
+    a = std::max(a, kSmallestRange) / kLargest;
+  }
+  for (int64_t i = 0; i < k; ++i) x8[i] = encodeE4m3(x[i] / a);
+  return a;
+}
+
+// y of one panel of columns from its sums.
+template <typename T>
+void writePanel(const LinearNode& node, const LinearCall& call, int64_t panel, const float* sums, const float* low,
+                const float* up, const float* bias) {
+  const zqfpLinearDesc& desc = node.desc;
+  const int64_t first = panel * Fp8Matrix::kWidth, rank = desc.lorc_rank;
+  const int64_t width = std::min(Fp8Matrix::kWidth, desc.n - first);
+  for (int64_t row = 0; row < call.m; ++row) {
+    const float a = call.args.a[desc.per_token ? row : 0];
+    T* y = static_cast<T*>(call.args.y) + row * desc.n + first;
+    for (int64_t j = 0; j < width; ++j) {
+      float value = a * call.args.row_scales[first + j] * sums[row * Fp8Matrix::kWidth + j];
+      for (int64_t r = 0; r < rank; ++r) value += low[row * rank + r] * up[r * desc.n + first + j];
+      y[j] = fromFloat<T>(bias == nullptr ? value : value + bias[first + j]);
+    }
+  }
+}
+
+}  // namespace
+
+CpuLinear::CpuLinear(const Ort::ConstKernelInfo& info) : node_(info) {
+  const Ort::ConstValue codes = constantInput(info, 2, "codes"), scales = constantInput(info, 3, "group_scales");
+  const PackedSizes sizes = packedSizes(node_.desc);
+  const size_t given = codes.GetTensorTypeAndShapeInfo().GetElementCount();
+  require(given == 2 * sizes.codes && scales.GetTensorTypeAndShapeInfo().GetElementCount() == sizes.scales,
+          "codes have " + std::to_string(given) + " elements, a layer of n " + std::to_string(node_.desc.n) + ", k " +
+              std::to_string(node_.desc.k) + " has " + std::to_string(2 * sizes.codes) + "; compile the model again");
+  std::vector<uint8_t> w8(static_cast<size_t>(node_.desc.n * node_.desc.k));
+  decodeWeights(node_.desc, codes.GetTensorRawData(), scales.GetTensorRawData(), w8.data());
+  weight_ = std::make_unique<Fp8Matrix>(w8.data(), node_.desc.n, node_.desc.k);
+}
+
+void CpuLinear::compute(Ort::KernelContext& context) const {
+  const LinearCall call(node_, context);
+  const zqfpLinearDesc& desc = node_.desc;
+  const auto type = static_cast<zqfpDataType>(desc.dtype);
+  if (call.m == 0) return;
+  std::vector<float> x(static_cast<size_t>(call.m * desc.k));
+  const auto* x8 = static_cast<const uint8_t*>(call.args.x8);
+  parallelFor(context, call.m, [&](int64_t row) {
+    for (int64_t i = row * desc.k; i < (row + 1) * desc.k; ++i) x[i] = decodeE4m3(x8[i]);
+  });
+  const int64_t rank = desc.lorc_rank;
+  const auto low = asFloats(call.args.xv, type, call.m * rank), up = asFloats(call.args.u, type, rank * desc.n);
+  const auto bias = asFloats(call.args.bias, type, node_.bias ? desc.n : 0);
+  parallelFor(context, weight_->panels(), [&](int64_t panel) {
+    std::vector<float> sums(static_cast<size_t>(call.m * Fp8Matrix::kWidth));
+    weight_->multiply(panel, x.data(), call.m, sums.data());
+    withType(type, [&](auto* tag) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(tag)>>;
+      writePanel<T>(node_, call, panel, sums.data(), low.data(), up.data(), node_.bias ? bias.data() : nullptr);
+    });
+  });
+}
+
+void CpuQuantizer::compute(Ort::KernelContext& context) const {
+  const QuantizeCall call(node_, context);
+  const auto v = asFloats(call.v, call.type, call.k * node_.rank);
+  parallelFor(context, call.m, [&](int64_t row) {
+    withType(call.type, [&](auto* tag) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(tag)>>;
+      std::vector<float> x(static_cast<size_t>(call.k));
+      toFloat(static_cast<const T*>(call.x) + row * call.k, call.k, x.data());
+      const float a = quantizeRow(x.data(), call.k, call.scale, static_cast<uint8_t*>(call.x8) + row * call.k);
+      if (call.a != nullptr) call.a[row] = a;
+      if (node_.rank == 0) return;
+      projectRow(x.data(), v.data(), call.k, node_.rank, static_cast<T*>(call.xv) + row * node_.rank);
+    });
+  });
+}
+
+}  // namespace zqfp

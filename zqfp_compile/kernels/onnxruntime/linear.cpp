@@ -1,0 +1,65 @@
+#include "linear.h"
+
+namespace zqfp {
+namespace {
+
+constexpr size_t kX8 = 0, kScale = 1, kCodes = 2, kGroupScales = 3, kRowScales = 4, kOptional = 5;
+
+int32_t attribute(const Ort::ConstKernelInfo& info, const char* name) {
+  return static_cast<int32_t>(info.GetAttribute<int64_t>(name));
+}
+
+Shape shapeOf(const Ort::ConstValue& value) { return value.GetTensorTypeAndShapeInfo().GetShape(); }
+
+// An input with a fixed number of elements.
+const void* fixed(Ort::KernelContext& context, size_t index, int64_t count, const char* what) {
+  const Ort::ConstValue value = context.GetInput(index);
+  const Shape shape = shapeOf(value);
+  require(elements(shape) == count,
+          std::string(what) + " has shape " + text(shape) + ", it must have " + std::to_string(count) + " elements");
+  return value.GetTensorRawData();
+}
+
+// One of bias, xv and u, which have the type of y.
+const void* own(Ort::KernelContext& context, size_t index, int64_t count, int32_t type, const char* what) {
+  const auto info = context.GetInput(index).GetTensorTypeAndShapeInfo();
+  require(dataType(info.GetElementType(), what) == type, std::string(what) + " does not have the type of the output");
+  return fixed(context, index, count, what);
+}
+
+}  // namespace
+
+LinearNode::LinearNode(const Ort::ConstKernelInfo& info) {
+  desc.n = info.GetAttribute<int64_t>("n");
+  desc.k = info.GetAttribute<int64_t>("k");
+  desc.group_size = attribute(info, "group_size");
+  desc.lorc_rank = attribute(info, "lorc_rank");
+  desc.per_token = attribute(info, "per_token");
+  desc.dtype = dataType(static_cast<ONNXTensorElementDataType>(attribute(info, "dtype")), "attribute dtype");
+  bias = attribute(info, "bias") != 0;
+  require(desc.n > 0 && desc.k > 0, "attributes n and k must be positive");
+  require(info.GetInputCount() == inputCount(), "PackedW4A8Linear has " + std::to_string(info.GetInputCount()) +
+                                                    " inputs, its attributes say " + std::to_string(inputCount()));
+}
+
+LinearCall::LinearCall(const LinearNode& node, Ort::KernelContext& context) {
+  const zqfpLinearDesc& desc = node.desc;
+  const Ort::ConstValue x8 = context.GetInput(kX8);
+  Shape shape = shapeOf(x8);
+  m = rowCount(shape, desc.k, "x8");
+  args.x8 = x8.GetTensorRawData();
+  args.a = static_cast<const float*>(fixed(context, kScale, desc.per_token ? m : 1, "a"));
+  args.codes = context.GetInput(kCodes).GetTensorRawData();
+  args.group_scales = context.GetInput(kGroupScales).GetTensorRawData();
+  args.row_scales = static_cast<const float*>(fixed(context, kRowScales, desc.n, "row_scales"));
+  size_t next = kOptional;
+  if (node.bias) args.bias = own(context, next++, desc.n, desc.dtype, "bias");
+  if (desc.lorc_rank > 0) {
+    args.xv = own(context, next++, m * desc.lorc_rank, desc.dtype, "xv");
+    args.u = own(context, next++, desc.lorc_rank * desc.n, desc.dtype, "lorc_u");
+  }
+  shape.back() = desc.n;
+  args.y = context.GetOutput(0, shape).GetTensorMutableRawData();
+}
+
+}  // namespace zqfp

@@ -1,0 +1,134 @@
+// RegisterCustomOps: the entry point ONNX Runtime calls. The library's ops, for the CPU and for CUDA.
+//
+// A registered custom op beats a model-local function and never falls back, so both providers have every op.
+// FLOAT, FLOAT16 and BFLOAT16 are one op: inputs and outputs of those types are declared untyped and checked.
+
+#include <cstdio>
+
+#include "cpu.h"
+#include "cuda.h"
+#include "inference.h"
+
+#define ZQFP_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace zqfp {
+namespace {
+
+constexpr auto kAny = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+constexpr auto kE4m3 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN;
+constexpr auto kInt4 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4;
+
+// An implementation (CpuLinear, ...) as a kernel of ONNX Runtime.
+template <typename Implementation>
+struct Kernel {
+  Implementation implementation;
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
+    return guarded([&] {
+      Ort::KernelContext context(raw);
+      implementation.compute(context);
+    });
+  }
+};
+
+template <typename Implementation, bool cuda>
+struct LinearOp : Ort::CustomOpBase<LinearOp<Implementation, cuda>, Kernel<Implementation>, true> {
+  static constexpr ONNXTensorElementDataType kInputs[] = {kE4m3, kFloat, kInt4, kE4m3, kFloat, kAny, kAny, kAny};
+
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
+    return guarded(
+        [&] { *kernel = new Kernel<Implementation>{Implementation(Ort::ConstKernelInfo(info))}; });
+  }
+  const char* GetName() const { return "PackedW4A8Linear"; }
+  const char* GetExecutionProviderType() const { return cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider"; }
+  size_t GetInputTypeCount() const { return 8; }
+  ONNXTensorElementDataType GetInputType(size_t index) const { return kInputs[index]; }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
+    return index < 5 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  }
+  size_t GetOutputTypeCount() const { return 1; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return kAny; }
+
+  LinearOp() {
+    OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
+      return guarded([&] {
+        const Inference inference(context);
+        const auto type = static_cast<ONNXTensorElementDataType>(inference.attribute("dtype"));
+        inference.setOutput(0, inference.attribute("n"), type);
+      });
+    };
+  }
+};
+
+template <typename Implementation, bool cuda, bool tokens>
+struct QuantizeOp : Ort::CustomOpBase<QuantizeOp<Implementation, cuda, tokens>, Kernel<Implementation>, true> {
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
+    return guarded(
+        [&] { *kernel = new Kernel<Implementation>{Implementation(Ort::ConstKernelInfo(info), tokens)}; });
+  }
+  const char* GetName() const { return tokens ? "QuantizeTokens" : "QuantizeActivation"; }
+  const char* GetExecutionProviderType() const { return cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider"; }
+  size_t GetInputTypeCount() const { return tokens ? 2 : 3; }
+  ONNXTensorElementDataType GetInputType(size_t index) const { return !tokens && index == 1 ? kFloat : kAny; }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
+    return index + 1 < GetInputTypeCount() ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  }
+  size_t GetOutputTypeCount() const { return tokens ? 3 : 2; }
+  ONNXTensorElementDataType GetOutputType(size_t index) const {
+    return index == 0 ? kE4m3 : tokens && index == 1 ? kFloat : kAny;
+  }
+  OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
+    return index + 1 < GetOutputTypeCount() ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  }
+
+  QuantizeOp() {
+    OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
+      return guarded([&] {
+        const Inference inference(context);
+        const int64_t rank = inference.attribute("lorc_rank");
+        inference.setOutput(0, -1, kE4m3);
+        if (tokens) inference.setOutput(1, 1, kFloat);
+        if (rank > 0) inference.setOutput(tokens ? 2 : 1, rank, inference.type());
+      });
+    };
+  }
+};
+
+template <typename Op>
+void add(Ort::CustomOpDomain& domain) {
+  static const Op op;
+  domain.Add(&op);
+}
+
+void addOps(Ort::CustomOpDomain& domain) {
+  add<LinearOp<CpuLinear, false>>(domain);
+  add<LinearOp<CudaLinear, true>>(domain);
+  add<QuantizeOp<CpuQuantizer, false, false>>(domain);
+  add<QuantizeOp<CudaQuantizer, true, false>>(domain);
+  add<QuantizeOp<CpuQuantizer, false, true>>(domain);
+  add<QuantizeOp<CudaQuantizer, true, true>>(domain);
+}
+
+}  // namespace
+}  // namespace zqfp
+
+ZQFP_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  const OrtApi* api = base->GetApi(ORT_API_VERSION);
+  if (api == nullptr) {
+    // Statuses are made the same way since the first version.
+    const std::string message = "zqfp: this library needs ONNX Runtime 1." + std::to_string(ORT_API_VERSION) +
+                                " or later, this is " + base->GetVersionString();
+    return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, message.c_str());
+  }
+  Ort::InitApi(api);
+  return zqfp::guarded([&] {
+    static Ort::CustomOpDomain domain = [] {
+      Ort::CustomOpDomain made{"zqfp"};
+      zqfp::addOps(made);
+      return made;
+    }();
+    Ort::UnownedSessionOptions session(options);
+    session.Add(domain);
+  });
+}
