@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_MODEL := build/models/smollm2-135m
 
-.PHONY: venv demo kernels test test-fast lint format clean optimum-models
+.PHONY: venv demo kernels test test-fast test-tensorrt lint format clean optimum-models
 
 venv: $(READY)
 
@@ -49,6 +49,16 @@ test: $(READY) $(DEMO_MODEL)/model.onnx optimum-models
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m 'not slow'
+
+# Engines that run, wherever TensorRT or TensorRT-RTX, a GPU and torch for CUDA are; the file is worth sending back.
+TENSORRT_PYTHON ?= $(BIN)/python
+VERDICT := build/test-tensorrt.txt
+
+test-tensorrt:
+	@mkdir -p build
+	@$(TENSORRT_PYTHON) -m zqfp_compile.cli_doctor > $(VERDICT)
+	@$(TENSORRT_PYTHON) -m pytest -v --tb=short --color=no tests/trt/test_engine_verdict.py >> $(VERDICT) 2>&1; \
+	status=$$?; tail -n 30 $(VERDICT); echo "the whole verdict: $(VERDICT)"; exit $$status
 
 lint: $(READY)
 	$(BIN)/ruff check .

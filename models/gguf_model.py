@@ -122,8 +122,8 @@ def load_gguf(path: Path, dtype: str) -> Any:
 
 
 def write_tokenizer(path: Path, folder: Path) -> None:
-    """Convert the GGUF's tokenizer to ``tokenizer.json`` in ``folder``."""
+    """Convert the GGUF's tokenizer to ``tokenizer.json`` in ``folder``, with ``chat_template.jinja``."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save_pretrained(str(folder))

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CompileResult", "Recipe", "__version__", "compile_model"]
+__all__ = ["CompileResult", "Engine", "Recipe", "Sampling", "__version__", "compile_model"]
 
 if TYPE_CHECKING:
     from zqfp_compile.pipeline import CompileResult, compile_model
     from zqfp_compile.recipe import Recipe
+    from zqfp_compile.runtime.engine import Engine
+    from zqfp_compile.runtime.sampling import Sampling
+
+# Where each public name is.
+_HOMES = {
+    "CompileResult": "pipeline",
+    "Engine": "runtime.engine",
+    "Recipe": "recipe",
+    "Sampling": "runtime.sampling",
+    "compile_model": "pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import the public names on first use: ``import zqfp_compile`` alone must not load torch."""
-    if name in ("CompileResult", "compile_model"):
-        from zqfp_compile import pipeline
-
-        return getattr(pipeline, name)
-    if name == "Recipe":
-        from zqfp_compile.recipe import Recipe
-
-        return Recipe
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

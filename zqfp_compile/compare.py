@@ -15,13 +15,13 @@ from zqfp_compile.backends.runners import EngineRunner, OrtRunner, Runner
 from zqfp_compile.calibrate.causal_lm import CausalLm
 from zqfp_compile.compare_inputs import make_inputs
 from zqfp_compile.errors import ModelError, UsageError
+from zqfp_compile.output_folder import ARTIFACT
 from zqfp_compile.progress import Reporter, SilentReporter, StepTimer
 from zqfp_compile.report import metrics
 from zqfp_compile.specs import FP8
 
 Array = npt.NDArray[Any]
 
-ARTIFACT = "model.zqfp.onnx"
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 
 

@@ -16,7 +16,7 @@ from zqfp_compile.calibrate.samples import EvalTokens, Samples
 from zqfp_compile.certificate import Certificate
 from zqfp_compile.distill.train import Distillation
 from zqfp_compile.evaluate import Evaluation
-from zqfp_compile.output_folder import OutputFolder
+from zqfp_compile.output_folder import ARTIFACT, COMPANIONS, TOKENIZER, OutputFolder
 from zqfp_compile.pass_runner import PassRunner
 from zqfp_compile.plan import QuantPlan
 from zqfp_compile.precision.auto import Chooser
@@ -25,7 +25,6 @@ from zqfp_compile.recipe import Recipe
 from zqfp_compile.report.model import EngineReport
 from zqfp_compile.tensor_store import TensorStore
 
-ARTIFACT = "model.zqfp.onnx"
 MARK = "zqfp.version"  # metadata of every model we write
 
 Rows = Mapping[str, npt.NDArray[np.float32]]
@@ -76,8 +75,13 @@ class Compilation:
     @property
     def tokenizer(self) -> Path | None:
         """The ``tokenizer.json`` beside the source, if there is one."""
-        path = self.source.parent / "tokenizer.json"
+        path = self.source.parent / TOKENIZER
         return path if path.is_file() else None
+
+    @property
+    def companions(self) -> tuple[Path, ...]:
+        """The files beside the source that whoever generates text needs as well."""
+        return tuple(path for name in COMPANIONS if (path := self.source.parent / name).is_file())
 
     @property
     def place(self) -> engines.Workplace:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.errors import MissingDependencyError
 
@@ -33,3 +35,17 @@ def providers_for(device: str) -> tuple[str, ...]:
     if device == "cuda" and CUDA_PROVIDER in import_onnxruntime().get_available_providers():
         return (CUDA_PROVIDER, CPU_PROVIDER)
     return (CPU_PROVIDER,)
+
+
+def free_memory(device: str) -> int | None:
+    """Return the bytes that are free on ``cpu`` or ``cuda``; ``None`` where the system does not say."""
+    import torch
+
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(found[0]) if found else None

@@ -14,7 +14,7 @@ from zqfp_compile.calibrate.causal_lm import InputSpec
 from zqfp_compile.disk import format_bytes
 from zqfp_compile.errors import BuilderError, MissingDependencyError, UsageError
 from zqfp_compile.model_io import load_model, save_model
-from zqfp_compile.output_folder import OutputFolder
+from zqfp_compile.output_folder import ORT_MODEL, OutputFolder
 from zqfp_compile.pass_runner import PassRunner
 from zqfp_compile.plan import QuantPlan
 from zqfp_compile.progress import StepTimer
@@ -23,7 +23,6 @@ from zqfp_compile.report.model import EngineProfile, EngineReport, LintReport
 from zqfp_compile.specs import Phase
 
 _BUILDERS = ("tensorrt", "tensorrt-rtx")
-_ORT_MODEL = "onnxruntime.onnx"
 _ENGINE_ONNX = "engine.onnx"
 _FP4_ONNX = "model.fp4.onnx"
 # --weight-lowering -> the pass that makes the engine-ready model.
@@ -111,7 +110,7 @@ def runnable_model(place: Workplace, recipe: Recipe, choice: TargetChoice) -> Pa
     lowering = [PLUGIN if hosted else _FP8] if place.plan.quantizes_weights else []
     if not (lowering or deployed):
         return place.artifact
-    path = (place.folder.path if deployed else place.folder.scratch) / _ORT_MODEL
+    path = (place.folder.path if deployed else place.folder.scratch) / ORT_MODEL
     if not path.exists():
         _lower(place, path, *lowering, *(["qdq-to-casts"] if deployed else []))
     return path
@@ -166,7 +165,7 @@ def _lower(place: Workplace, path: Path, *names: str) -> None:
     for name in names:
         options: dict[str, object] = {"plan": place.plan} if name.startswith("lower-weights") else {}
         if name == PLUGIN:
-            options["only_half"] = path.name != _ORT_MODEL
+            options["only_half"] = path.name != ORT_MODEL
         phase: Phase = "onnxruntime" if name == "qdq-to-casts" else "engine"
         place.runner.run(model, name, phase, **options)
     place.runner.run(model, "remove-unused", phase)

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -25,17 +24,33 @@ from zqfp_compile.disk import (
     DiskFullError,
     diagnose_full_disk,
     ensure_free_space,
+    file_sha256,
     fsync_path,
     full_disk_errors,
 )
 from zqfp_compile.errors import MissingDependencyError, UsageError, ZqfpError
 
-__all__ = ["MANIFEST", "OutputFolder", "ensure_free_space"]
+__all__ = [
+    "ARTIFACT",
+    "COMPANIONS",
+    "MANIFEST",
+    "ORT_MODEL",
+    "TOKENIZER",
+    "OutputFolder",
+    "ensure_free_space",
+]
 
+# Files of a compiled folder. The companions are copied from beside the model, so that the folder can generate
+# text wherever it is moved to.
 MANIFEST = "manifest.json"
+ARTIFACT = "model.zqfp.onnx"
+ORT_MODEL = "onnxruntime.onnx"
+TOKENIZER = "tokenizer.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+COMPANIONS = (TOKENIZER, CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, CHAT_TEMPLATE)
 _TOOL = "zqfp-compile"
 _LOCK, _CONTENT, _SCRATCH, _OLD = "lock", "content", "scratch", "old"
-_CHUNK = 1 << 22
 
 _log = logging.getLogger(__name__)
 
@@ -300,18 +315,17 @@ def _hash_files(folder: Path, progress: Callable[[int, int], None] | None) -> di
     files = [path for path in sorted(folder.rglob("*")) if not _is_folder(path)]
     total = sum(path.stat().st_size for path in files)
     done = 0
-    result: dict[str, dict[str, Any]] = {}
-    for path in files:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                done += len(chunk)
-                if progress is not None:
-                    progress(done, total)
-        name = path.relative_to(folder).as_posix()
-        result[name] = {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
-    return result
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    return {
+        path.relative_to(folder).as_posix(): {"sha256": file_sha256(path, tell), "bytes": path.stat().st_size}
+        for path in files
+    }
 
 
 def _fsync_tree(folder: Path) -> None:

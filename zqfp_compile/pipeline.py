@@ -8,10 +8,10 @@ from pathlib import Path
 from zqfp_compile import engines
 from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.backends.target import resolve_target
-from zqfp_compile.compilation import ARTIFACT, Compilation
+from zqfp_compile.compilation import Compilation
 from zqfp_compile.device import torch_device
 from zqfp_compile.model_io import load_model
-from zqfp_compile.output_folder import OutputFolder
+from zqfp_compile.output_folder import ARTIFACT, OutputFolder
 from zqfp_compile.pass_runner import PassRunner
 from zqfp_compile.progress import Reporter, SilentReporter, StepTimer
 from zqfp_compile.recipe import Recipe

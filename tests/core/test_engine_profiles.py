@@ -144,6 +144,7 @@ def test_defaults_stay_within_the_positions_a_model_knows() -> None:
         ('{"max_position_embeddings": "many"}', None),
         ("[1]", None),
         ("{", None),
+        ("[" * 100_000, None),
         (None, None),
     ],
 )

@@ -26,7 +26,8 @@ from zqfp_compile.registry import PASSES
 pytest.importorskip("onnxruntime")
 
 ALWAYS = {"model.zqfp.onnx", "model.zqfp.onnx.data", "report.json", "report.html", "recipe.yaml"}
-ALWAYS |= {"manifest.json", "tokenizer.json"}
+COPIED = {"tokenizer.json", "config.json"}
+ALWAYS |= {"manifest.json", *COPIED}
 BUILT_IN = quick(calibration=None, eval_text=None)
 # Perplexity of the tiny LLaMA rises by 15% with these.
 COARSE = {"fp4_format": "e3m0", "scale_constraint": "m1", "lorc_rank": 0}
@@ -69,7 +70,8 @@ def test_output_folder_and_manifest(tiny_model, tmp_path: Path, monkeypatch) -> 
     assert "built-in text" in result.report.perplexity.text
     assert any(line.startswith("certificate: 14 layers checked, 0") for line in result.summary())
     source = tiny_model("llama")
-    assert (result.folder / "tokenizer.json").read_bytes() == (source.parent / "tokenizer.json").read_bytes()
+    for name in COPIED:
+        assert (result.folder / name).read_bytes() == (source.parent / name).read_bytes()
     manifest = json.loads((result.folder / "manifest.json").read_text())
     assert manifest["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert manifest["recipe"] == BUILT_IN.to_dict()
@@ -156,6 +158,18 @@ def test_calibration_from_npz_is_calibration_from_text(tiny_model, tmp_path: Pat
     assert _weights(folders[0]) == _weights(folders[1])
 
 
+def test_what_text_generation_needs_goes_along(tiny_model, tmp_path: Path) -> None:
+    """Chat template and end tokens too, all in the manifest: the folder can be moved."""
+    shutil.copytree(tiny_model("qwen2").parent, tmp_path / "m")
+    extra = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+    for name in (*extra, "training_args.bin"):
+        (tmp_path / "m" / name).write_text("{}", encoding="utf-8")
+    result = compile_model(tmp_path / "m" / "model.onnx", quick(evaluate=False), output=tmp_path / "out")
+    assert _names(result.folder) == ALWAYS | set(extra)
+    manifest = json.loads((result.folder / "manifest.json").read_text())
+    assert set(extra) <= manifest["files"].keys()
+
+
 def test_without_a_tokenizer_tokens_are_random_and_the_report_says_so(tiny_model, tmp_path: Path) -> None:
     shutil.copy(tiny_model("qwen2"), tmp_path / "model.onnx")
     lines = Lines()
@@ -166,7 +180,7 @@ def test_without_a_tokenizer_tokens_are_random_and_the_report_says_so(tiny_model
     assert "RANDOM tokens" in (result.folder / "report.html").read_text()
     assert report["perplexity"]["text"] == "random tokens"
     assert "random tokens" in report["calibration"]["description"]
-    assert _names(result.folder) == ALWAYS - {"tokenizer.json"}
+    assert _names(result.folder) == ALWAYS - COPIED
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

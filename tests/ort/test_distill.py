@@ -317,7 +317,7 @@ def test_too_little_memory_is_said_first(share: float, tiny_model, tmp_path: Pat
     model = prepared(tiny_model("llama"))
     plan = create_pass("select-linears").call(model).plan.replace(lorc_rank=16)
     weights = memory._weight_bytes(model, plan)
-    monkeypatch.setattr(memory, "_free_bytes", lambda device: int(share * weights))
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(share * weights))
     with pytest.raises(MissingDependencyError, match="--distill-tokens: distillation needs") as caught:
         compile_model(
             tiny_model("llama"),

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from compiled_models import TOKENS, quick, sqnr
 
-from zqfp_compile import compile_model
+from zqfp_compile import Engine, compile_model
 from zqfp_compile.backends import host_libraries
 from zqfp_compile.backends.ort import create_session
 from zqfp_compile.calibrate.causal_lm import CausalLm
@@ -73,6 +73,14 @@ def test_logits_agree_with_the_fp8_lowering(dtype, scale, wide_model, library, t
     ours = logits(path, custom_ops=copied)
     # Rounding differences move activations into other FP8 buckets (DESIGN section 9: 21 to 25 dB at least).
     assert sqnr(logits(tmp_path / "fp8" / "onnxruntime.onnx"), ours) > 25
+
+
+def test_engine_finds_the_custom_ops_itself(wide_model, library, tmp_path):
+    compiled(wide_model("float16"), tmp_path / "out", weight_lowering="plugin")
+    engine = Engine.load(tmp_path / "out", device="cpu")
+    feed = CausalLm.from_inputs(engine.inputs, engine.outputs).make_feed(TOKENS)
+    wanted = logits(tmp_path / "out" / "onnxruntime.onnx", custom_ops=library)
+    assert np.array_equal(engine.run(feed)["logits"].astype(np.float32), wanted)
 
 
 def test_a_plain_session_gives_our_results(wide_model, library, tmp_path):

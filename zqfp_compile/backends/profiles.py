@@ -102,7 +102,7 @@ def position_limit(folder: Path) -> int | None:
     """Return how many positions the model in ``folder`` knows by its ``config.json``; ``None``: unknown."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     found = [config.get(key) for key in _POSITION_KEYS] if isinstance(config, dict) else []
     return next((value for value in found if type(value) is int and value > 1), None)

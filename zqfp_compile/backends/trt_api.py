@@ -110,19 +110,57 @@ class Builder(Protocol):
     def build_serialized_network(self, network: Network, config: BuilderConfig, /) -> Buffer | None: ...
 
 
+class ExecutionContext(Protocol):
+    """``IExecutionContext``."""
+
+    def set_optimization_profile_async(self, profile: int, stream: int, /) -> bool: ...
+    def set_input_shape(self, name: str, shape: Sequence[int], /) -> bool: ...
+    def set_tensor_address(self, name: str, address: int, /) -> bool: ...
+    def infer_shapes(self) -> Sequence[str]: ...
+    def get_tensor_shape(self, name: str, /) -> Sequence[int]: ...
+    def execute_async_v3(self, stream: int, /) -> bool: ...
+
+
+class CudaEngine(Protocol):
+    """``ICudaEngine``."""
+
+    num_io_tensors: int
+    num_optimization_profiles: int
+
+    def get_tensor_name(self, index: int, /) -> str: ...
+    def get_tensor_mode(self, name: str, /) -> Any: ...
+    def get_tensor_dtype(self, name: str, /) -> Any: ...
+    def get_tensor_shape(self, name: str, /) -> Sequence[int]: ...
+    def get_tensor_location(self, name: str, /) -> Any: ...
+    def get_tensor_profile_shape(self, name: str, profile: int, /) -> Sequence[Sequence[int]]: ...
+    def create_execution_context(self) -> ExecutionContext | None: ...
+    def create_engine_inspector(self) -> Any: ...
+
+
+class Runtime(Protocol):
+    """``IRuntime``; it must outlive its engines."""
+
+    def deserialize_cuda_engine(self, plan: Any, /) -> CudaEngine | None: ...
+    def get_plugin_registry(self) -> Any: ...
+
+
 class TrtModule(Protocol):
     """The module itself. Enumerations and base classes for callbacks are ``Any``."""
 
+    __name__: str
     __version__: str
     ILogger: Any
+    Logger: Any
     IProgressMonitor: Any
     ProfilingVerbosity: Any
     NetworkDefinitionCreationFlag: Any
     LayerInformationFormat: Any
+    TensorIOMode: Any
+    TensorLocation: Any
 
     def Builder(self, logger: Any, /) -> Builder: ...  # noqa: N802
     def OnnxParser(self, network: Network, logger: Any, /) -> Parser: ...  # noqa: N802
-    def Runtime(self, logger: Any, /) -> Any: ...  # noqa: N802
+    def Runtime(self, logger: Any, /) -> Runtime: ...  # noqa: N802
 
 
 def import_runtime(target: str) -> TrtModule:

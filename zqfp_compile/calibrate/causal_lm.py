@@ -185,21 +185,33 @@ class CausalLm:
         """Return the cache for the next step out of a step's outputs (by output name)."""
         return {item.spec.name: outputs[item.present] for item in self.past if item.present is not None}
 
+    def step_inputs(
+        self, tokens: npt.NDArray[np.integer[Any]], past_length: int, valid_past: int | None = None
+    ) -> Feed:
+        """Return every input but the cache.
+
+        Args:
+            tokens: The next token numbers, int64 [B, S].
+            past_length: Length of the cache they come with.
+            valid_past: How much of it is not padding; all of it when left out.
+        """
+        batch, length = tokens.shape
+        valid_past = past_length if valid_past is None else valid_past
+        feed: Feed = {"input_ids": tokens.astype(self.input_ids.dtype.numpy())}
+        for spec in self.optional:
+            value = _optional_value(spec, batch, length, past_length, valid_past)
+            feed[spec.name] = value.astype(spec.dtype.numpy())
+        return feed
+
     def _feed(
         self,
         tokens: npt.NDArray[np.integer[Any]],
         past: Mapping[str, npt.NDArray[Any]],
         valid_past: int,
     ) -> Feed:
-        batch, length = tokens.shape
         first = self.past[0] if self.past else None
         past_length = past[first.spec.name].shape[first.length_axis] if first else 0
-        feed: Feed = {"input_ids": tokens.astype(self.input_ids.dtype.numpy())}
-        for spec in self.optional:
-            value = _optional_value(spec, batch, length, past_length, valid_past)
-            feed[spec.name] = value.astype(spec.dtype.numpy())
-        feed.update(past)
-        return feed
+        return {**self.step_inputs(tokens, past_length, valid_past), **past}
 
 
 def graph_inputs(model: ir.Model) -> tuple[InputSpec, ...]:

@@ -8,13 +8,16 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from zqfp_compile.calibrate.causal_lm import CausalLm, Feed, InputSpec
 from zqfp_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Part = Literal["calibration", "evaluation"]
 Tokens = npt.NDArray[np.int64]
@@ -180,6 +183,25 @@ def load_eval_tokens(
     return EvalTokens(tokens[:max_tokens], origin)
 
 
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a ``tokenizer.json``.
+
+    Raises:
+        UsageError: When the file is no tokenizer.
+    """
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path}: not a tokenizer.json ({reason}); export it again") from error
+    # Some tokenizer.json files cut at 512 tokens or pad to a fixed length.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def tokenize(text: str, tokenizer_path: Path) -> Tokens:
     """Return the token numbers of ``text``, int64 [T].
 
@@ -188,17 +210,7 @@ def tokenize(text: str, tokenizer_path: Path) -> Tokens:
     Raises:
         UsageError: When the file is no tokenizer.
     """
-    import tokenizers
-
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_path))
-    except Exception as error:  # the library raises bare Exception
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{tokenizer_path}: not a tokenizer.json ({reason}); export it again") from error
-    # Some tokenizer.json files cut at 512 tokens or pad to a fixed length.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return np.asarray(tokenizer.encode(text).ids, dtype=np.int64)
+    return np.asarray(load_tokenizer(tokenizer_path).encode(text).ids, dtype=np.int64)
 
 
 def take_windows(tokens: Tokens, samples: int, length: int, *, exact: bool = False) -> Tokens:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +10,7 @@ import torch
 
 from zqfp_compile.calibrate.causal_lm import CausalLm
 from zqfp_compile.calibrate.linears import ActivationQuantizer
+from zqfp_compile.device import free_memory
 from zqfp_compile.distill.student import Student, TrainedTensors
 from zqfp_compile.errors import MissingDependencyError
 from zqfp_compile.plan import QuantPlan
@@ -37,7 +37,7 @@ def check_memory(model: ir.Model, plan: QuantPlan, interface: CausalLm, length: 
     Raises:
         MissingDependencyError: With the figures and what to do.
     """
-    free = _free_bytes(device)
+    free = free_memory(device)
     weights = _weight_bytes(model, plan)
     if free is None:
         return
@@ -55,18 +55,6 @@ def check_memory(model: ir.Model, plan: QuantPlan, interface: CausalLm, length: 
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
-
-
-def _free_bytes(device: str) -> int | None:
-    """Return free memory, ``None`` where the system does not say."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(found[0]) if found else None
 
 
 def _weight_bytes(model: ir.Model, plan: QuantPlan) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import platform
 import resource
@@ -17,6 +16,7 @@ import onnx_ir as ir
 from zqfp_compile import __version__
 from zqfp_compile.calibrate.samples import Samples
 from zqfp_compile.certificate import Certificate
+from zqfp_compile.disk import file_sha256
 from zqfp_compile.distill.train import Distillation
 from zqfp_compile.evaluate import Evaluation
 from zqfp_compile.plan import LinearSite, QuantPlan
@@ -51,7 +51,6 @@ _PACKAGES = (
     "tensorrt",
     "tensorrt-rtx-cu13",
 )
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def assemble(facts: Facts) -> Report:
     bits, bits_with_lorc = _bits_per_weight(facts)
     return Report(
         model=str(facts.source),
-        source_sha256=_sha256(facts.source),
+        source_sha256=file_sha256(facts.source),
         recipe=facts.recipe.to_dict(),
         layers=_layers(facts),
         perplexity=_perplexity(facts),
@@ -317,11 +316,3 @@ def tool_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -31,6 +31,5 @@ def rewrite(run: Compilation) -> None:
     model.metadata_props[MARK] = __version__
     with run.timer.step("save"):
         save_model(model, run.artifact, progress=run.reporter.update)
-        tokenizer = run.tokenizer
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, run.folder.path / tokenizer.name)
+        for companion in run.companions:
+            shutil.copyfile(companion, run.folder.path / companion.name)

@@ -1,0 +1,1 @@
+"""Running what a compile made: engines behind one interface, and text out of them."""
