@@ -21,7 +21,8 @@ $(DEMO_MODEL)/model.onnx: models/export_smollm2.py $(EXPORT_PARTS) | $(READY)
 
 demo: $(READY) $(DEMO_MODEL)/model.onnx
 	mkdir -p build/demo
-	$(BIN)/zqfp-compile $(DEMO_MODEL)/model.onnx --output build/demo/smollm2-135m.zqfp --target tensorrt-rtx
+	$(BIN)/zqfp-compile $(DEMO_MODEL)/model.onnx --output build/demo/smollm2-135m.zqfp --target tensorrt-rtx \
+		--emit onnxruntime
 
 # libzqfp.so for sm_90a, from a bare clone: needs nvcc, no GPU and no virtual environment.
 NVCC ?= nvcc

@@ -27,6 +27,7 @@ _ENGINE_ONNX = "engine.onnx"
 _FP4_ONNX = "model.fp4.onnx"
 # --weight-lowering -> the pass that makes the engine-ready model.
 _FP8, PLUGIN = "lower-weights-fp8", "lower-weights-plugin"
+_CASTS = "qdq-to-casts"
 _LOWERINGS = {"auto": _FP8, "fp8": _FP8, "int4": "inline-functions", "plugin": PLUGIN}
 
 
@@ -107,13 +108,17 @@ def runnable_model(place: Workplace, recipe: Recipe, choice: TargetChoice) -> Pa
     """
     deployed = choice.target == "onnxruntime"
     hosted = deployed and recipe.weight_lowering == "plugin"
-    lowering = [PLUGIN if hosted else _FP8] if place.plan.quantizes_weights else []
+    lowering = [PLUGIN] if hosted and place.plan.quantizes_weights else _fp8_lowering(place)
     if not (lowering or deployed):
         return place.artifact
     path = (place.folder.path if deployed else place.folder.scratch) / ORT_MODEL
     if not path.exists():
-        _lower(place, path, *lowering, *(["qdq-to-casts"] if deployed else []))
+        _lower(place, path, *lowering, *([_CASTS] if deployed else []))
     return path
+
+
+def _fp8_lowering(place: Workplace) -> list[str]:
+    return [_FP8] if place.plan.quantizes_weights else []
 
 
 def build(
@@ -132,6 +137,8 @@ def build(
     """
     if "fp4" in recipe.emit:
         _lower(place, place.folder.path / _FP4_ONNX, "lower-weights-fp4")
+    if "onnxruntime" in recipe.emit and choice.target != "onnxruntime":
+        _lower(place, place.folder.path / ORT_MODEL, *_fp8_lowering(place), _CASTS)
     engine_onnx = _engine_onnx(place, recipe, choice)
     if choice.target == "none":
         return EngineReport("none", choice.reason)
@@ -166,7 +173,7 @@ def _lower(place: Workplace, path: Path, *names: str) -> None:
         options: dict[str, object] = {"plan": place.plan} if name.startswith("lower-weights") else {}
         if name == PLUGIN:
             options["only_half"] = path.name != ORT_MODEL
-        phase: Phase = "onnxruntime" if name == "qdq-to-casts" else "engine"
+        phase: Phase = "onnxruntime" if name == _CASTS else "engine"
         place.runner.run(model, name, phase, **options)
     place.runner.run(model, "remove-unused", phase)
     with place.timer.step(f"save {path.name}"):

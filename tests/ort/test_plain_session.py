@@ -60,3 +60,15 @@ def test_a_plain_session_gives_our_results(family, dtype, options, tiny_model, t
             assert sqnr(artifact[name].astype(np.float32), value.astype(np.float32)) > 20
         if level == "ORT_ENABLE_ALL":
             assert all(np.array_equal(artifact[name], value) for name, value in plain.items())
+
+
+def test_beside_another_target(tiny_model, tmp_path) -> None:
+    model = tiny_model("llama", "torch", "float16")
+    own = compile_model(model, quick(target="onnxruntime", evaluate=False), output=tmp_path / "own")
+    beside = compile_model(
+        model, quick(target="none", emit=["onnxruntime"], evaluate=False), output=tmp_path / "beside"
+    )
+    assert own.engine is not None and beside.engine is None
+    wanted = run(own.engine, "ORT_ENABLE_ALL", ours=False)
+    found = run(beside.folder / "onnxruntime.onnx", "ORT_ENABLE_ALL", ours=False)
+    assert all(np.array_equal(found[name], value) for name, value in wanted.items())
