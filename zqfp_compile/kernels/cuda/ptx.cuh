@@ -54,7 +54,9 @@ static __device__ __noinline__ void barrier_wait(uint32_t barrier, uint32_t pari
         : "memory");
     if (done) return;
   }
-  if (threadIdx.x % 32 == 0) printf("block %d thread %d: barrier at %u, parity %u\n", blockIdx.x, threadIdx.x, barrier, parity);
+  if (threadIdx.x % 32 == 0) {
+    printf("block %d thread %d: barrier at %u, parity %u\n", blockIdx.x, threadIdx.x, barrier, parity);
+  }
   __trap();
 }
 #else
@@ -139,14 +141,16 @@ __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- overlap with the kernels before and after on the stream; without the launch attribute both do nothing -----------
+// ---- overlap with the kernels before and after on the stream; without the launch attribute both do nothing ---------
 
 // Waits until the kernel before has ended and its writes can be read. Before it, nothing may be written, and of what is
 // read only weights.
 __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Lets the kernel after start as soon as there is room; it still waits for this one to end.
-__device__ __forceinline__ void release_kernel_after() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void release_kernel_after() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
 
