@@ -86,8 +86,10 @@ def make() -> Callable[[str], Path]:
     """``make(rule)``: build one of our libraries, and return the folder; $ZQFP_KERNELS is taken as it is."""
 
     def build(rule: str) -> Path:
-        if "ZQFP_KERNELS" in os.environ:
-            return Path(os.environ["ZQFP_KERNELS"])
+        from zqfp_compile.backends.host_libraries import FOLDER_VARIABLE, libraries_folder
+
+        if FOLDER_VARIABLE in os.environ:
+            return libraries_folder()
         folder = ROOT / "build" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
         command = ["make", "--silent", rule, f"PYTHON={sys.executable}"]

@@ -14,7 +14,9 @@ zqfpStatus check_desc(const zqfpLinearDesc* desc) {
     return fail(ZQFP_INVALID_VALUE, "k = %lld is not in 1..%lld", (long long)d.k, (long long)kMaxColumns);
   }
   if (d.dtype < ZQFP_FLOAT16 || d.dtype > ZQFP_FLOAT32) return fail(ZQFP_INVALID_VALUE, "unknown dtype %d", d.dtype);
-  if (d.per_token != 0 && d.per_token != 1) return fail(ZQFP_INVALID_VALUE, "per_token = %d is not 0 or 1", d.per_token);
+  if (d.per_token != 0 && d.per_token != 1) {
+    return fail(ZQFP_INVALID_VALUE, "per_token = %d is not 0 or 1", d.per_token);
+  }
   if (d.lorc_rank < 0) return fail(ZQFP_INVALID_VALUE, "lorc_rank = %d is negative", d.lorc_rank);
   if (d.group_size <= 0) return fail(ZQFP_INVALID_VALUE, "group_size = %d is not positive", d.group_size);
 

@@ -10,11 +10,11 @@ namespace zqfp {
 constexpr int kMaxSharedBytes = 227 * 1024;
 constexpr int kMaxStages = 8;
 
-// A block has kRows * kSlices consumer warpgroups. Warpgroup (row, slice) multiplies 64 weight rows by kTokens tokens over
-// every kSlices-th block of K; the slices are added up in shared memory. kCluster blocks with different weight rows share
-// the activations. kPromote: blocks of K after which the tensor core's accumulator is added to one in float32; 0: never.
-// kHeadStart: units that the first of two warpgroups multiplies before the second starts, so that later one of them keeps
-// the tensor core busy while the other writes its output; 0: both start at once.
+// A block has kRows * kSlices consumer warpgroups. Warpgroup (row, slice) multiplies 64 weight rows by kTokens tokens
+// over every kSlices-th block of K; the slices are added up in shared memory. kCluster blocks with different weight
+// rows share the activations. kPromote: blocks of K after which the tensor core's accumulator is added to one in
+// float32; 0: never. kHeadStart: units that the first of two warpgroups multiplies before the second starts, so that
+// later one of them keeps the tensor core busy while the other writes its output; 0: both start at once.
 template <int Tokens, int Rows, int Slices, int Group, int Cluster, int Promote, int HeadStart = 0>
 struct Config {
   static constexpr int kTokens = Tokens, kRows = Rows, kSlices = Slices, kGroup = Group, kCluster = Cluster,
@@ -42,7 +42,8 @@ struct Config {
   static constexpr int kOutPitch = kBlockRows * 2 + 16;  // 16 bytes off a power of two: no bank conflicts
   static constexpr int kOutBytes = Rows * kOutTokens * kOutPitch;
   static constexpr int kTokenScaleBytes = kWarpgroups * Tokens * 4;
-  static constexpr int kFixedBytes = kReduceBytes + kOutBytes + kTokenScaleBytes + 1024 /* barriers, alignment */ + 1024;
+  static constexpr int kBarrierBytes = 1024, kAlignment = 1024;
+  static constexpr int kFixedBytes = kReduceBytes + kOutBytes + kTokenScaleBytes + kBarrierBytes + kAlignment;
 
   static constexpr int kFittingStages = (kMaxSharedBytes - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFittingStages < kMaxStages ? kFittingStages : kMaxStages;

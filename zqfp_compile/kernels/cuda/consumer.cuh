@@ -99,7 +99,11 @@ class Consumer {
       if (!add_partials(segment, sums)) return;
     }
     add_bias(edge, sums);
-    store(tile, sums);
+    if (p_.bfloat) {
+      store<true>(tile, sums);
+    } else {
+      store<false>(tile, sums);
+    }
   }
 
   // Row scales and bias of the thread's two rows, scales of the warpgroup's tokens: read early, used late.
@@ -272,16 +276,31 @@ class Consumer {
     }
   }
 
+  // Sums travel four at a time, those of neighbouring threads next to each other.
+  static constexpr int kQuads = kCount / 4;
+
+  __device__ __forceinline__ static float4 quad(const Sums& sums, int i) {
+    return {sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]};
+  }
+
+  __device__ __forceinline__ static void add_quad(Sums& sums, int i, float4 more) {
+    sums[4 * i] += more.x;
+    sums[4 * i + 1] += more.y;
+    sums[4 * i + 2] += more.z;
+    sums[4 * i + 3] += more.w;
+  }
+
   // Adds the slices in order. True for the first slice, which goes on with the sum.
   __device__ __forceinline__ bool add_slices(Sums& sums) {
     constexpr int kParties = C::kSlices * kThreads;
-    float* parts = reinterpret_cast<float*>(memory_ + C::kReduceOffset) + row_ * (C::kSlices - 1) * kCount * kThreads;
+    float4* parts = reinterpret_cast<float4*>(memory_ + C::kReduceOffset) +
+                    row_ * (C::kSlices - 1) * kQuads * kThreads + thread_;
     const bool again = reduced_before_;
     reduced_before_ = true;
     if (slice_ != 0) {
       if (again) ptx::sync_threads(kSlicesTaken + row_, kParties);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) parts[((slice_ - 1) * kCount + i) * kThreads + thread_] = sums[i];
+      for (int i = 0; i < kQuads; ++i) parts[((slice_ - 1) * kQuads + i) * kThreads] = quad(sums, i);
       ptx::arrive_threads(kSlicesReady + row_, kParties);
       return false;
     }
@@ -290,7 +309,7 @@ class Consumer {
 #pragma unroll
     for (int s = 0; s < C::kSlices - 1; ++s) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) sums[i] += parts[(s * kCount + i) * kThreads + thread_];
+      for (int i = 0; i < kQuads; ++i) add_quad(sums, i, parts[(s * kQuads + i) * kThreads]);
     }
     return true;
   }
@@ -298,24 +317,24 @@ class Consumer {
   // ---- tiles that several workers share ----------------------------------------------------------------------------
 
   // A worker has at most one segment that starts inside a tile (its first) and one that only starts a tile (its last).
-  __device__ __forceinline__ float* partial(int worker, bool starts_tile) const {
+  __device__ __forceinline__ float4* partial(int worker, bool starts_tile) const {
     const int64_t slot = (int64_t(worker) * C::kCluster + rank_) * 2 + starts_tile;
-    return p_.partials + (slot * C::kRows + row_) * kCount * kThreads + thread_;
+    return reinterpret_cast<float4*>(p_.partials) + (slot * C::kRows + row_) * kQuads * kThreads + thread_;
   }
 
   // Leaves the sums in the workspace. True for the last to arrive, with the sum of all in the order of K.
   __device__ __forceinline__ bool add_partials(const Segment& segment, Sums& sums) {
     const Sharers who = sharers(p_.schedule, segment.tile);
     const int worker = blockIdx.x / C::kCluster;
-    float* mine = partial(worker, segment.begin == 0);
+    float4* mine = partial(worker, segment.begin == 0);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) __stcg(mine + i * kThreads, sums[i]);
+    for (int i = 0; i < kQuads; ++i) __stcg(mine + i * kThreads, quad(sums, i));
     if (!last_to_arrive(segment.tile, who.last - who.first + 1)) return false;
     clear(sums);
     for (int other = who.first; other <= who.last; ++other) {
-      const float* part = partial(other, other == who.first);
+      const float4* part = partial(other, other == who.first);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) sums[i] += __ldcg(part + i * kThreads);
+      for (int i = 0; i < kQuads; ++i) add_quad(sums, i, __ldcg(part + i * kThreads));
     }
     return true;
   }
@@ -323,7 +342,8 @@ class Consumer {
   __device__ __forceinline__ bool last_to_arrive(int tile, int parties) const {
     uint32_t* arrivals =
         p_.arrivals + (int64_t(tile - p_.schedule.whole_tiles) * C::kCluster + rank_) * C::kRows + row_;
-    volatile uint32_t* shared_flag = reinterpret_cast<uint32_t*>(memory_ + C::kTokenScaleOffset) + warpgroup_ * C::kTokens;
+    volatile uint32_t* shared_flag =
+        reinterpret_cast<uint32_t*>(memory_ + C::kTokenScaleOffset) + warpgroup_ * C::kTokens;
     __threadfence();
     sync_warpgroup();
     if (thread_ == 0) {
@@ -345,16 +365,19 @@ class Consumer {
     for (int i = 0; i < kCount; ++i) sums[i] += edge.bias[i / 2 % 2];
   }
 
-  __device__ __forceinline__ uint32_t pack(float first, float second) const {
-    if (p_.bfloat) {
+  template <bool kBfloat>
+  __device__ __forceinline__ static uint32_t pack(float first, float second) {
+    if constexpr (kBfloat) {
       const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
       return *reinterpret_cast<const uint32_t*>(&pair);
+    } else {
+      const __half2 pair = __floats2half2_rn(first, second);
+      return *reinterpret_cast<const uint32_t*>(&pair);
     }
-    const __half2 pair = __floats2half2_rn(first, second);
-    return *reinterpret_cast<const uint32_t*>(&pair);
   }
 
   // Through shared memory, where the tile is turned to rows of tokens, then 128 bytes of a row by eight threads.
+  template <bool kBfloat>
   __device__ __forceinline__ void store(const Tile& tile, const Sums& sums) const {
     char* staging = memory_ + C::kOutOffset + row_ * C::kOutTokens * C::kOutPitch;
     const int lane = thread_ % 32;
@@ -365,7 +388,8 @@ class Consumer {
 #pragma unroll
       for (int j = 0; j < C::kOutTokens / 8; ++j) {
         const float* d = sums + (part / 8 + j) * 4;
-        ptx::store_transposed(corner + j * 8 * C::kOutPitch, pack(d[0], d[1]), pack(d[2], d[3]));
+        ptx::store_transposed(corner + j * 8 * C::kOutPitch, pack<kBfloat>(d[0], d[1]),
+                              pack<kBfloat>(d[2], d[3]));
       }
       sync_warpgroup();
       store_rows(staging, tile, part);

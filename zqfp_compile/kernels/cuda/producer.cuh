@@ -111,6 +111,7 @@ class Producer {
     const int slices = slices_of(unit);
     acquire(slices * C::kTileBytes + tile.row_blocks * slices * (kBlockBytes + kScaleBlock));
     const uint32_t barrier = shared_.full(ring_.stage);
+#pragma unroll 1  // few registers are left to the producer
     for (int row = 0; row < tile.row_blocks; ++row) {
       const int64_t index = int64_t(tile.row_block + row) * p_.k_blocks + unit * C::kSlices;
       ptx::copy_bytes(shared_.codes(ring_.stage, row * C::kSlices), p_.codes + index * kBlockBytes,
@@ -130,6 +131,7 @@ class Producer {
   // kLorcStep ranks of u in place of codes and of xv in place of activations; u has a row of 128 bytes per rank.
   __device__ __forceinline__ void load_lorc(const Tile& tile, int step) {
     acquire(C::kTileBytes + tile.row_blocks * kBlockBytes);
+#pragma unroll 1
     for (int row = 0; row < tile.row_blocks; ++row) {
       ptx::copy_box(shared_.codes(ring_.stage, row), &p_.u, (tile.row_block + row) * kBlockRows, step * kLorcStep,
                     shared_.full(ring_.stage), ptx::kEvictNormal);

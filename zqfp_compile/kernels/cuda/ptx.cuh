@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <cstdio>
 
 namespace zqfp::ptx {
 
@@ -41,6 +42,24 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t
       : "memory");
 }
 
+#ifdef ZQFP_DEBUG_WAIT
+// Says who waits for what, and ends the kernel, when nothing comes for about a second.
+static __device__ __noinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  for (const long long start = clock64(); clock64() - start < 2000000000ll;) {
+    uint32_t done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    if (done) return;
+  }
+  if (threadIdx.x % 32 == 0) {
+    printf("block %d thread %d: barrier at %u, parity %u\n", blockIdx.x, threadIdx.x, barrier, parity);
+  }
+  __trap();
+}
+#else
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -50,6 +69,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 }
+#endif
 
 // ---- copies --------------------------------------------------------------------------------------------------------
 
@@ -121,14 +141,16 @@ __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- overlap with the kernels before and after on the stream; without the launch attribute both do nothing -----------
+// ---- overlap with the kernels before and after on the stream; without the launch attribute both do nothing ---------
 
 // Waits until the kernel before has ended and its writes can be read. Before it, nothing may be written, and of what is
 // read only weights.
 __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Lets the kernel after start as soon as there is room; it still waits for this one to end.
-__device__ __forceinline__ void release_kernel_after() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void release_kernel_after() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
 

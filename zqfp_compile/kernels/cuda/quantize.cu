@@ -49,7 +49,9 @@ const void* choose_kernel(int32_t x_dtype, bool lorc) {
 int choose_blocks(int64_t m, int64_t k, int processors) {
   const int64_t tiles = (m + kQuantizeTokens - 1) / kQuantizeTokens, chunks = (k + kChunk - 1) / kChunk;
   int blocks = 1;
-  while (blocks < kMaxClusterBlocks && tiles * blocks * 2 <= processors && blocks * kQuantizeWarps < chunks) blocks *= 2;
+  while (blocks < kMaxClusterBlocks && tiles * blocks * 2 <= processors && blocks * kQuantizeWarps < chunks) {
+    blocks *= 2;
+  }
   return blocks;
 }
 

@@ -106,7 +106,8 @@ struct Projection {
   static constexpr int kBlocks = kMaxRank / 16;
   float sums[kBlocks][2][4] = {};
 
-  __device__ __forceinline__ void add(const Eight<T>& upper, const Eight<T>& lower, const QuantizeParams& p, int column) {
+  __device__ __forceinline__ void add(const Eight<T>& upper, const Eight<T>& lower, const QuantizeParams& p,
+                                      int column) {
     const int q = threadIdx.x % 32 / 4;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {

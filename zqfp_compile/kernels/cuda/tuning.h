@@ -16,8 +16,8 @@ ZQFP_API const char* zqfpGetKernelName(int index);
  * workspaces follow. Not thread safe. */
 ZQFP_API zqfpStatus zqfpTune(int index, int cut, int overlap);
 
-/* What a call would do on a device of so many multiprocessors: kernel index, workers, row tiles, token tiles, K units of
- * a tile, tiles that are not cut. Needs no GPU. */
+/* What a call would do on a device of so many multiprocessors: kernel index, workers, row tiles, token tiles, K units
+ * of a tile, tiles that are not cut. Needs no GPU. */
 ZQFP_API zqfpStatus zqfpDescribePlan(const zqfpLinearDesc* desc, int64_t m, int processors, int32_t plan[6]);
 
 #ifdef __cplusplus
