@@ -17,6 +17,7 @@ from zqfp_compile.certificate import Certificate
 from zqfp_compile.distill.train import Distillation
 from zqfp_compile.evaluate import Evaluation
 from zqfp_compile.output_folder import OutputFolder
+from zqfp_compile.parallel.choice import Workers
 from zqfp_compile.pass_runner import PassRunner
 from zqfp_compile.plan import QuantPlan
 from zqfp_compile.precision.auto import Chooser
@@ -24,6 +25,7 @@ from zqfp_compile.progress import Reporter, StepTimer
 from zqfp_compile.recipe import Recipe
 from zqfp_compile.report.model import EngineReport
 from zqfp_compile.tensor_store import TensorStore
+from zqfp_compile.work_folder import WorkFolder
 
 ARTIFACT = "model.zqfp.onnx"
 MARK = "zqfp.version"  # metadata of every model we write
@@ -40,7 +42,9 @@ class Compilation:
     folder: OutputFolder
     timer: StepTimer
     runner: PassRunner
+    work: WorkFolder
     store: TensorStore
+    workers: Workers
     choice: TargetChoice
     explain: bool
     model: ir.Model
