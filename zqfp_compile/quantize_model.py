@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ def quantize_while_walking(
     """Calibrate and quantise by GPTQ in one pass: every layer sees its predecessors quantised.
 
     Linears that share a weight and its precision share its tensors: the first one in graph order decides,
-    with the moments of its own input. A layer whose format is ``none`` keeps its weight.
+    with the moments of its own input. A layer whose format is ``none`` keeps its weight. Layers that are in
+    ``store`` from an earlier run, of the same model and samples, stay as they are.
 
     Args:
         model: Model the weights are read from (memory-mapped external data).
@@ -173,7 +175,15 @@ def quantize_while_walking(
     """
     layers = _Layers(plan, store, seed)
     result = walk(
-        model, plan, feeds, layers.quantize, scratch=scratch, device=device, seed=seed, progress=progress
+        model,
+        plan,
+        feeds,
+        layers.quantize,
+        find=layers.find,
+        scratch=scratch,
+        device=device,
+        seed=seed,
+        progress=progress,
     )
     return plan.replace(tensors=layers.tensors), result
 
@@ -188,6 +198,24 @@ class _Layers:
         self._seed = seed
         self._first: dict[tuple[WeightSource, SitePrecision], LinearSite] = {}
         self._tables = _shared_tables(plan)
+        # A layer depends on how all before it are quantised.
+        formats = (plan.group_size, plan.scale_constraint, plan.scale_rows, plan.lorc_format, seed)
+        precisions = [(site.name, site.weight, plan.precision(site)) for site in plan.linears]
+        activations = (plan.activation_format, plan.per_token)
+        self._key = hashlib.sha256(repr((formats, activations, precisions)).encode()).hexdigest()
+
+    def find(
+        self, sites: Sequence[LinearSite], weights: Sequence[torch.Tensor]
+    ) -> Sequence[Replacement] | None:
+        new = [site for site in sites if self._is_new(site)]
+        if any(self._item(site) not in self._store for site in new):
+            return None
+        for site in new:
+            self.tensors[site.name] = _tensors(self._store.get(self._item(site)) or {})
+        return [self._replace(site, weight, None) for site, weight in zip(sites, weights, strict=True)]
+
+    def _item(self, site: LinearSite) -> str:
+        return f"gptq {site.name} {self._key}"
 
     def quantize(
         self, sites: Sequence[LinearSite], weights: Sequence[torch.Tensor], moments: InputMoments
@@ -220,7 +248,7 @@ class _Layers:
             self.tensors[site.name] = self.tensors[first.name] if table is None else table
             return Replacement.of(self._read(site))
         packed = pack_layer(site.name, layer.weight, layer.lorc, site.dtype)
-        self.tensors[site.name] = _tensors(self._store.add(site.name, packed))
+        self.tensors[site.name] = _tensors(self._store.add(self._item(site), packed))
         return Replacement.of(layer)
 
     def _read(self, site: LinearSite) -> QuantizedLayer:

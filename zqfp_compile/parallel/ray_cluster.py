@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -13,6 +15,7 @@ from zqfp_compile.parallel.executor import Item, Outcome, Result, attempt
 
 # How often an item is given to another worker when the one that had it is lost.
 _RETRIES = 5
+_CONNECT_SECONDS = 10.0
 
 
 class RayCluster:
@@ -67,13 +70,18 @@ class RayCluster:
             raise MissingDependencyError(
                 "--cluster: Ray is not installed; run: pip install 'zqfp-compile[cluster]'"
             ) from error
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            _check_reachable(self._address)
             ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise MissingDependencyError(
                 f"--cluster {self._address}: cannot be reached ({reason}); start one with: ray start --head"
             ) from error
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)  # Ray's own ends the process without a word
         self._ray = ray
         return self
 
@@ -82,3 +90,14 @@ class RayCluster:
     ) -> None:
         """Disconnect; the cluster stays."""
         self._ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Connect to HOST:PORT once; Ray itself tries for minutes. Other forms (``auto``) are left to Ray.
+
+    Raises:
+        OSError: When nobody answers.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
