@@ -15,7 +15,9 @@ from zqfp_compile.backends.target import TargetChoice
 from zqfp_compile.calibrate.samples import EvalTokens, Samples
 from zqfp_compile.certificate import Certificate
 from zqfp_compile.distill.train import Distillation
+from zqfp_compile.estimate import Estimate
 from zqfp_compile.evaluate import Evaluation
+from zqfp_compile.memory import MemoryWatch
 from zqfp_compile.output_folder import OutputFolder
 from zqfp_compile.parallel.choice import Workers
 from zqfp_compile.pass_runner import PassRunner
@@ -45,6 +47,7 @@ class Compilation:
     work: WorkFolder
     store: TensorStore
     workers: Workers
+    memory: MemoryWatch
     choice: TargetChoice
     explain: bool
     model: ir.Model
@@ -52,6 +55,7 @@ class Compilation:
     samples: Samples | None = None
     held_out: Samples | None = None
     distill_samples: tuple[Samples, Samples] | None = None
+    estimate: Estimate | None = None
     chooser: Chooser | None = None
     distillation: Distillation | None = None
     rows: Rows = field(default_factory=dict)

@@ -10,6 +10,7 @@ from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.backends.target import resolve_target
 from zqfp_compile.compilation import ARTIFACT, Compilation
 from zqfp_compile.device import torch_device
+from zqfp_compile.memory import MemoryWatch
 from zqfp_compile.model_io import load_model
 from zqfp_compile.output_folder import OutputFolder
 from zqfp_compile.parallel.choice import Workers
@@ -22,6 +23,7 @@ from zqfp_compile.steps.build import build
 from zqfp_compile.steps.calibrate import calibrate
 from zqfp_compile.steps.certify import certify
 from zqfp_compile.steps.distill import distill, prepare_distillation
+from zqfp_compile.steps.estimate import estimate
 from zqfp_compile.steps.evaluate import evaluate, load_eval_text
 from zqfp_compile.steps.prepare import prepare
 from zqfp_compile.steps.quantize import quantize
@@ -36,6 +38,7 @@ from zqfp_compile.work_key import work_key
 _STEPS = (
     prepare,
     select,
+    estimate,
     load_eval_text,
     prepare_distillation,
     calibrate,
@@ -128,10 +131,13 @@ def compile_model(
         OutputFolder(final) as folder,
         WorkFolder(folder.work, key, fresh=fresh) as work,
         TensorStore(work.path) as store,
+        MemoryWatch(lambda: timer.running) as memory,
     ):
         _tell_what_is_there(work, timer.reporter)
         runner = PassRunner(timer, dump_after, folder.path / "dump")
-        run = Compilation(source, recipe, folder, timer, runner, work, store, workers, choice, explain, model)
+        run = Compilation(
+            source, recipe, folder, timer, runner, work, store, workers, memory, choice, explain, model
+        )
         for step in _STEPS:
             step(run)
         report = write_report(run)

@@ -365,6 +365,25 @@ def test_read_only_disk(refused: Refused, disk: Callable[[str], Path]) -> None:
     refused(6, "m/model.onnx", *FAST, "-o", out, says=(f"{out}: cannot be written (Read-only file system)",))
 
 
+def test_too_little_disk_is_said_before_the_work(refused: Refused, disk: Callable[[str], Path]) -> None:
+    out = disk("size=300k") / "out"
+    arguments = ("m/model.onnx", *FAST[2:], "--target", "onnxruntime", "-o", out)
+    refused(6, *arguments, says=(f"{out}: ", " of disk are needed and ", " KiB are free", "--output"))
+
+
+def test_too_little_memory_is_said_before_the_work(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zqfp_compile.steps.estimate.available_memory", lambda: 100 << 20)
+    says = ("of memory are needed and 100.0 MiB are available", "m/model.onnx", "--jobs")
+    refused(6, "m/model.onnx", *FAST, says=says)
+
+
+@pytest.fixture
+def filling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fills up during the run: at the start there seemed to be room."""
+    monkeypatch.setattr("zqfp_compile.steps.estimate.ensure_free_space", lambda path, needed: None)
+
+
+@pytest.mark.usefixtures("filling")
 @pytest.mark.parametrize("kib", [8, 300, 800])
 def test_full_disk(refused: Refused, disk: Callable[[str], Path], kib: int) -> None:
     """Full while quantising, while writing the artifact, and while writing what runs."""
@@ -373,6 +392,7 @@ def test_full_disk(refused: Refused, disk: Callable[[str], Path], kib: int) -> N
     refused(6, *arguments, says=(f"{out}: the disk is full", "--output"), keeps=kib > 8)
 
 
+@pytest.mark.usefixtures("filling")
 def test_disk_full_of_engine(refused: Refused, disk: Callable[[str], Path]) -> None:
     """The engine is the first file of megabytes."""
     pytest.importorskip("tensorrt_rtx")

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from zqfp_compile.errors import UsageError
+from zqfp_compile.estimate import worker_bytes
+from zqfp_compile.memory import available_memory
 from zqfp_compile.parallel.executor import Executor, InProcess
 from zqfp_compile.parallel.processes import Processes
 
@@ -37,10 +39,14 @@ class Workers:
             raise UsageError("--jobs are processes of this machine, --cluster works on others; drop one")
 
     def processes(self, sizes: Sequence[int]) -> int:
-        """Return how many processes work on weights of these sizes, this one included when it is the only."""
+        """Return how many processes work on weights of these sizes; 1 is this process alone."""
         if self.jobs is not None:
             return min(self.jobs, max(1, len(sizes)))
-        return cores() if sum(sizes) >= WORTH_PROCESSES else 1
+        if sum(sizes) < WORTH_PROCESSES:
+            return 1
+        available = available_memory()
+        fit = cores() if available is None else available // worker_bytes(max(sizes))
+        return max(1, min(cores(), fit))
 
     @contextmanager
     def executor(self, sizes: Sequence[int]) -> Iterator[Executor]:
