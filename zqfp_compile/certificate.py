@@ -7,6 +7,7 @@ DESIGN section 2 within the rounding of one matrix product.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from zqfp_compile.plan import EmbeddingSite, LinearSite, QuantPlan
 from zqfp_compile.quantize.threads import in_threads, one_torch_thread
 from zqfp_compile.report.metrics import sqnr_db
 from zqfp_compile.weights import release
+from zqfp_compile.work_folder import WorkFolder
 
 Progress = Callable[[int, int, str], None]
 Float32 = npt.NDArray[np.float32]
@@ -101,6 +103,7 @@ def certify(
     original_bias: Callable[[LinearSite], Float32 | None],
     original_table: Callable[[EmbeddingSite], Float32] | None = None,
     threads: int = 1,
+    work: WorkFolder | None = None,
     progress: Progress = lambda done, total, detail: None,
 ) -> Certificate:
     """Check every rewritten linear and embedding of ``plan`` in the rewritten graph.
@@ -115,10 +118,13 @@ def certify(
         original_table: Returns the table [V, D] of an embedding before quantisation; needed when the plan has
             one.
         threads: Linears compared at once, each on one core; the functions above are called in several.
+        work: Where verdicts are kept, and found again for a layer whose bytes in the artifact, and whose
+            rows, are the same to the last bit; its key covers the original model.
         progress: Called with (layers done, layers, layer name).
 
     Raises:
         AccuracyError: When there is nothing to compare, or a layer cannot be compared.
+        MissingDependencyError: When the disk is full.
     """
     values = {value.name: value for node in artifact.graph for value in node.outputs}
     values.update({value.name: value for value in artifact.graph.inputs})
@@ -134,7 +140,16 @@ def certify(
         with reading:
             alone, linear = _extract(artifact, values, site)
             bias = original_bias(site)
-        return _check_layer(alone, linear, plan, site, x, original_weight, bias, reading)
+        key = "" if work is None else _digest(alone, site, x)
+        found = None if work is None else work.find(f"check-{key}")
+        if found is not None:
+            equal, *figures = (array.item() for array in found)
+            return LayerCheck(site.name, site.k, site.n, equal, *figures)
+        layer = _check_layer(alone, linear, plan, site, x, original_weight, bias, reading)
+        if work is not None and layer.ok:
+            figures = [layer.weight_bit_equal, layer.max_rel_error, layer.tolerance, layer.sqnr_db]
+            work.keep(f"check-{key}", [np.array(figure) for figure in figures])
+        return layer
 
     checks: list[LayerCheck] = []
     for layer in in_threads(check, sites, threads):
@@ -148,6 +163,14 @@ def certify(
     if not checks:
         raise AccuracyError("certificate: no linear was compared; the run proves nothing about the model")
     return Certificate(tuple(checks))
+
+
+def _digest(alone: ir.Model, site: LinearSite, rows: Float32) -> str:
+    """A digest of a layer as the artifact has it, weights included, and of the rows it is compared on."""
+    digest = hashlib.sha256(ir.to_proto(alone).SerializeToString(deterministic=True))
+    digest.update(repr(site).encode())
+    digest.update(rows.tobytes())
+    return digest.hexdigest()
 
 
 def _check_layer(

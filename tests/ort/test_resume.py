@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,24 +17,34 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-
+from zqfp_compile import Recipe, compile_model
 from zqfp_compile.errors import MissingDependencyError, ModelError, UsageError, notes
+from zqfp_compile.progress import SilentReporter
 from zqfp_compile.work_folder import WorkFolder
 
 TinyModel = Callable[..., Path]
 
-PROGRAM = [sys.executable, "-m", "zqfp_compile"]
-FAST = ("--target", "none", "--calibration-samples", "3", "--calibration-length", "32", "--no-evaluate", "-v")
-GOES_ON = "going on from"
+RTN = {"target": "none", "calibration_samples": 3, "calibration_length": 32, "evaluate": False}
+GPTQ = {**RTN, "algorithm": "gptq", "lorc_format": "fp8"}
+GOES_ON, REMOVED = "going on from", "unfinished work of another model or other options is removed"
 
 
-def _compile(model: Path, output: Path, *options: str) -> str:
-    """Compile to the end; return standard error."""
-    command = [*PROGRAM, str(model), "-o", str(output), *FAST, *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
+class _Told(SilentReporter):
+    """Keeps the lines for the user."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def info(self, text: str) -> None:
+        self.text += text + "\n"
+
+
+def _compile(model: Path, output: Path, options: dict[str, object], **how: object) -> str:
+    """Compile to the end; return what the user is told."""
+    told = _Told()
+    compile_model(model, Recipe.from_dict(options), output=output, reporter=told, **how)
     assert not list(output.parent.glob(f".{output.name}*")), "work folders are cleaned at success"
-    return result.stderr
+    return told.text
 
 
 def _bytes(output: Path) -> dict[str, str]:
@@ -44,17 +54,19 @@ def _bytes(output: Path) -> dict[str, str]:
     }
 
 
-def _kill(model: Path, output: Path, *options: str, when: Callable[[Path], bool]) -> None:
-    """Start a compile and kill it as soon as its work folder is as wanted; it may end before."""
-    work = output.parent / f".{output.name}.work"
-    with subprocess.Popen(
-        [*PROGRAM, str(model), "-o", str(output), *FAST, *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
-        deadline = time.monotonic() + 90
-        while process.poll() is None and not when(work) and time.monotonic() < deadline:
+def _work(output: Path) -> Path:
+    return output.parent / f".{output.name}.work"
+
+
+def _kill(model: Path, output: Path, options: dict[str, object], when: Callable[[Path], bool]) -> None:
+    """Start a compile and kill it as soon as its work folder is as wanted."""
+    recipe = output.parent / "recipe.yaml"
+    recipe.write_text(Recipe.from_dict(options).to_yaml())
+    command = [sys.executable, "-m", "zqfp_compile", str(model), "-o", str(output), "--recipe", str(recipe)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **quiet, start_new_session=True) as process:  # type: ignore[call-overload]
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not when(_work(output)) and time.monotonic() < deadline:
             time.sleep(0.001)
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -66,72 +78,98 @@ def _items(work: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize(
-    "options", [(), ("--algorithm", "gptq", "--lorc-format", "fp8")], ids=["rtn", "gptq"]
-)
-def test_killed_at_several_moments(tiny_model: TinyModel, tmp_path: Path, options: tuple[str, ...]) -> None:
-    """While calibrating, twice while quantising, and after: the same files as in one go."""
-    model = tiny_model("llama")
-    _compile(model, tmp_path / "whole", *options)
-    output = tmp_path / "out"
+@pytest.fixture(scope="module")
+def whole(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Digests of compiles in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = {}
+    for name, options in (("rtn", RTN), ("gptq", GPTQ)):
+        _compile(tiny_model("llama"), folder / name, options)
+        result[name] = _bytes(folder / name)
+        assert len(result[name]) == 2
+    return result
+
+
+@pytest.fixture(scope="module")
+def half(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder of a killed compile, to be copied."""
+    output = tmp_path_factory.mktemp("half") / "out"
+    _kill(tiny_model("llama"), output, RTN, lambda work: _items(work) >= 3)
+    assert _items(_work(output)) >= 3
+    return _work(output)
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq"])
+def test_killed_at_several_moments(
+    tiny_model: TinyModel, tmp_path: Path, whole: dict[str, dict[str, str]], name: str
+) -> None:
+    """While calibrating and twice while quantising: the same files as in one go."""
+    options, output = {"rtn": RTN, "gptq": GPTQ}[name], tmp_path / "out"
     moments: list[Callable[[Path], bool]] = [
         lambda work: any(work.glob("*.npz")),
         lambda work: _items(work) >= 2,
-        lambda work: _items(work) >= 8,
-        lambda work: _items(work) >= 14,
+        lambda work: _items(work) >= 9,
     ]
-    for when in moments if not options else moments[1:]:
-        _kill(model, output, *options, when=when)
-    said = _compile(model, output, *options) if not output.exists() else GOES_ON
-    assert GOES_ON in said
-    assert _bytes(output) == _bytes(tmp_path / "whole") and len(_bytes(output)) == 2
+    for when in moments if name == "rtn" else moments[1:]:
+        _kill(tiny_model("llama"), output, options, when)
+    assert GOES_ON in _compile(tiny_model("llama"), output, options)
+    assert _bytes(output) == whole[name]
 
 
-def test_going_on_does_less(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """The finished layers are read, not made again: a wrong one that is well-formed would be taken over."""
-    output = tmp_path / "out"
-    _stop_after_quantising(tiny_model("llama"), output)
-    journal = tmp_path / ".out.work" / "tensors.jsonl"
-    before = journal.read_text()
-    assert before.count("\n") == 14
-    _stop_after_quantising(tiny_model("llama"), output)
-    assert journal.read_text() == before
+def test_going_on_does_less(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, dict[str, str]]
+) -> None:
+    """Finished calibration runs, layers and verdicts are read, not made again; later options may change."""
+
+    def fail(run: object) -> None:
+        raise MissingDependencyError("the library is missing")
+
+    output, kept = tmp_path / "out", []
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(MissingDependencyError) as caught:
+            patch.setattr("zqfp_compile.pipeline.write_report", fail)
+            compile_model(tiny_model("llama"), Recipe.from_dict(RTN), output=output)
+        assert str(_work(output)) in notes(caught.value)[0]
+        kept.append({path.name: path.stat().st_mtime_ns for path in _work(output).glob("*.npz")})
+        kept[-1]["journal"] = (_work(output) / "tensors.jsonl").read_text()
+    assert kept[0] == kept[1] and len(kept[0]) == 14 + 3 + 1 and _items(_work(output)) == 14
+    assert GOES_ON in _compile(tiny_model("llama"), output, {**RTN, "builder_timeout": 99})
+    assert _bytes(output) == whole["rtn"]
 
 
-def _stop_after_quantising(model: Path, output: Path, *options: str) -> None:
-    """Run out of address space for the builder: exit 5, with everything quantised."""
-    pytest.importorskip("tensorrt_rtx")
-    command = [*PROGRAM, str(model), "-o", str(output), *FAST[2:], "--target", "tensorrt-rtx", *options]
-    command += ["--builder-memory-gb", "0.1"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 5 and "finished work is kept in" in result.stderr, result.stderr
-
-
-@pytest.mark.parametrize("change", ["--seed", "--fresh", "model"])
-def test_foreign_work_is_not_used(tiny_model: TinyModel, tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["option", "fresh", "model"])
+def test_foreign_work_is_not_used(
+    tiny_model: TinyModel, tmp_path: Path, half: Path, whole: dict[str, dict[str, str]], change: str
+) -> None:
     """Another option that matters, another model, or the wish to start over."""
-    model = tmp_path / "model.onnx"
-    model.write_bytes(tiny_model("llama").read_bytes())
-    options = {"--seed": ("--seed", "7"), "--fresh": ("--fresh",), "model": ()}[change]
     output = tmp_path / "out"
-    _kill(model, output, when=lambda work: _items(work) >= 3)
-    assert _items(tmp_path / ".out.work") >= 3
-    if change == "model":
-        model.write_bytes(tiny_model("qwen2").read_bytes())
-    said = _compile(model, output, *options)
-    assert GOES_ON not in said and "unfinished work of another model or other options is removed" in said
-    _compile(model, tmp_path / "whole", *options)
-    assert _bytes(output) == _bytes(tmp_path / "whole")
+    shutil.copytree(half, _work(output))
+    model = tiny_model("qwen2" if change == "model" else "llama")
+    options = {**RTN, "calibration_samples": 1} if change == "option" else RTN
+    said = _compile(model, output, options, fresh=change == "fresh")
+    assert GOES_ON not in said and REMOVED in said
+    if change == "fresh":
+        assert _bytes(output) == whole["rtn"]
+    else:
+        _compile(model, tmp_path / "other", options)
+        assert _bytes(output) == _bytes(tmp_path / "other") != whole["rtn"]
 
 
-def test_another_process_count_goes_on(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """Who does the work is no part of the key."""
-    output = tmp_path / "out"
-    _kill(tiny_model("llama"), output, when=lambda work: _items(work) >= 3)
-    said = _compile(tiny_model("llama"), output, "--jobs", "2")
-    assert GOES_ON in said
-    _compile(tiny_model("llama"), tmp_path / "whole")
-    assert _bytes(output) == _bytes(tmp_path / "whole")
+def test_other_workers_go_on(
+    tiny_model: TinyModel, tmp_path: Path, half: Path, whole: dict[str, dict[str, str]]
+) -> None:
+    """Who does the work, and where, is no part of the key; the bytes are the same."""
+    output = tmp_path / "elsewhere"
+    shutil.copytree(half, _work(output))
+    assert GOES_ON in _compile(tiny_model("llama"), output, RTN, jobs=2)
+    assert _bytes(output) == whole["rtn"]
+
+
+def test_two_processes_give_the_bytes_of_one(
+    tiny_model: TinyModel, tmp_path: Path, whole: dict[str, dict[str, str]]
+) -> None:
+    assert GOES_ON not in _compile(tiny_model("llama"), tmp_path / "out", RTN, jobs=2)
+    assert _bytes(tmp_path / "out") == whole["rtn"]
 
 
 # the folder alone
@@ -187,13 +225,3 @@ def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="move it away"), WorkFolder(path, "k", fresh=True):
         pytest.fail("must not start")
     assert (path / "thesis.tex").read_text() == "mine"
-
-
-def test_recipe_of_later_steps_keeps_the_key(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """A builder that ran out of memory is given more: the layers are still good."""
-    output = tmp_path / "out"
-    _stop_after_quantising(tiny_model("llama"), output)
-    said = _compile(tiny_model("llama"), output)  # --target none
-    assert GOES_ON in said
-    report = json.loads((output / "report.json").read_text())
-    assert report["certificate"]["mismatches"] == 0
