@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import resource
-import shlex
 import shutil
 import subprocess
 import sys
@@ -126,7 +125,8 @@ def main() -> None:
         "load_before": round(load, 1),
         "hardware": hardware(given.device),
         "date": today(),
-        "command": shlex.join(["python", "tools/bench_compile.py", *sys.argv[1:]]),
+        "command": f"python tools/bench_compile.py --size {given.size} --jobs {given.jobs} "
+        f"--algorithm {given.algorithm} --lorc-rank {given.lorc_rank} --device {given.device}",
     }
     show(row, row["parameters"], data_bytes, load)
     add_row(given.results, row)

@@ -19,6 +19,8 @@ _BASE, _WORKER = 500 << 20, 260 << 20
 # Bytes per weight of the layer at hand: to quantise it (float32, its error, codes, packed tensors), and to
 # compare it (ONNX Runtime decodes it in a dozen steps).
 _QUANTIZE_BYTES, _CHECK_BYTES = 15, 22
+# Rows of each activation that are kept for the certificate, and its energies.
+_ROWS = 72
 # Seconds of one core per weight (rounding; LoRC per rank; the certificate), and floating-point operations per
 # second of one core in matrix products.
 _ROUND, _LORC, _CHECK = 45e-9, 0.8e-9, 35e-9
@@ -73,9 +75,10 @@ def estimate(
     runs = builds or recipe.evaluate
     lowered = artifact - stored + sum(sizes) if runs else 0
     engine = lowered if recipe.target.startswith("tensorrt") or "engine-onnx" in recipe.emit else 0
+    rows = 4 * _ROWS * sum({site.activation: site.k for site in plan.linears}.values())
     return Estimate(
-        memory_bytes=_BASE + max(phases),
-        disk_bytes=stored + artifact + lowered + engine + _activation_bytes(plan, recipe),
+        memory_bytes=_BASE + rows + max(phases),
+        disk_bytes=stored + artifact + lowered + engine + rows + _activation_bytes(plan, recipe),
         seconds=_seconds(sum(sizes), plan, recipe, tokens, processes, cores),
     )
 

@@ -41,6 +41,13 @@ class Processes:
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         """See :meth:`Executor.map`."""
+        try:
+            yield from self._map(work, items)
+        except BaseException:  # also when nobody takes the rest: what is still worked on must not come later
+            self.close()
+            raise
+
+    def _map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         while len(self._workers) < min(self._jobs, len(items)):
             self._start()
         busy: dict[Connection, int] = {}

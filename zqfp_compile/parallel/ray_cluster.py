@@ -38,10 +38,9 @@ class RayCluster:
         pending: deque[Any] = deque()
         rest = iter(items)
         try:
-            for item in items:
+            for _ in items:
                 while len(pending) < ahead and (following := next(rest, None)) is not None:
                     pending.append(remote.remote(work, following))
-                del item
                 yield self._result(pending.popleft()).unwrap()
         finally:
             for reference in pending:
