@@ -7,7 +7,9 @@ DESIGN section 2 within the rounding of one matrix product.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +24,10 @@ from zqfp_compile.calibrate.widen import widen_bfloat16
 from zqfp_compile.errors import AccuracyError
 from zqfp_compile.formats.minifloat import MINI_FLOATS
 from zqfp_compile.plan import EmbeddingSite, LinearSite, QuantPlan
-from zqfp_compile.quantize.threads import one_torch_thread
+from zqfp_compile.quantize.threads import in_threads, one_torch_thread
 from zqfp_compile.report.metrics import sqnr_db
 from zqfp_compile.weights import release
+from zqfp_compile.work_folder import WorkFolder
 
 Progress = Callable[[int, int, str], None]
 Float32 = npt.NDArray[np.float32]
@@ -99,6 +102,8 @@ def certify(
     *,
     original_bias: Callable[[LinearSite], Float32 | None],
     original_table: Callable[[EmbeddingSite], Float32] | None = None,
+    threads: int = 1,
+    work: WorkFolder | None = None,
     progress: Progress = lambda done, total, detail: None,
 ) -> Certificate:
     """Check every rewritten linear and embedding of ``plan`` in the rewritten graph.
@@ -112,24 +117,44 @@ def certify(
             Add holds is no part of the layer.
         original_table: Returns the table [V, D] of an embedding before quantisation; needed when the plan has
             one.
+        threads: Linears compared at once, each on one core; the functions above are called in several.
+        work: Where verdicts are kept, and found again for a layer whose bytes in the artifact, and whose
+            rows, are the same to the last bit; its key covers the original model.
         progress: Called with (layers done, layers, layer name).
 
     Raises:
         AccuracyError: When there is nothing to compare, or a layer cannot be compared.
+        MissingDependencyError: When the disk is full.
     """
-    checks = []
     values = {value.name: value for node in artifact.graph for value in node.outputs}
     values.update({value.name: value for value in artifact.graph.inputs})
     sites = plan.rewritten
-    for index, site in enumerate(sites):
-        progress(index, len(sites), site.name)
+    reading = threading.Lock()  # tensors that layers share are unpacked and released in place
+
+    def check(site: LinearSite) -> LayerCheck:
         x = rows.get(site.activation)
         if x is None or x.size == 0:
             raise AccuracyError(
                 f"certificate: layer {site.name!r} has no sample rows; calibrate on more text"
             )
-        alone, linear = _extract(artifact, values, site)
-        checks.append(_check_layer(alone, linear, plan, site, x, original_weight, original_bias(site)))
+        with reading:
+            alone, linear = _extract(artifact, values, site)
+            bias = original_bias(site)
+        key = "" if work is None else _digest(alone, site, x)
+        found = None if work is None else work.find(f"check-{key}")
+        if found is not None:
+            equal, *figures = (array.item() for array in found)
+            return LayerCheck(site.name, site.k, site.n, equal, *figures)
+        layer = _check_layer(alone, linear, plan, site, x, original_weight, bias, reading)
+        if work is not None and layer.ok:
+            figures = [layer.weight_bit_equal, layer.max_rel_error, layer.tolerance, layer.sqnr_db]
+            work.keep(f"check-{key}", [np.array(figure) for figure in figures])
+        return layer
+
+    checks: list[LayerCheck] = []
+    for layer in in_threads(check, sites, threads):
+        progress(len(checks), len(sites), layer.name)
+        checks.append(layer)
     for embedding in plan.stored_embeddings:
         if original_table is None:
             raise ValueError(f"embedding {embedding.name!r}: no original table is given")
@@ -140,6 +165,14 @@ def certify(
     return Certificate(tuple(checks))
 
 
+def _digest(alone: ir.Model, site: LinearSite, rows: Float32) -> str:
+    """A digest of a layer as the artifact has it, weights included, and of the rows it is compared on."""
+    digest = hashlib.sha256(ir.to_proto(alone).SerializeToString(deterministic=True))
+    digest.update(repr(site).encode())
+    digest.update(rows.tobytes())
+    return digest.hexdigest()
+
+
 def _check_layer(
     alone: ir.Model,
     linear: ir.Node | None,
@@ -148,15 +181,18 @@ def _check_layer(
     rows: Float32,
     original_weight: Callable[[LinearSite], Float32],
     bias: Float32 | None,
+    reading: threading.Lock,
 ) -> LayerCheck:
     x = rows.astype(site.dtype.numpy())
     output, decoded = _run(alone, site, x)
     original = original_weight(site)  # only now: running takes several times the weight's memory
-    expected = original if linear is None else _reference_weight(plan, site)
+    expected = original if linear is None else _reference_weight(plan, site, reading)
     # Without a W4A8Linear (activations quantised only) the weight is the original initializer itself.
     equal = (decoded is None) if linear is None else decoded is not None and np.array_equal(decoded, expected)
     del decoded
-    reference = _reference_output(plan, site, x.astype(np.float32), expected, bias)
+    with reading:
+        factors = _factors(plan, site)
+    reference = _reference_output(plan, site, x.astype(np.float32), expected, factors, bias)
     exact = _product(x.astype(np.float32), original)
     if bias is not None:
         exact += bias
@@ -346,28 +382,42 @@ def _batched(x: npt.NDArray[Any], model: ir.Model) -> npt.NDArray[Any]:
     return x.reshape((1,) * (rank - 2) + x.shape)
 
 
-def _reference_weight(plan: QuantPlan, site: LinearSite) -> Float32:
+def _reference_weight(plan: QuantPlan, site: LinearSite, reading: threading.Lock) -> Float32:
     tensors = plan.tensors[site.name]
     try:
-        return plan.quantized_weight(site).dequantize()
+        with reading:
+            quantized = plan.quantized_weight(site)
+            release(tensors.codes, tensors.group_scales, tensors.row_scales)
+        return quantized.dequantize()
     except ValueError as error:
         raise AccuracyError(f"certificate: layer {site.name!r} has illegal tensors: {error}") from error
-    finally:
-        release(tensors.codes, tensors.group_scales, tensors.row_scales)
+
+
+def _factors(plan: QuantPlan, site: LinearSite) -> tuple[Float64, Float64] | None:
+    """Return LoRC's factors as they are multiplied with, V [K, r] and U [r, N]."""
+    factors = plan.low_rank(site)
+    if factors is None:
+        return None
+    release(plan.tensors[site.name].lorc_v, plan.tensors[site.name].lorc_u)
+    v, u = (factor.astype(_computed_type(site).numpy()).astype(np.float64) for factor in factors)
+    return v, u
 
 
 def _reference_output(
-    plan: QuantPlan, site: LinearSite, x: Float32, weight: Float32, bias: Float32 | None
+    plan: QuantPlan,
+    site: LinearSite,
+    x: Float32,
+    weight: Float32,
+    factors: tuple[Float64, Float64] | None,
+    bias: Float32 | None,
 ) -> Float64:
     """The equation of DESIGN section 2 in float64, on x float32 [m, K]."""
     quantized = _quantize_activation(plan, site, x)
     if plan.activation_format == "none" and site.dtype == ir.DataType.FLOAT16:
         weight = weight.astype(np.float16)  # unquantised activations multiply in the layer's type
     y: Float64 = _product(quantized, weight)
-    factors = plan.low_rank(site)
     if factors is not None:
-        v, u = (factor.astype(_computed_type(site).numpy()).astype(np.float64) for factor in factors)
-        release(plan.tensors[site.name].lorc_v, plan.tensors[site.name].lorc_u)
+        v, u = factors
         y += _product(_product(x.astype(np.float64), v.T), u.T)
     return y if bias is None else y + bias
 

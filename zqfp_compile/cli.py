@@ -16,7 +16,7 @@ import typer
 
 from zqfp_compile import __version__
 from zqfp_compile import recipe as recipes
-from zqfp_compile.errors import MissingDependencyError, UsageError, ZqfpError
+from zqfp_compile.errors import MissingDependencyError, UsageError, ZqfpError, notes
 from zqfp_compile.progress import ConsoleReporter, PatientConsole, silence
 from zqfp_compile.recipe import Recipe
 
@@ -70,8 +70,12 @@ def _pass_names() -> list[str]:
     return list(PASSES)
 
 
-QUANT, ENGINE, OUT = "Quantization", "Engine", "Output"
+QUANT, ENGINE, OUT, WORK = "Quantization", "Engine", "Output", "Work"
 CALIBRATION, EVALUATION = "Calibration", "Evaluation"
+_NOT_IN_THE_RECIPE = (
+    *("model", "output", "recipe", "dump_after", "explain", "verbose", "quiet", "version"),
+    *("jobs", "cluster", "fresh"),
+)
 
 
 @app.command(epilog=EPILOG)
@@ -312,6 +316,23 @@ def compile_command(
             autocompletion=_pass_names,
         ),
     ] = None,
+    jobs: Annotated[
+        int | None,
+        _group(
+            WORK,
+            "Processes that round weights (default: one per core for large models).",
+            "--jobs",
+            metavar="N",
+        ),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        _group(WORK, "Round weights on this Ray cluster, such as auto.", "--cluster", metavar="ADDRESS"),
+    ] = None,
+    fresh: Annotated[
+        bool,
+        _group(WORK, "Do not go on from the work of a compile that was killed.", "--fresh", metavar=""),
+    ] = False,
     explain: Annotated[
         bool,
         _group(OUT, "Say for each linear layer why it was or was not rewritten.", "--explain", metavar=""),
@@ -339,7 +360,7 @@ def compile_command(
 ) -> None:
     """Compile an LLM in ONNX into a W4A8 floating-point model, an engine and an accuracy report."""
     options = dict(locals())
-    for name in ("model", "output", "recipe", "dump_after", "explain", "verbose", "quiet", "version"):
+    for name in _NOT_IN_THE_RECIPE:
         options.pop(name)
     merged = _merge(recipe, options)  # before the slow imports
     reporter = ConsoleReporter(PatientConsole(stderr=True), -1 if quiet else verbose)
@@ -353,6 +374,9 @@ def compile_command(
             reporter=reporter,
             dump_after=tuple(dump_after or ()),
             explain=explain,
+            jobs=jobs,
+            cluster=cluster,
+            fresh=fresh,
         )
     finally:
         reporter.stop()
@@ -407,16 +431,17 @@ def run(command: Callable[..., Any], program: str) -> None:
         code = command(standalone_mode=False, prog_name=program)
         sys.exit(code if isinstance(code, int) else 0)
     except ZqfpError as error:
-        _fail(program, str(error), error.exit_code, verbosity > 1)
+        _fail(program, "; ".join([str(error), *notes(error)]), error.exit_code, verbosity > 1)
     except _ArgumentError as error:
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         _fail(program, f"{text.rstrip('.')}; see {program} --help", UsageError.exit_code)
     except _Stopped as stopped:
         name = "Ctrl-C" if stopped.signal == signal.SIGINT else stopped.signal.name
-        _fail(program, f"stopped by {name}; what was unfinished is removed", 128 + stopped.signal)
-    except MemoryError:
-        text = "memory ran out; close other programs, or lower --calibration-length and --eval-length"
-        _fail(program, text, MissingDependencyError.exit_code, verbosity > 1)
+        text = "; ".join([f"stopped by {name}", *(notes(stopped) or ["what was unfinished is removed"])])
+        _fail(program, text, 128 + stopped.signal)
+    except MemoryError as error:
+        text = "memory ran out; close other programs, or lower --calibration-length, --eval-length or --jobs"
+        _fail(program, "; ".join([text, *notes(error)]), MissingDependencyError.exit_code, verbosity > 1)
     except Exception as error:
         detail = " ".join(str(error).split())[:300]
         _fail(

@@ -15,8 +15,11 @@ from zqfp_compile.backends.target import TargetChoice
 from zqfp_compile.calibrate.samples import EvalTokens, Samples
 from zqfp_compile.certificate import Certificate
 from zqfp_compile.distill.train import Distillation
+from zqfp_compile.estimate import Estimate
 from zqfp_compile.evaluate import Evaluation
+from zqfp_compile.memory import MemoryWatch
 from zqfp_compile.output_folder import ARTIFACT, COMPANIONS, TOKENIZER, OutputFolder
+from zqfp_compile.parallel.choice import Workers
 from zqfp_compile.pass_runner import PassRunner
 from zqfp_compile.plan import QuantPlan
 from zqfp_compile.precision.auto import Chooser
@@ -24,6 +27,7 @@ from zqfp_compile.progress import Reporter, StepTimer
 from zqfp_compile.recipe import Recipe
 from zqfp_compile.report.model import EngineReport
 from zqfp_compile.tensor_store import TensorStore
+from zqfp_compile.work_folder import WorkFolder
 
 MARK = "zqfp.version"  # metadata of every model we write
 
@@ -39,7 +43,10 @@ class Compilation:
     folder: OutputFolder
     timer: StepTimer
     runner: PassRunner
+    work: WorkFolder
     store: TensorStore
+    workers: Workers
+    memory: MemoryWatch
     choice: TargetChoice
     explain: bool
     model: ir.Model
@@ -47,6 +54,7 @@ class Compilation:
     samples: Samples | None = None
     held_out: Samples | None = None
     distill_samples: tuple[Samples, Samples] | None = None
+    estimate: Estimate | None = None
     chooser: Chooser | None = None
     distillation: Distillation | None = None
     rows: Rows = field(default_factory=dict)

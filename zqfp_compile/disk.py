@@ -78,7 +78,7 @@ def diagnose_full_disk(
         seen.add(id(error))
         if isinstance(error, OSError) and _is_full(error):
             reason = error.strerror or str(error)
-            return DiskFullError(path, reason, _size_of(written or path), _free_bytes(path))
+            return DiskFullError(path, reason, size_of(written or path), _free_bytes(path))
         error = error.__cause__ or error.__context__
     return None
 
@@ -95,7 +95,8 @@ def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _size_of(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.lstat().st_size for file in files if file.is_file())
 

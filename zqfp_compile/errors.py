@@ -40,3 +40,14 @@ class MissingDependencyError(ZqfpError):
     """The environment lacks something: a library, a GPU, memory, disk, permission (exit code 6)."""
 
     exit_code = 6
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Add a clause to the line that the user sees, whatever the exception."""
+    # What Python 3.11's method of this name does.
+    error.__notes__ = [*notes(error), text]  # type: ignore[attr-defined]
+
+
+def notes(error: BaseException) -> list[str]:
+    """Return the clauses that :func:`add_note` added."""
+    return list(getattr(error, "__notes__", ()))

@@ -28,7 +28,7 @@ from zqfp_compile.disk import (
     fsync_path,
     full_disk_errors,
 )
-from zqfp_compile.errors import MissingDependencyError, UsageError, ZqfpError
+from zqfp_compile.errors import MissingDependencyError, UsageError, ZqfpError, add_note, notes
 
 __all__ = [
     "ARTIFACT",
@@ -88,6 +88,11 @@ class OutputFolder:
         return self._root / _SCRATCH
 
     @property
+    def work(self) -> Path:
+        """Where finished work may outlive this run (:class:`zqfp_compile.work_folder.WorkFolder`)."""
+        return self.final.parent / f".{self.final.name}.work"
+
+    @property
     def _root(self) -> Path:
         if self._work is None:
             raise RuntimeError("OutputFolder is used outside its with block or after commit()")
@@ -126,12 +131,14 @@ class OutputFolder:
     ) -> None:
         """Remove the temporary folder; a full disk in the block becomes ``MissingDependencyError``."""
         diagnosed = None
-        if isinstance(error, DiskFullError) and self._work in error.path.parents:
+        if isinstance(error, DiskFullError) and not {self._work, self.work}.isdisjoint(error.path.parents):
             diagnosed = error.named(self.final)
         elif isinstance(error, Exception) and not isinstance(error, ZqfpError) and self._work is not None:
             diagnosed = diagnose_full_disk(error, self.final, written=self._work)
         self._discard()
-        if diagnosed is not None:
+        if diagnosed is not None and error is not None:
+            for note in notes(error):
+                add_note(diagnosed, note)
             raise diagnosed from error
 
     def commit(self, manifest: Mapping[str, Any], progress: Callable[[int, int], None] | None = None) -> None:

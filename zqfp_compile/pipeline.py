@@ -10,8 +10,10 @@ from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.backends.target import resolve_target
 from zqfp_compile.compilation import Compilation
 from zqfp_compile.device import torch_device
+from zqfp_compile.memory import MemoryWatch
 from zqfp_compile.model_io import load_model
 from zqfp_compile.output_folder import ARTIFACT, OutputFolder
+from zqfp_compile.parallel.choice import Workers
 from zqfp_compile.pass_runner import PassRunner
 from zqfp_compile.progress import Reporter, SilentReporter, StepTimer
 from zqfp_compile.recipe import Recipe
@@ -21,6 +23,7 @@ from zqfp_compile.steps.build import build
 from zqfp_compile.steps.calibrate import calibrate
 from zqfp_compile.steps.certify import certify
 from zqfp_compile.steps.distill import distill, prepare_distillation
+from zqfp_compile.steps.estimate import estimate
 from zqfp_compile.steps.evaluate import evaluate, load_eval_text
 from zqfp_compile.steps.prepare import prepare
 from zqfp_compile.steps.quantize import quantize
@@ -29,10 +32,13 @@ from zqfp_compile.steps.report import manifest, write_report
 from zqfp_compile.steps.rewrite import rewrite
 from zqfp_compile.steps.select import select
 from zqfp_compile.tensor_store import TensorStore
+from zqfp_compile.work_folder import WorkFolder
+from zqfp_compile.work_key import work_key
 
 _STEPS = (
     prepare,
     select,
+    estimate,
     load_eval_text,
     prepare_distillation,
     calibrate,
@@ -84,6 +90,9 @@ def compile_model(
     reporter: Reporter | None = None,
     dump_after: tuple[str, ...] = (),
     explain: bool = False,
+    jobs: int | None = None,
+    cluster: str | None = None,
+    fresh: bool = False,
 ) -> CompileResult:
     """Compile an LLM in ONNX into a W4A8 floating-point model, an engine and a report.
 
@@ -94,6 +103,10 @@ def compile_model(
         reporter: Told about progress; ``None`` is silent.
         dump_after: Names of passes after which the model is written into ``<output>/dump``.
         explain: Tell the reporter for each linear layer why it was or was not rewritten.
+        jobs: Processes that round weights to nearest; ``None`` is one per core where that pays. No result
+            depends on it, or on ``cluster``.
+        cluster: Address of a Ray cluster to do it on, whose machines see the model under the same path.
+        fresh: Do not go on from what a killed or interrupted compile into the same output has finished.
 
     Raises:
         UsageError: An option does not fit the model.
@@ -104,20 +117,37 @@ def compile_model(
     """
     source = Path(path)
     recipe = recipe or Recipe()
-    torch_device(recipe.device)  # a missing GPU is said before the work
+    device = torch_device(recipe.device)  # a missing GPU is said before the work
     choice = resolve_target(recipe.target)
     engines.check_options(recipe, choice)
     import_onnxruntime()  # calibration and certificate need it: say so before the work
+    workers = Workers(jobs, cluster)
     final = Path(output) if output is not None else source.with_suffix(".zqfp")
     timer = StepTimer(reporter or SilentReporter())
     with timer.step("load"):
         model = load_model(source)
-    with OutputFolder(final) as folder, TensorStore(folder.scratch) as store:
+    key = work_key(source, model, recipe, device)
+    with (
+        OutputFolder(final) as folder,
+        WorkFolder(folder.work, key, fresh=fresh) as work,
+        TensorStore(work.path) as store,
+        MemoryWatch(lambda: timer.running) as memory,
+    ):
+        _tell_what_is_there(work, timer.reporter)
         runner = PassRunner(timer, dump_after, folder.path / "dump")
-        run = Compilation(source, recipe, folder, timer, runner, store, choice, explain, model)
+        run = Compilation(
+            source, recipe, folder, timer, runner, work, store, workers, memory, choice, explain, model
+        )
         for step in _STEPS:
             step(run)
         report = write_report(run)
         with timer.step("write"):
             folder.commit(manifest(report))
     return CompileResult(folder.final, report)
+
+
+def _tell_what_is_there(work: WorkFolder, reporter: Reporter) -> None:
+    if work.finished:
+        reporter.info(f"going on from {work.path} (--fresh starts over)")
+    if work.discarded:
+        reporter.info(f"{work.path}: unfinished work of another model or other options is removed")

@@ -176,13 +176,18 @@ class StepTimer:
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
         self.seconds: dict[str, float] = {}
+        self.running = ""  # name of the step now
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Time one step; a repeated name adds up."""
         self.reporter.start(name)
+        self.running = name
         begin = time.perf_counter()
-        yield
+        try:
+            yield
+        finally:
+            self.running = ""
         elapsed = time.perf_counter() - begin
         self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
         self.reporter.finish(name, elapsed)

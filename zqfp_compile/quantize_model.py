@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,15 @@ import torch
 from zqfp_compile.calibrate.linears import Replacement
 from zqfp_compile.calibrate.statistics import CalibrationResult
 from zqfp_compile.calibrate.walk import walk
-from zqfp_compile.formats.minifloat import E4M3FN
-from zqfp_compile.formats.quantized import QuantizedWeight
+from zqfp_compile.layer_item import LayerItem, pack_layer, quantize_item
+from zqfp_compile.parallel.executor import Executor, InProcess
 from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan, SitePrecision, WeightSource
 from zqfp_compile.quantize.layer import LayerOptions, QuantizedLayer, quantize_layer
-from zqfp_compile.quantize.lorc import LowRank, low_rank_factors
+from zqfp_compile.quantize.lorc import LowRank
 from zqfp_compile.quantize.moments import InputMoments
-from zqfp_compile.quantize.rtn import quantize_weight
 from zqfp_compile.quantize.threads import side_by_side
 from zqfp_compile.tensor_store import TensorStore
-from zqfp_compile.weights import read_weight
+from zqfp_compile.weights import locate_weight
 
 
 def quantize_model(
@@ -33,13 +33,14 @@ def quantize_model(
     *,
     energies: Mapping[str, npt.NDArray[np.float64]],
     seed: int,
+    executor: Executor | None = None,
     progress: Callable[[int, int, str], None],
 ) -> QuantPlan:
     """Quantise the plan's weights: round-to-nearest with error search, then LoRC on the rest.
 
     Each layer gets the format and the rank of ``plan.precision``; LoRC is ``x @ V @ U`` of ``W - W_hat``
-    (ZeroQuant-V2, section 5). Linears that share a weight and its precision share its tensors. At most one
-    weight is in memory.
+    (ZeroQuant-V2, section 5). Linears that share a weight and its precision share its tensors. Weights that
+    ``store`` has from an earlier run are left as they are; the others are work items, stored in graph order.
 
     Args:
         model: Model the weights are read from (memory-mapped external data).
@@ -48,6 +49,7 @@ def quantize_model(
         energies: Energy of every input channel [K] per activation name; LoRC weighs the error with them. An
             activation that is not in it counts as equally loud everywhere.
         seed: Seed of the randomised SVD.
+        executor: Who does the work, by default this process, one weight in memory.
         progress: Called with (done, total, layer name).
 
     Returns:
@@ -55,31 +57,51 @@ def quantize_model(
 
     Raises:
         ModelError: When a weight holds NaN or Inf.
+        MissingDependencyError: When the disk is full, or a worker is lost.
     """
     loudness = _energy_per_weight(plan, energies)
     done = _shared_tables(plan)
-    tensors: dict[str, LinearTensors] = {}
     sites = [site for site in plan.linears if plan.precision(site).weight_format != "none"]
-    for index, site in enumerate(sites):
-        progress(index, len(sites), site.name)
-        precision = plan.precision(site)
-        key = (site.weight, precision)
-        if key not in done:
-            weight = torch.from_numpy(read_weight(model, site.weight))
-            quantized = quantize_weight(
-                weight,
-                weight_format=precision.weight_format,
-                group_size=plan.group_size,
-                scale_constraint=plan.scale_constraint,
-                scale_rows=plan.scale_rows,
-                name=site.name,
-            )
-            energy = loudness.get(site.weight)
-            factors = _lorc(weight, quantized, precision.lorc_rank, plan.factor_dtype(site), energy, seed)
-            done[key] = store_layer(store, site.name, quantized, factors, site.dtype)
-        tensors[site.name] = done[key]
-    progress(len(sites), len(sites), "")
-    return plan.replace(tensors=tensors)
+    items: dict[tuple[WeightSource, SitePrecision], LayerItem] = {}
+    for site in sites:
+        key = _weight_key(plan, site)
+        if key not in done and key not in items:
+            items[key] = _item(model, plan, site, loudness.get(site.weight), seed)
+    missing = {key: item for key, item in items.items() if item.key not in store}
+    progress(len(items) - len(missing), len(items), "")
+    results = (executor or InProcess()).map(quantize_item, list(missing.values()))
+    for index, (item, packed) in enumerate(zip(missing.values(), results, strict=True), 1):
+        store.add(item.key, packed)
+        progress(len(items) - len(missing) + index, len(items), item.name)
+    for key, item in items.items():
+        done[key] = _tensors(store.get(item.key) or {})
+    return plan.replace(tensors={site.name: done[_weight_key(plan, site)] for site in sites})
+
+
+def _tensors(stored: Mapping[str, ir.TensorProtocol]) -> LinearTensors:
+    return LinearTensors(**{"group_scales": None, **stored})  # type: ignore[arg-type]
+
+
+def _weight_key(plan: QuantPlan, site: LinearSite) -> tuple[WeightSource, SitePrecision]:
+    return site.weight, plan.precision(site)
+
+
+def _item(
+    model: ir.Model, plan: QuantPlan, site: LinearSite, energy: npt.NDArray[np.float64] | None, seed: int
+) -> LayerItem:
+    precision = plan.precision(site)
+    return LayerItem(
+        name=site.name,
+        weight=locate_weight(model, site.weight),
+        dtype=site.dtype,
+        precision=precision,
+        group_size=plan.group_size,
+        scale_constraint=plan.scale_constraint,
+        scale_rows=plan.scale_rows,
+        factor_dtype=plan.factor_dtype(site),
+        energy=energy if precision.lorc_rank else None,
+        seed=seed,
+    )
 
 
 def quantize_embeddings(model: ir.Model, plan: QuantPlan, store: TensorStore) -> QuantPlan:
@@ -100,14 +122,11 @@ def quantize_embeddings(model: ir.Model, plan: QuantPlan, store: TensorStore) ->
     """
     tensors: dict[str, LinearTensors] = {}
     for site in plan.embeddings:
-        quantized = quantize_weight(
-            torch.from_numpy(read_weight(model, site.source)),
-            weight_format="fp8",
-            group_size=plan.group_size,
-            scale_constraint=plan.scale_constraint,
-            name=site.name,
-        )
-        tensors[site.name] = store_layer(store, site.name, quantized, None, site.dtype)
+        weight = locate_weight(model, site.source)
+        precision = SitePrecision("fp8", 0)
+        item = LayerItem(site.name, weight, site.dtype, precision, plan.group_size, plan.scale_constraint)
+        stored = store.get(item.key) or store.add(item.key, quantize_item(item))
+        tensors[site.name] = _tensors(stored)
     return plan.replace(embedding_tensors=tensors)
 
 
@@ -134,7 +153,8 @@ def quantize_while_walking(
     """Calibrate and quantise by GPTQ in one pass: every layer sees its predecessors quantised.
 
     Linears that share a weight and its precision share its tensors: the first one in graph order decides,
-    with the moments of its own input. A layer whose format is ``none`` keeps its weight.
+    with the moments of its own input. A layer whose format is ``none`` keeps its weight. Layers that are in
+    ``store`` from an earlier run, of the same model and samples, stay as they are.
 
     Args:
         model: Model the weights are read from (memory-mapped external data).
@@ -155,7 +175,15 @@ def quantize_while_walking(
     """
     layers = _Layers(plan, store, seed)
     result = walk(
-        model, plan, feeds, layers.quantize, scratch=scratch, device=device, seed=seed, progress=progress
+        model,
+        plan,
+        feeds,
+        layers.quantize,
+        find=layers.find,
+        scratch=scratch,
+        device=device,
+        seed=seed,
+        progress=progress,
     )
     return plan.replace(tensors=layers.tensors), result
 
@@ -170,6 +198,24 @@ class _Layers:
         self._seed = seed
         self._first: dict[tuple[WeightSource, SitePrecision], LinearSite] = {}
         self._tables = _shared_tables(plan)
+        # A layer depends on how all before it are quantised.
+        formats = (plan.group_size, plan.scale_constraint, plan.scale_rows, plan.lorc_format, seed)
+        precisions = [(site.name, site.weight, plan.precision(site)) for site in plan.linears]
+        activations = (plan.activation_format, plan.per_token)
+        self._key = hashlib.sha256(repr((formats, activations, precisions)).encode()).hexdigest()
+
+    def find(
+        self, sites: Sequence[LinearSite], weights: Sequence[torch.Tensor]
+    ) -> Sequence[Replacement] | None:
+        new = [site for site in sites if self._is_new(site)]
+        if any(self._item(site) not in self._store for site in new):
+            return None
+        for site in new:
+            self.tensors[site.name] = _tensors(self._store.get(self._item(site)) or {})
+        return [self._replace(site, weight, None) for site, weight in zip(sites, weights, strict=True)]
+
+    def _item(self, site: LinearSite) -> str:
+        return f"gptq {site.name} {self._key}"
 
     def quantize(
         self, sites: Sequence[LinearSite], weights: Sequence[torch.Tensor], moments: InputMoments
@@ -201,7 +247,8 @@ class _Layers:
             first = self._first.get((site.weight, precision), site)
             self.tensors[site.name] = self.tensors[first.name] if table is None else table
             return Replacement.of(self._read(site))
-        self.tensors[site.name] = store_layer(self._store, site.name, layer.weight, layer.lorc, site.dtype)
+        packed = pack_layer(site.name, layer.weight, layer.lorc, site.dtype)
+        self.tensors[site.name] = _tensors(self._store.add(self._item(site), packed))
         return Replacement.of(layer)
 
     def _read(self, site: LinearSite) -> QuantizedLayer:
@@ -226,71 +273,11 @@ def _layer_options(plan: QuantPlan, site: LinearSite) -> LayerOptions:
 
 def _energy_per_weight(
     plan: QuantPlan, energies: Mapping[str, npt.NDArray[np.float64]]
-) -> dict[WeightSource, torch.Tensor]:
+) -> dict[WeightSource, npt.NDArray[np.float64]]:
     """Add up the energies of all activations a weight is multiplied with."""
-    result: dict[WeightSource, torch.Tensor] = {}
+    result: dict[WeightSource, npt.NDArray[np.float64]] = {}
     for site in plan.linears:
         if site.activation in energies:
-            energy = torch.from_numpy(energies[site.activation])
+            energy = energies[site.activation]
             result[site.weight] = result[site.weight] + energy if site.weight in result else energy
     return result
-
-
-def _lorc(
-    weight: torch.Tensor,
-    quantized: QuantizedWeight,
-    rank: int,
-    dtype: str,
-    energy: torch.Tensor | None,
-    seed: int,
-) -> LowRank | None:
-    if rank == 0:
-        return None
-    error = weight.sub_(torch.from_numpy(quantized.dequantize()))  # the weight is not needed any more
-    return low_rank_factors(error, rank, moment=energy, dtype=dtype, seed=seed)
-
-
-def store_layer(
-    store: TensorStore, name: str, quantized: QuantizedWeight, lorc: LowRank | None, dtype: ir.DataType
-) -> LinearTensors:
-    """Write one quantised layer to ``store``.
-
-    Args:
-        store: Where the tensors go.
-        name: Layer name, the prefix of the tensors' names.
-        quantized: The weight.
-        lorc: Its compensation, factors rounded to ``dtype`` or to FP8 with scales.
-        dtype: The layer's element type.
-    """
-    fp8 = quantized.weight_format == "fp8"
-    scale_type = ir.DataType.FLOAT if quantized.scale_constraint == "none" else ir.DataType.FLOAT8E4M3FN
-    code_type = ir.DataType.FLOAT8E4M3FN if fp8 else ir.DataType.INT4
-    group_scales = quantized.group_scales
-    return LinearTensors(
-        codes=store.put(f"{name}.codes", quantized.codes, code_type),
-        group_scales=None
-        if group_scales is None
-        else store.put(f"{name}.group_scales", group_scales, scale_type),
-        row_scales=store.put(f"{name}.row_scales", quantized.row_scales, ir.DataType.FLOAT),
-        **({} if lorc is None else store_factors(store, name, lorc, dtype)),
-    )
-
-
-def store_factors(
-    store: TensorStore, name: str, lorc: LowRank, dtype: ir.DataType
-) -> dict[str, ir.TensorProtocol]:
-    """Write LoRC factors, rounded to ``dtype`` or FP8; returns them by field of :class:`LinearTensors`."""
-    v, u = lorc.v.cpu().numpy(), lorc.u.cpu().numpy()
-    if lorc.v_scale is None or lorc.u_scale is None:
-        arrays = {"lorc_v": (v, dtype), "lorc_u": (u, dtype)}
-    else:
-        v_scale, u_scale = lorc.v_scale.cpu().numpy(), lorc.u_scale.cpu().numpy()
-        # The quotients are an ulp off E4M3 numbers at most, and encoding takes the nearest.
-        e4m3 = ir.DataType.FLOAT8E4M3FN
-        arrays = {
-            "lorc_v": (E4M3FN.encode(v / v_scale[None, :]), e4m3),
-            "lorc_u": (E4M3FN.encode(u / u_scale[:, None]), e4m3),
-            "lorc_v_scale": (v_scale, ir.DataType.FLOAT),
-            "lorc_u_scale": (u_scale, ir.DataType.FLOAT),
-        }
-    return {key: store.put(f"{name}.{key}", array, kind) for key, (array, kind) in arrays.items()}

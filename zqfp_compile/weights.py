@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +17,66 @@ from zqfp_compile.plan import LinearSite, QuantPlan, WeightSource
 Float32Array = npt.NDArray[np.float32]
 
 
-def read_weight(model: ir.Model, source: WeightSource) -> Float32Array:
-    """Return the weight as the graph computes with it.
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """Where a weight lies, so that any process that sees the file can read it.
 
-    float16 and bfloat16 become float32 exactly; ``source.casts`` round to nearest even as ONNX Cast does; the
-    transpose and ``source.scale`` are applied. The result is a copy: the file mapping behind an external
-    tensor is closed again.
+    Attributes:
+        source: How W[N, K] is made of the stored tensor.
+        shape: Shape of the stored tensor.
+        dtype: Its numpy type.
+        path: The file it lies in, absolute; ``None`` when ``values`` has it.
+        offset: Where in the file it starts, in bytes.
+        values: The tensor itself when no external file has it.
+    """
 
-    Returns:
-        W, float32 [N, K], C-contiguous.
+    source: WeightSource
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    path: str | None
+    offset: int
+    values: npt.NDArray[Any] | None
+
+    def read(self) -> Float32Array:
+        """Return the weight as the graph computes with it, see :func:`read_weight`.
+
+        Raises:
+            ModelError: When the file cannot be read, or ends too early.
+        """
+        array = self._stored()
+        with np.errstate(over="ignore"):  # a cast that overflows gives Inf, which the quantizer reports
+            for dtype in self.source.casts:
+                array = array.astype(dtype.numpy())
+        if self.source.transposed:
+            array = array.T
+        if self.path is None:
+            weight: Float32Array = np.array(array, np.float32, order="C")
+        else:  # nobody else has what was just read
+            weight = np.ascontiguousarray(array, np.float32)
+        if self.source.scale != 1.0:
+            weight *= np.float32(self.source.scale)
+        return weight
+
+    def _stored(self) -> npt.NDArray[Any]:
+        if self.path is None:
+            assert self.values is not None
+            return self.values
+        count = self.shape[0] * self.shape[1]
+        try:
+            # Read, not mapped: a file mapping counts as this process's memory for as long as it is there.
+            raw = np.fromfile(self.path, np.uint8, count * self.dtype.itemsize, offset=self.offset)
+        except OSError as error:
+            raise ModelError(
+                f"{self.path}: cannot be read ({error.strerror or error}); it must stay where it is, and be "
+                "there for every worker, until the compile ends"
+            ) from error
+        if raw.size < count * self.dtype.itemsize:
+            raise ModelError(f"{self.path}: became shorter while it was read; export the model again")
+        return raw.view(self.dtype).reshape(self.shape)
+
+
+def locate_weight(model: ir.Model, source: WeightSource) -> StoredWeight:
+    """Return where a linear's weight lies; nothing is read from external data.
 
     Raises:
         ModelError: When the model has no such initializer, or it is no matrix.
@@ -30,19 +84,31 @@ def read_weight(model: ir.Model, source: WeightSource) -> Float32Array:
     tensor = _initializer(model, source.initializer)
     if len(tensor.shape) != 2:
         raise ModelError(f"initializer {source.initializer!r} has shape {tensor.shape}; a weight is a matrix")
-    array = tensor.numpy()
-    with np.errstate(over="ignore"):  # a cast that overflows gives Inf, which the quantizer reports by name
-        for dtype in source.casts:
-            array = array.astype(dtype.numpy())
-    if source.transposed:
-        array = array.T
-    weight = np.empty(array.shape, np.float32)
-    weight[...] = array
-    del array
-    release(tensor)
-    if source.scale != 1.0:
-        weight *= np.float32(source.scale)
-    return weight
+    rows, columns = (int(size) for size in tensor.shape.numpy())
+    external = isinstance(tensor, ir.ExternalTensor)
+    return StoredWeight(
+        source,
+        (rows, columns),
+        tensor.dtype.numpy(),
+        str(Path(tensor.path).absolute()) if isinstance(tensor, ir.ExternalTensor) else None,
+        (tensor.offset or 0) if isinstance(tensor, ir.ExternalTensor) else 0,
+        None if external else tensor.numpy(),
+    )
+
+
+def read_weight(model: ir.Model, source: WeightSource) -> Float32Array:
+    """Return the weight as the graph computes with it.
+
+    float16 and bfloat16 become float32 exactly; ``source.casts`` round to nearest even as ONNX Cast does; the
+    transpose and ``source.scale`` are applied. The result is a copy, and no file stays mapped.
+
+    Returns:
+        W, float32 [N, K], C-contiguous.
+
+    Raises:
+        ModelError: When the model has no such initializer, or it is no matrix.
+    """
+    return locate_weight(model, source).read()
 
 
 def read_bias(model: ir.Model, site: LinearSite) -> Float32Array | None:

@@ -1,4 +1,7 @@
-"""Every way to fail from the command line: one line, the right exit code, nothing left behind."""
+"""Every way to fail from the command line: one line, the right exit code, nothing left behind.
+
+Nothing but finished work that the same command can use: then the line says where it is (``_kept``).
+"""
 
 from __future__ import annotations
 
@@ -41,11 +44,14 @@ def place(tmp_path: Path, tiny_model: TinyModel) -> Path:
 def refused(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Refused]:
-    """``refused(code, *arguments, says=(...))``: the error line of a run in ``place`` that must fail."""
+    """``refused(code, *arguments, says=(...))``: the error line of a run in ``place`` that must fail.
+
+    It leaves nothing; with ``keeps`` the finished work, which is then removed.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.chdir(place)
 
-    def run(code: int, *arguments: object, says: tuple[str, ...] = ()) -> str:
+    def run(code: int, *arguments: object, says: tuple[str, ...] = (), keeps: bool = False) -> str:
         before = _listing(place)
         monkeypatch.setattr(sys, "argv", ["zqfp-compile", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
@@ -56,6 +62,7 @@ def refused(
         assert shown.out == ""
         for text in says:
             assert text in line
+        assert _kept(place, line) == keeps
         assert _listing(place) == before
         return line
 
@@ -66,6 +73,17 @@ def refused(
 
 def _listing(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def _kept(folder: Path, line: str) -> bool:
+    """Whether a failed run kept finished work; the line tells, and it is removed."""
+    kept = list(folder.rglob(".*.work"))
+    assert ("finished work is kept in" in line) == bool(kept)
+    for work in kept:
+        assert str(work) in line and "--fresh" in line
+        assert any(path.suffix in (".jsonl", ".npz") and path.stat().st_size for path in work.iterdir())
+        shutil.rmtree(work)
+    return bool(kept)
 
 
 def _only_error(text: str) -> str:
@@ -287,7 +305,9 @@ def test_builder_limits(
     logs = tmp_path.parent / f"{tmp_path.name}-logs"
     logs.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(logs))
-    line = refused(5, "m/model.onnx", *FAST[2:], "--target", "tensorrt-rtx", flag, value, says=(flag,))
+    line = refused(
+        5, "m/model.onnx", *FAST[2:], "--target", "tensorrt-rtx", flag, value, says=(flag,), keeps=True
+    )
     (log,) = logs.iterdir()
     assert str(log) in line and log.stat().st_size > 0
 
@@ -346,19 +366,40 @@ def test_read_only_disk(refused: Refused, disk: Callable[[str], Path]) -> None:
     refused(6, "m/model.onnx", *FAST, "-o", out, says=(f"{out}: cannot be written (Read-only file system)",))
 
 
+def test_too_little_disk_is_said_before_the_work(refused: Refused, disk: Callable[[str], Path]) -> None:
+    out = disk("size=300k") / "out"
+    arguments = ("m/model.onnx", *FAST[2:], "--target", "onnxruntime", "-o", out)
+    refused(6, *arguments, says=(f"{out}: ", " of disk are needed and ", " KiB are free", "--output"))
+
+
+def test_too_little_memory_is_said_before_the_work(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zqfp_compile.steps.estimate.available_memory", lambda: 100 << 20)
+    says = ("of memory are needed and 100.0 MiB are available", "m/model.onnx", "--jobs")
+    refused(6, "m/model.onnx", *FAST, says=says)
+
+
+@pytest.fixture
+def filling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fills up during the run: at the start there seemed to be room."""
+    monkeypatch.setattr("zqfp_compile.steps.estimate.ensure_free_space", lambda path, needed: None)
+
+
+@pytest.mark.usefixtures("filling")
 @pytest.mark.parametrize("kib", [8, 300, 800])
 def test_full_disk(refused: Refused, disk: Callable[[str], Path], kib: int) -> None:
     """Full while quantising, while writing the artifact, and while writing what runs."""
     out = disk(f"size={kib}k") / "out"
     arguments = ("m/model.onnx", *FAST[2:], "--target", "onnxruntime", "-o", out)
-    refused(6, *arguments, says=(f"{out}: the disk is full", "--output"))
+    refused(6, *arguments, says=(f"{out}: the disk is full", "--output"), keeps=kib > 8)
 
 
+@pytest.mark.usefixtures("filling")
 def test_disk_full_of_engine(refused: Refused, disk: Callable[[str], Path]) -> None:
     """The engine is the first file of megabytes."""
     pytest.importorskip("tensorrt_rtx")
     arguments = ("m/model.onnx", *FAST[2:], "--target", "tensorrt-rtx", "-o", disk("size=3m") / "out")
-    refused(6, *arguments, says=("No space left on device while writing the engine", "--output"))
+    says = ("No space left on device while writing the engine", "--output")
+    refused(6, *arguments, says=says, keeps=True)
 
 
 # real processes: signals, pipes, rivals
@@ -378,6 +419,7 @@ def _start(place: Path, *arguments: str, **options: object) -> subprocess.Popen[
     [(signal.SIGINT, "✓ select-linears"), (signal.SIGTERM, "✓ certificate"), (signal.SIGHUP, "✓ load")],
 )
 def test_signals_clean_up(place: Path, number: int, after: str) -> None:
+    """What is finished stays, and the line says so; early on that may be nothing."""
     before = _listing(place)
     process = _start(place, "-v", *FAST, "--calibration-samples", "400", "-o", "out")
     assert process.stderr is not None
@@ -388,7 +430,11 @@ def test_signals_clean_up(place: Path, number: int, after: str) -> None:
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    assert _only_error(rest) == f"zqfp-compile: error: stopped by {name}; what was unfinished is removed"
+    line = _only_error(rest)
+    kept = _kept(place, line)
+    nothing = f"zqfp-compile: error: stopped by {name}; what was unfinished is removed"
+    assert line.startswith(f"zqfp-compile: error: stopped by {name}; ") and (line == nothing) == (not kept)
+    assert kept or after != "✓ certificate"
     assert _listing(place) == before
 
 
@@ -409,7 +455,7 @@ def test_signal_ends_the_builder(place: Path) -> None:
     process.communicate(timeout=60)
     assert process.returncode == 143 and workers
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
-    assert not list(place.glob(".out*")) and not (place / "out").exists()
+    assert [path.name for path in place.glob(".out*")] == [".out.work"] and not (place / "out").exists()
 
 
 def test_nohup_is_respected(place: Path) -> None:

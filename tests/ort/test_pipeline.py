@@ -49,7 +49,7 @@ FLOOR = {"fp4": 10, "int4": 15, "fp8": 21, "none": 21}
 REPORT_KEYS = {
     "": "schema_version model source_sha256 recipe perplexity logits bits_per_weight "
     "bits_per_weight_with_lorc size layers engine certificate calibration warnings seconds "
-    "distillation embeddings kv_cache attention peak_rss_bytes versions created",
+    "distillation embeddings kv_cache attention peak_rss_bytes resources versions created",
     "perplexity": "original compiled text tokens increase_percent",
     "logits": "sqnr_db cosine kl top1_agreement",
     "size": "original_bytes original_fp16_bytes compiled_bytes ratio",

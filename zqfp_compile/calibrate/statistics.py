@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from zqfp_compile.calibrate.sessions import open_model, run_session
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.errors import ModelError, UsageError
+from zqfp_compile.work_folder import WorkFolder
 
 Progress = Callable[[int, int, str], None]
 Float32 = npt.NDArray[np.float32]
@@ -50,6 +52,7 @@ def collect(
     *,
     rows_per_activation: int = 64,
     seed: int = 0,
+    work: WorkFolder | None = None,
     progress: Progress = lambda done, total, detail: None,
 ) -> CalibrationResult:
     """Run ``model`` in ONNX Runtime and measure activations.
@@ -63,11 +66,13 @@ def collect(
         feeds: Inputs of each run.
         rows_per_activation: Rows kept per activation over all runs (each run gives the same number).
         seed: Seed of the choice of rows.
+        work: Where finished runs are kept, and found again; its key covers model and feeds.
         progress: Called with (runs done, runs, text).
 
     Raises:
         ModelError: When an activation is NaN or infinite, or ONNX Runtime cannot run the model.
         UsageError: When there is nothing to run.
+        MissingDependencyError: When the disk is full.
     """
     if not feeds:
         raise UsageError("calibration has no samples; pass a longer --calibration text")
@@ -75,8 +80,7 @@ def collect(
     names = list(dict.fromkeys(activations))
     if not names:
         return CalibrationResult({}, {}, {}, 0, 0.0)
-    session = open_model(_measuring_model(model, names))
-    wanted = {arg.name for arg in session.get_inputs()}
+    runs = _Runs(model, names, work, repr((names, rows_per_activation, len(feeds), seed)))
     random = np.random.default_rng(seed)
     per_run = -(-rows_per_activation // len(feeds))
     ranges = dict.fromkeys(names, 0.0)
@@ -86,8 +90,7 @@ def collect(
         progress(index, len(feeds), "calibration runs")
         # Below 1 by enough that float32 rounding never reaches the row after the last.
         pick = np.sort(random.uniform(0.0, 0.999, per_run)).astype(np.float32)
-        needed = {name: value for name, value in feed.items() if name in wanted}
-        outputs = run_session(session, {**needed, _PICK: pick})
+        outputs = runs.outputs(index, {**feed, _PICK: pick})
         for name, peak, sample, energy in zip(names, outputs[::3], outputs[1::3], outputs[2::3], strict=True):
             ranges[name] = max(ranges[name], finite_range(float(peak), name))
             rows[name].append(sample)
@@ -97,6 +100,28 @@ def collect(
     tokens = sum(int(feed["input_ids"].size) for feed in feeds if "input_ids" in feed)
     stacked = {name: np.concatenate(parts) for name, parts in rows.items()}
     return CalibrationResult(ranges, stacked, energies, tokens, time.perf_counter() - begin)
+
+
+class _Runs:
+    """Runs of a measuring model, which is opened when one is not found finished."""
+
+    def __init__(self, model: ir.Model, names: Sequence[str], work: WorkFolder | None, what: str) -> None:
+        self._model, self._names, self._work = model, names, work
+        self._prefix = f"calibration-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+        self._session: Any = None
+
+    def outputs(self, index: int, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        name = f"{self._prefix}-{index}"
+        found = None if self._work is None else self._work.find(name)
+        if found is not None:
+            return found
+        if self._session is None:
+            self._session = open_model(_measuring_model(self._model, self._names))
+        wanted = {arg.name for arg in self._session.get_inputs()}
+        outputs = run_session(self._session, {key: value for key, value in feed.items() if key in wanted})
+        if self._work is not None:
+            self._work.keep(name, outputs)
+        return outputs
 
 
 def activation_scale(amax: float, activation_format: str) -> float:

@@ -38,6 +38,8 @@ Array = npt.NDArray[Any]
 Progress = Callable[[int, int, str], None]
 # (layers of one input, their W float32 [N, K], its moments) -> what each multiplies with from now on.
 QuantizeSites = Callable[[Sequence[LinearSite], Sequence[torch.Tensor], InputMoments], Sequence[Replacement]]
+# (layers of one input, their W) -> the same from an earlier walk, or None: then they have to be quantised.
+FindSites = Callable[[Sequence[LinearSite], Sequence[torch.Tensor]], Sequence[Replacement] | None]
 
 
 def walk(
@@ -47,6 +49,7 @@ def walk(
     quantize: QuantizeSites,
     *,
     scratch: Path,
+    find: FindSites = lambda sites, weights: None,
     cross: bool = True,
     device: str = "cpu",
     in_torch: bool | None = None,
@@ -64,6 +67,7 @@ def walk(
         plan: Layers and activation format.
         feeds: Inputs of each run, of any lengths.
         quantize: See :data:`QuantizeSites`. Tensors are on ``device``.
+        find: See :data:`FindSites`. Over layers that it knows the walk goes without measuring moments.
         scratch: Folder for activations: two samples' worth of what a layer passes on, times the samples.
         cross: Also run the original model beside it, for the mixed moments.
         device: ``cpu`` or ``cuda``.
@@ -100,7 +104,7 @@ def walk(
         room = torch.cuda.mem_get_info()[0] // 4 if device == "cuda" else 0
         caches = [ActivationCache(scratch, gpu_bytes=room) for _ in range(2 if cross else 1)]
         streams = [_Stream(feeds, stack.enter_context(cache)) for cache in caches]
-        state = _Walk(model, graph_model, plan, parts, quantize, device, in_torch, streams, picks)
+        state = _Walk(model, graph_model, plan, parts, quantize, find, device, in_torch, streams, picks)
         with torch.inference_mode():
             state.run(progress)
     tokens = sum(int(feed["input_ids"].size) for feed in feeds if "input_ids" in feed)
@@ -149,6 +153,7 @@ class _Walk:
     plan: QuantPlan
     parts: Partition
     quantize: QuantizeSites
+    find: FindSites
     device: str
     in_torch: bool
     streams: Sequence[_Stream]
@@ -162,8 +167,7 @@ class _Walk:
         for index, step in enumerate(steps):
             progress(index, len(steps), step.sites[0].name)
             self._advance(index, visited)
-            quantizer = self._survey(step)
-            visited = self._visit(step, quantizer, self._measure(step, quantizer))
+            visited = self._visit(step, self._survey(step))
         progress(len(steps), len(steps), "")
 
     def _advance(self, index: int, visited: _Visited | None) -> None:
@@ -219,12 +223,14 @@ class _Walk:
             finite_range(float(moments.drift.abs().amax()), step.activation)
         return moments
 
-    def _visit(self, step: Step, quantizer: ActivationQuantizer, moments: InputMoments) -> _Visited:
+    def _visit(self, step: Step, quantizer: ActivationQuantizer) -> _Visited:
         layers = []
         weights = [
             torch.from_numpy(read_weight(self.model, site.weight)).to(self.device) for site in step.sites
         ]
-        replacements = self.quantize(step.sites, weights, moments)
+        replacements = self.find(step.sites, weights)
+        if replacements is None:
+            replacements = self.quantize(step.sites, weights, self._measure(step, quantizer))
         for site, weight, replacement in zip(step.sites, weights, replacements, strict=True):
             if site.output not in step.computed:
                 continue

@@ -11,10 +11,10 @@ import onnx_ir as ir
 import torch
 
 from zqfp_compile.calibrate.linears import ActivationQuantizer
+from zqfp_compile.layer_item import pack_factors
 from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan
 from zqfp_compile.quantize.grid import decoded_w8
 from zqfp_compile.quantize.lorc import LowRank, round_factor
-from zqfp_compile.quantize_model import store_factors
 from zqfp_compile.tensor_store import TensorStore
 from zqfp_compile.weights import read_bias, release
 
@@ -255,7 +255,8 @@ def _stored(plan: QuantPlan, site: LinearSite, trained: TrainedTensors, store: T
         changes.update(_stored_scales(plan, site, trained, store))
     lorc = trained.low_rank()
     if lorc is not None:
-        changes.update(store_factors(store, site.name, lorc, site.dtype))
+        factors = pack_factors(site.name, lorc, site.dtype)
+        changes.update({field: store.put_packed(packed) for field, packed in factors.items()})
     return dataclasses.replace(old, **changes)
 
 

@@ -17,6 +17,9 @@ EXACT_SIZE = 256
 OVERSAMPLING = 32
 POWER_ITERATIONS = 6
 
+# Elements of the error in float64 at once.
+_BLOCK = 1 << 20
+
 _FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FACTOR_DTYPES = (*_FLOAT_DTYPES, "fp8")
 
@@ -154,7 +157,12 @@ def _fitted(error: torch.Tensor, metric: _Metric, v: torch.Tensor, u: torch.Tens
     if not size > 0:
         return u
     normal.diagonal().add_(1e-6 * size)
-    solution: torch.Tensor = torch.linalg.solve(normal, weighted.t() @ error.t().double())
+    wanted = torch.empty(v.shape[1], len(error), dtype=torch.float64, device=error.device)
+    step = max(1, _BLOCK // error.shape[1])
+    for start in range(0, len(error), step):  # the whole error in float64 would be its size twice over
+        block = error[start : start + step].double()
+        wanted[:, start : start + step] = weighted.t() @ block.t()
+    solution: torch.Tensor = torch.linalg.solve(normal, wanted)
     return solution.to(torch.float32)
 
 

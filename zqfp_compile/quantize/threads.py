@@ -55,9 +55,17 @@ def side_by_side(
     workers = min(len(items), torch.get_num_threads())
     if workers < 2 or not all(map(_is_small, matrices)):
         return [work(item) for item in items]
+    return list(in_threads(work, items, workers))
+
+
+def in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item], workers: int) -> Iterator[_Result]:
+    """Yield ``work(item)`` for each item in order, done in ``workers`` threads with one torch thread each."""
     # The number of threads is one setting for all: nobody changes it while they run.
     with one_torch_thread(), ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(work, items))
+        try:
+            yield from pool.map(work, items)
+        finally:  # after an error, or a signal, what has not begun is left
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _is_small(matrix: torch.Tensor) -> bool:

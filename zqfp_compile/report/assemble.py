@@ -33,6 +33,7 @@ from zqfp_compile.report.model import (
     LogitsReport,
     Perplexity,
     Report,
+    ResourcesReport,
     SizeReport,
 )
 from zqfp_compile.report.plots import Histogram, layer_histogram
@@ -70,6 +71,7 @@ class Facts:
         engine: The engine, or ``None``.
         warnings: What a reader must know.
         seconds: Wall time per step.
+        resources: What the run was estimated to need, and took.
         distillation: What it did, or ``None``.
     """
 
@@ -85,6 +87,7 @@ class Facts:
     engine: EngineReport | None
     warnings: tuple[str, ...]
     seconds: Mapping[str, float]
+    resources: ResourcesReport | None = None
     distillation: Distillation | None = None
 
 
@@ -113,6 +116,7 @@ def assemble(facts: Facts) -> Report:
         warnings=facts.warnings,
         seconds=facts.seconds,
         peak_rss_bytes=_peak_rss(),
+        resources=facts.resources,
         versions=tool_versions(),
     )
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
+from zqfp_compile.estimate import Estimate
+
 SCHEMA_VERSION = 1
 
 
@@ -73,6 +75,27 @@ class SizeReport:
         if not self.original_fp16_bytes or self.compiled_bytes is None:
             return None
         return self.compiled_bytes / self.original_fp16_bytes
+
+
+@dataclass(frozen=True)
+class ResourcesReport:
+    """What a compile was estimated to need, and what it took until the report was written.
+
+    Attributes:
+        estimated: ``None`` when it stopped before that.
+        seconds: Wall time of all steps.
+        anonymous_bytes: Most memory at any time that was no file's, workers included.
+        resident_bytes: The same with mapped files, which the kernel drops when somebody needs the room.
+        anonymous_bytes_by_step: By step, those under a tenth of a second left out.
+        disk_bytes: Files made: finished work, intermediate files, output.
+    """
+
+    estimated: Estimate | None
+    seconds: float
+    anonymous_bytes: int | None = None
+    resident_bytes: int | None = None
+    anonymous_bytes_by_step: Mapping[str, int] = field(default_factory=dict)
+    disk_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -294,6 +317,7 @@ class Report:
         warnings: What a reader must know before trusting the numbers.
         seconds: Wall time per step, in run order.
         peak_rss_bytes: Peak resident memory of the process.
+        resources: Estimated and measured memory, disk and time.
         versions: Package name to version.
         created: UTC time, ISO 8601.
     """
@@ -317,6 +341,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_rss_bytes: int | None = None
+    resources: ResourcesReport | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = field(default_factory=_now)
 

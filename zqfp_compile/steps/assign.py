@@ -47,7 +47,12 @@ def _statistics(run: Compilation) -> Statistics:
         return Statistics(run.energies, run.rows, run.plan.activation_scales)
     with naming_nonfinite(run):
         result = collect(
-            run.model, activations, run.samples.feeds, seed=run.recipe.seed, progress=run.reporter.update
+            run.model,
+            activations,
+            run.samples.feeds,
+            seed=run.recipe.seed,
+            work=run.work,
+            progress=run.reporter.update,
         )
     static = run.plan.static_scales
     scales = activation_scales(result.ranges, run.plan.activation_format)[0] if static else {}

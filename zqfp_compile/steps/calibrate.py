@@ -40,6 +40,7 @@ def calibrate(run: Compilation) -> None:
                 [*activations, *attention],
                 run.samples.feeds,
                 seed=recipe.seed,
+                work=run.work,
                 progress=run.reporter.update,
             )
     run.reporter.detail(f"calibrated on {run.samples.description}")

@@ -20,6 +20,8 @@ def certify(run: Compilation) -> None:
             original_weight=lambda site: read_weight(run.model, site.weight),
             original_bias=lambda site: read_bias(run.model, site),
             original_table=lambda site: read_weight(run.model, site.source),
+            threads=run.workers.processes([site.k * site.n for site in run.plan.linears]),
+            work=run.work,
             progress=run.reporter.update,
         )
     if run.certificate.mismatches:

@@ -18,13 +18,15 @@ def quantize(run: Compilation) -> None:
         return
     if not run.plan.quantizes_weights:
         return
-    with run.timer.step("quantize"):
+    sizes = [site.k * site.n for site in run.plan.linears]
+    with run.timer.step("quantize"), run.workers.executor(sizes) as executor:
         run.plan = quantize_model(
             run.model,
             run.plan,
             run.store,
             energies=run.energies,
             seed=run.recipe.seed,
+            executor=executor,
             progress=run.reporter.update,
         )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from zqfp_compile.compilation import Compilation
+from zqfp_compile.disk import size_of
 from zqfp_compile.report.assemble import Facts, assemble, worst_histograms
 from zqfp_compile.report.html import write_html
 from zqfp_compile.report.json_report import write_json
-from zqfp_compile.report.model import Report
+from zqfp_compile.report.model import Report, ResourcesReport
 
 
 def write_report(run: Compilation) -> Report:
@@ -26,12 +27,25 @@ def write_report(run: Compilation) -> Report:
             engine=run.engine,
             warnings=tuple(run.warnings),
             seconds=run.timer.seconds,
+            resources=_resources(run),
         )
         report = assemble(facts)
         write_json(report, run.folder.path / "report.json")
         write_html(report, run.folder.path / "report.html", worst_histograms(report, facts))
         (run.folder.path / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
     return report
+
+
+def _resources(run: Compilation) -> ResourcesReport:
+    """What was estimated, and what it took up to here."""
+    return ResourcesReport(
+        estimated=run.estimate,
+        seconds=sum(run.timer.seconds.values()),
+        anonymous_bytes=run.memory.peak.anonymous or None,
+        resident_bytes=run.memory.peak.resident or None,
+        anonymous_bytes_by_step=dict(run.memory.by_step),
+        disk_bytes=size_of(run.work.path) + size_of(run.folder.path) + size_of(run.folder.scratch),
+    )
 
 
 def manifest(report: Report) -> dict[str, object]:

@@ -1,0 +1,94 @@
+"""Memory of this machine and of this process with its workers, as Linux counts it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+_SECONDS = 0.1
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Memory of a process and its descendants.
+
+    Attributes:
+        anonymous: Bytes that are no file's; the rest of ``resident``, mapped weights mostly, is a cache that
+            the kernel drops when somebody needs the room.
+        resident: Bytes in memory; what two processes share counts twice.
+    """
+
+    anonymous: int = 0
+    resident: int = 0
+
+
+def memory_use() -> MemoryUse:
+    """Return what this process and its descendants use now; zeros where there is no ``/proc``."""
+    anonymous = resident = 0
+    for process in _family("self"):
+        with suppress(OSError):
+            for line in (process / "status").read_text(encoding="ascii", errors="replace").splitlines():
+                if line.startswith("RssAnon:"):
+                    anonymous += 1024 * int(line.split()[1])
+                elif line.startswith("VmRSS:"):
+                    resident += 1024 * int(line.split()[1])
+    return MemoryUse(anonymous, resident)
+
+
+def _family(process: str) -> Iterator[Path]:
+    folder = Path("/proc") / process
+    yield folder
+    with suppress(OSError):
+        for task in (folder / "task").iterdir():
+            for child in (task / "children").read_text(encoding="ascii").split():
+                yield from _family(child)
+
+
+def available_memory() -> int | None:
+    """Return the bytes that can still be allocated here, by the machine and its control group, if known."""
+    limits = []
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        limits += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    with suppress(OSError, ValueError):
+        limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))
+        stat = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        used = next(int(line.split()[1]) for line in stat if line.startswith("anon "))
+        limits.append(limit - used)
+    return min(limits, default=None)
+
+
+class MemoryWatch:
+    """Context manager that looks ten times a second, in a thread, at how much memory the run uses."""
+
+    def __init__(self, step: Callable[[], str]) -> None:
+        """Take a function that names the step now running, or returns an empty text."""
+        self._step = step
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory-watch", daemon=True)
+        self.peak = MemoryUse()
+        self.by_step: dict[str, int] = {}  # most anonymous bytes
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_SECONDS):
+            now, step = memory_use(), self._step()
+            self.peak = MemoryUse(
+                max(self.peak.anonymous, now.anonymous), max(self.peak.resident, now.resident)
+            )
+            if step:
+                self.by_step[step] = max(self.by_step.get(step, 0), now.anonymous)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()

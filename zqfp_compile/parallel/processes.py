@@ -1,0 +1,124 @@
+"""Work items in several processes of this machine, one in each at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import cast
+
+import zqfp_compile
+from zqfp_compile.errors import MissingDependencyError
+from zqfp_compile.parallel.executor import Item, Outcome, Result
+
+_WORKER = "zqfp_compile.parallel.worker"
+# Items keep to one thread each; torch's pages of 2 MiB save a fifth of the time (docs/size.md).
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+
+
+class Processes:
+    """An :class:`Executor` of ``jobs`` worker processes; use it as a context manager, which ends them.
+
+    They are ended by SIGKILL, also when the block is left by an exception or this process dies.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        """Name the number of workers; they start with the first items."""
+        self._jobs = jobs
+        self._workers: dict[Connection, subprocess.Popen[bytes]] = {}
+
+    def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """See :meth:`Executor.map`."""
+        try:
+            yield from self._map(work, items)
+        except BaseException:  # also when nobody takes the rest: what is still worked on must not come later
+            self.close()
+            raise
+
+    def _map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        while len(self._workers) < min(self._jobs, len(items)):
+            self._start()
+        busy: dict[Connection, int] = {}
+        finished: dict[int, Outcome] = {}
+        given = taken = 0
+        while taken < len(items):
+            for channel in self._workers:
+                # A slow item must not let the results behind it pile up.
+                if channel not in busy and given < min(len(items), taken + 2 * self._jobs):
+                    self._give(channel, (work, items[given]))
+                    busy[channel] = given
+                    given += 1
+            if taken in finished:
+                yield finished.pop(taken).unwrap()
+                taken += 1
+                continue
+            for channel in cast("list[Connection]", wait(list(busy))):
+                finished[busy.pop(channel)] = self._take(channel)
+
+    def _start(self) -> None:
+        ours, theirs = Pipe()
+        with theirs:
+            descriptor = theirs.fileno()
+            here = str(Path(zqfp_compile.__path__[0]).parent)  # a checkout that is not installed
+            path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+            self._workers[ours] = subprocess.Popen(
+                [sys.executable, "-m", _WORKER, str(descriptor)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
+                pass_fds=(descriptor,),
+                start_new_session=True,  # Ctrl-C in the terminal is for the parent
+            )
+
+    def _give(self, channel: Connection, message: object) -> None:
+        try:
+            channel.send(message)
+        except ConnectionError as error:
+            raise self._lost(channel) from error
+
+    def _take(self, channel: Connection) -> Outcome:
+        try:
+            outcome: Outcome = channel.recv()
+        except (EOFError, ConnectionError) as error:
+            raise self._lost(channel) from error
+        return outcome
+
+    def _lost(self, channel: Connection) -> MissingDependencyError:
+        code = self._workers[channel].wait()
+        if code == -signal.SIGKILL:
+            return MissingDependencyError(
+                "a worker process was killed, most likely by the kernel for lack of memory; "
+                "close other programs or lower --jobs"
+            )
+        how = signal.Signals(-code).name if code < 0 else f"code {code}"
+        return MissingDependencyError(f"a worker process ended ({how}); try --jobs 1")
+
+    def close(self) -> None:
+        """End the workers."""
+        for channel, process in self._workers.items():
+            channel.close()
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self._workers.values():
+            process.wait()
+        self._workers.clear()
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
