@@ -46,6 +46,7 @@ class Consumer {
         process(segment, tile, last_units);
       }
     }
+    end_head_start();  // where there was nothing to do
   }
 
  private:

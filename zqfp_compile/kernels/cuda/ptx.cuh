@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstdio>
 
+#include "descriptor.h"
+
 namespace zqfp::ptx {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -202,21 +204,6 @@ template <int kCount>
 __device__ __forceinline__ void pin(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-// Descriptor of a tile in shared memory with rows of 128 bytes in 128-byte swizzle. `address` is aligned to 1024, or
-// inside such a row by a multiple of 32 bytes. Along a row runs k (operand B here), or, for the transposed operand A,
-// the 64 rows of the weight; eight rows of 128 bytes are the stride of the other dimension.
-__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62;
-  constexpr uint64_t kStride = 1024 >> 4;
-  return kSwizzle128 | kStride << 32 | ((address & 0x3ffff) >> 4);
-}
-
-// The same for the transposed operand; its one 128-byte row covers all 64 rows, so the leading stride is not used.
-__device__ __forceinline__ uint64_t descriptor_transposed(uint32_t address) {
-  constexpr uint64_t kLeading = 1024 >> 4;
-  return descriptor(address) | kLeading << 16;
 }
 
 }  // namespace zqfp::ptx
