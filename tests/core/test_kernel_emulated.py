@@ -1,4 +1,4 @@
-"""The GEMM kernel's own source run on the CPU, thread by thread, against the float64 reference.
+"""The kernels' own source run on the CPU, thread by thread, against the float64 reference.
 
 ``tests/support/kernel_emulator`` replaces the two files of PTX instructions by what the PTX ISA says of them,
 swizzles, fragments and barriers included. It checks indices, the pipeline, cut tiles, clusters and LoRC; not
@@ -76,7 +76,7 @@ def emulator(repo_root, tmp_path_factory):
     ):
         for path in source.iterdir():  # the emulator's files replace the kernel's of the same name
             shutil.copy(path, folder)
-    command = ["nvcc", "-std=c++17", "-O2", "-shared", "-Xcompiler", "-fPIC,-pthread,-Wno-attributes"]
+    command = ["nvcc", "-std=c++17", "-O2", "-I.", "-shared", "-Xcompiler", "-fPIC,-pthread,-Wno-attributes"]
     done = subprocess.run(
         [*command, "emulate.cpp", "-o", "libemulate.so"],
         cwd=folder,
@@ -148,3 +148,34 @@ def test_source_computes_the_reference(emulator, case):
     # float32 sums; rounding to float16 gives 2e-4, to bfloat16 1.7e-3.
     assert np.linalg.norm(y - wanted) < (3e-3 if case.bfloat else 4e-4) * np.linalg.norm(wanted)
     assert not memory["workspace"][:ZEROED_BYTES].any(), "arrival counters were not left at zero"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "m", "k", "rank", "blocks", "scale"),
+    [
+        ("float16", 1, 1040, 32, 2, None),
+        ("float16", 19, 528, 64, 1, 0.02),
+        ("bfloat16", 5, 272, 24, 4, None),
+        ("bfloat16", 16, 512, 0, 1, 0.03),
+        ("float32", 17, 80, 0, 2, None),
+    ],
+)
+def test_quantizer_computes_the_reference(emulator, dtype, m, k, rank, blocks, scale):
+    rng = np.random.default_rng(m)
+    types = {"float16": (1, np.float16), "bfloat16": (2, ml_dtypes.bfloat16), "float32": (3, np.float32)}
+    number, dtype = types[dtype]
+    x = (rng.standard_normal((m, k)) * np.exp2(rng.integers(-6, 6, (m, 1)))).astype(dtype)
+    v = rng.standard_normal((k, rank)).astype(dtype)
+    x8, a = aligned(np.full(m * k, 0x7F, np.uint8)), np.full(m if scale is None else 1, np.nan, np.float32)
+    xv = aligned(np.full((m, rank), np.nan, dtype))
+    static = None if scale is None else np.array([scale], np.float32)
+    held = [aligned(x), static, x8, a, aligned(v) if rank else None, xv]
+    at = [None if array is None else ctypes.c_void_p(array.ctypes.data) for array in held]
+    emulator.emulate_quantizer(at[0], number, m, k, at[1], at[2], at[3], at[4], rank, at[5], blocks)
+    wanted, wanted_scale = reference.quantize_activation(x.astype(np.float32), scale)
+    assert np.array_equal(a, wanted_scale)
+    assert np.array_equal(E4M3FN.decode(x8).reshape(m, k), wanted)
+    if rank:
+        product = x.astype(np.float64) @ v.astype(np.float64)
+        error = np.linalg.norm(xv.view(dtype).reshape(m, rank).astype(np.float64) - product)
+        assert error < (3e-3 if number == 2 else 4e-4) * np.linalg.norm(product)

@@ -1,8 +1,9 @@
-// Runs the GEMM kernel's own source, but for ptx.cuh and wgmma.cuh, on the CPU.
+// Runs the kernels' own source, but for ptx.cuh and wgmma.cuh, on the CPU.
 #include <thread>
 
 #define __launch_bounds__(...)  // CUDA's headers leave it undefined for a host compiler
 #include "gemm_kernel.cuh"
+#include "quantize_kernel.cuh"
 
 using namespace zqfp;
 
@@ -16,32 +17,40 @@ struct Problem {
 
 namespace {
 
-template <class C>
-void run_thread(const GemmParams& p, emulator::Block& block, int block_index, int thread) {
-  emulator::block = &block;
-  threadIdx.x = thread;
-  blockIdx.x = block_index;
-  run_block<C>(p, block.base);
-}
-
-template <class C>
-void run_cluster(const GemmParams& p, int worker) {
+// Runs cluster number `index`; `body` is what a thread does in its block.
+template <typename Body>
+void run_cluster(int index, int blocks, int block_threads, int shared_bytes, Body body) {
   emulator::Cluster cluster;
-  cluster.threads = C::kCluster * C::kBlockThreads;
-  for (int rank = 0; rank < C::kCluster; ++rank) {
-    cluster.blocks.push_back(std::make_unique<emulator::Block>(C::kSharedBytes));
+  cluster.threads = blocks * block_threads;
+  for (int rank = 0; rank < blocks; ++rank) {
+    cluster.blocks.push_back(std::make_unique<emulator::Block>(shared_bytes));
     cluster.blocks[rank]->cluster = &cluster;
     cluster.blocks[rank]->rank = rank;
-    cluster.blocks[rank]->threads = C::kBlockThreads;
+    cluster.blocks[rank]->threads = block_threads;
   }
   std::vector<std::thread> threads;
-  for (int rank = 0; rank < C::kCluster; ++rank) {
-    for (int thread = 0; thread < C::kBlockThreads; ++thread) {
-      threads.emplace_back(run_thread<C>, std::cref(p), std::ref(*cluster.blocks[rank]), worker * C::kCluster + rank,
-                           thread);
+  for (int rank = 0; rank < blocks; ++rank) {
+    for (int thread = 0; thread < block_threads; ++thread) {
+      threads.emplace_back([=, &cluster] {
+        emulator::block = cluster.blocks[rank].get();
+        threadIdx.x = thread;
+        blockIdx.x = index * blocks + rank;
+        body(emulator::block->base);
+      });
     }
   }
   for (std::thread& thread : threads) thread.join();
+}
+
+template <typename T, bool kLorc>
+void quantize(const QuantizeParams& p, int blocks) {
+  using Shared = QuantizeShared<T, kLorc>;
+  for (int tile = 0; tile * kQuantizeTokens < p.m; ++tile) {
+    run_cluster(tile, blocks, kQuantizeWarps * 32, sizeof(Shared), [&](char* memory) {
+      const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
+      Quantizer<T, kLorc>(p, *reinterpret_cast<Shared*>(memory), cluster).run();
+    });
+  }
 }
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -77,7 +86,9 @@ void run(const Problem& problem) {
   s.whole_tiles = problem.cut ? 0 : s.tiles();
   if (problem.cut && s.workers > s.cut_units()) s.workers = s.cut_units();
   // The last worker first: the order must not matter.
-  for (int worker = s.workers - 1; worker >= 0; --worker) run_cluster<C>(p, worker);
+  for (int worker = s.workers - 1; worker >= 0; --worker) {
+    run_cluster(worker, C::kCluster, C::kBlockThreads, C::kSharedBytes, [&](char* raw) { run_block<C>(p, raw); });
+  }
 }
 
 }  // namespace
@@ -92,4 +103,13 @@ extern "C" int emulate(int config, const Problem* problem) {
     case 5: run<Config<256, 2, 1, 32, 1, 0>>(*problem); return 32;
     default: return -1;
   }
+}
+
+// dtype as in zqfp.h; v null: no LoRC.
+extern "C" void emulate_quantizer(const void* x, int dtype, int m, int k, const float* scale, void* x8, float* a,
+                                  const void* v, int rank, void* xv, int blocks) {
+  const QuantizeParams p{x, scale, static_cast<uint8_t*>(x8), a, v, xv, m, k, v == nullptr ? 0 : rank};
+  if (dtype == 3) quantize<float, false>(p, blocks);
+  if (dtype == 1) v ? quantize<__half, true>(p, blocks) : quantize<__half, false>(p, blocks);
+  if (dtype == 2) v ? quantize<__nv_bfloat16, true>(p, blocks) : quantize<__nv_bfloat16, false>(p, blocks);
 }

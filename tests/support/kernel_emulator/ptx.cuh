@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include <chrono>
@@ -96,7 +98,7 @@ class MBarrier {
 // What threads of a warpgroup show each other, and of a warp.
 struct Exchange {
   Barrier barrier;
-  uint32_t words[128][4];
+  uint32_t words[128][6];
 };
 
 struct Block;
@@ -172,6 +174,16 @@ inline void __syncwarp() {}
 inline void __syncthreads() { emulator::block->named[0].sync(emulator::block->threads); }
 inline uint32_t atomicAdd(uint32_t* p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
 
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  emulator::Exchange& warp = emulator::block->warps[threadIdx.x / 32];
+  std::memcpy(warp.words[threadIdx.x % 32], &value, 4);
+  warp.barrier.sync(32);
+  std::memcpy(&value, warp.words[threadIdx.x % 32 ^ mask], 4);
+  warp.barrier.sync(32);
+  return value;
+}
+
 namespace zqfp::ptx {
 
 using emulator::block;
@@ -242,6 +254,29 @@ inline void store_transposed(uint32_t address, uint32_t first, uint32_t second) 
       const uint32_t pair = warp.words[4 * row + lane % 8 / 2][lane / 8];
       const uint16_t value = uint16_t(pair >> (lane % 2 * 16));
       std::memcpy(block->at(address) + 2 * row, &value, 2);
+    }
+  }
+  warp.barrier.sync(32);
+}
+
+// mma.m16n8k16: thread 4q + c holds row q + 8h, columns 2c + 8b + 0..1 of A in a[h + 2b], rows 2c + 8b + 0..1 of column q
+// of B in b[b], and row q + 8h, columns 2c + 0..1 of D in d[2h], d[2h + 1].
+template <typename T>
+void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, T) {
+  emulator::Exchange& warp = block->warps[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32, q = lane / 4, c = lane % 4;
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  std::memcpy(warp.words[lane], mine, sizeof mine);
+  warp.barrier.sync(32);
+  const auto number = [&](int of, int word, int half) {
+    T value;
+    std::memcpy(&value, reinterpret_cast<const char*>(&warp.words[of][word]) + 2 * half, 2);
+    return float(value);
+  };
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < 16; ++k) {
+      d[i] += number(4 * q + k % 8 / 2, i / 2 + k / 8 * 2, k % 2) *
+              number(4 * (2 * c + i % 2) + k % 8 / 2, 4 + k / 8, k % 2);
     }
   }
   warp.barrier.sync(32);
