@@ -1,5 +1,5 @@
 // Stands in for cuda/ptx.cuh on the host: what the PTX ISA says of each instruction, one std::thread per GPU thread.
-// Asynchronous instructions finish at once, which is one of the orders that hardware may choose.
+// Of the orders that hardware may choose, copies finish at once and wgmma as late as possible.
 #pragma once
 
 #include <cuda.h>
@@ -13,6 +13,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -259,8 +261,8 @@ inline void store_transposed(uint32_t address, uint32_t first, uint32_t second) 
   warp.barrier.sync(32);
 }
 
-// mma.m16n8k16: thread 4q + c holds row q + 8h, columns 2c + 8b + 0..1 of A in a[h + 2b], rows 2c + 8b + 0..1 of column q
-// of B in b[b], and row q + 8h, columns 2c + 0..1 of D in d[2h], d[2h + 1].
+// mma.m16n8k16: thread 4q + c holds row q + 8h, columns 2c + 8b + 0..1 of A in a[h + 2b], rows 2c + 8b + 0..1 of column
+// q of B in b[b], and row q + 8h, columns 2c + 0..1 of D in d[2h], d[2h + 1].
 template <typename T>
 void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, T) {
   emulator::Exchange& warp = block->warps[threadIdx.x / 32];
@@ -282,10 +284,21 @@ void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, T) {
   warp.barrier.sync(32);
 }
 
+// wgmma runs as late as it may, when its group is waited for: registers and stages given up too early show.
+inline thread_local std::vector<std::function<void()>> open_group;
+inline thread_local std::deque<std::vector<std::function<void()>>> groups;
+
 inline void wgmma_fence() {}
-inline void wgmma_commit() {}
-template <int>
-void wgmma_wait() {}
+inline void wgmma_commit() {
+  groups.push_back(std::move(open_group));
+  open_group.clear();
+}
+template <int kPending>
+void wgmma_wait() {
+  for (; groups.size() > kPending; groups.pop_front()) {
+    for (const auto& run : groups.front()) run();
+  }
+}
 template <int kCount>
 void pin(float (&)[kCount]) {}
 

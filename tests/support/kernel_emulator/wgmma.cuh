@@ -37,6 +37,18 @@ struct Wgmma {
 
   // A[64][32]: thread 32w + 4q + c holds in a[2b + h] row 16w + 8h + q, columns 16b + 4c + 0..3.
   static void e4m3(Sums& d, const uint32_t* a, uint64_t b) {
+    ptx::open_group.push_back([&d, a, b] { run_e4m3(d, a, b); });
+  }
+
+  static void half(Sums& d, uint64_t a, uint64_t b) {
+    ptx::open_group.push_back([&d, a, b] { sixteen<__half>(d, a, b); });
+  }
+  static void bfloat(Sums& d, uint64_t a, uint64_t b) {
+    ptx::open_group.push_back([&d, a, b] { sixteen<__nv_bfloat16>(d, a, b); });
+  }
+
+ private:
+  static void run_e4m3(Sums& d, const uint32_t* a, uint64_t b) {
     emulator::Exchange& group = ptx::block->warpgroups[threadIdx.x / 128];
     const int thread = threadIdx.x % 128;
     for (int i = 0; i < 4; ++i) group.words[thread][i] = a[i];
@@ -49,10 +61,6 @@ struct Wgmma {
     group.barrier.sync(128);
   }
 
-  static void half(Sums& d, uint64_t a, uint64_t b) { sixteen<__half>(d, a, b); }
-  static void bfloat(Sums& d, uint64_t a, uint64_t b) { sixteen<__nv_bfloat16>(d, a, b); }
-
- private:
   template <typename T>
   static float number(const char* from) {
     T value;

@@ -190,7 +190,7 @@ __device__ __forceinline__ void store_transposed(uint32_t address, uint32_t firs
                : "memory");
 }
 
-// ---- mma of a warp: m16n8k16 -----------------------------------------------------------------------------------------
+// ---- mma of a warp: m16n8k16 ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, __half) {
   asm volatile(
