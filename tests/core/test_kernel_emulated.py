@@ -62,6 +62,11 @@ CASES = [
     Case(T256_PAIR, m=300, n=136, k=400, rank=40, workers=2),
     Case(T256_PAIR, m=40, n=328, k=528, rank=64, cut=False, bfloat=True),
     Case(T256, m=257, n=72, k=272, rank=16, workers=2),
+    # More units than stages, so that stages are used again.
+    Case(T8, m=8, n=136, k=4240, rank=40, workers=1),
+    Case(T32, m=20, n=264, k=1552, rank=8, workers=1),
+    Case(T128_PAIR, m=128, n=136, k=1552, workers=1),
+    Case(T256_PAIR, m=64, n=136, k=1040, rank=24, workers=1, cut=False),
 ]
 
 
