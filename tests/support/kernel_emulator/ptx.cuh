@@ -172,7 +172,7 @@ T __ldcg(const T* p) { return *p; }
 template <typename T>
 void __stcg(T* p, T v) { *p = v; }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __syncwarp() {}
+inline void __syncwarp() { emulator::block->warps[threadIdx.x / 32].barrier.sync(32); }
 inline void __syncthreads() { emulator::block->named[0].sync(emulator::block->threads); }
 inline uint32_t atomicAdd(uint32_t* p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
 
