@@ -46,6 +46,7 @@ class Consumer {
         process(segment, tile, last_units);
       }
     }
+    end_head_start();  // where there was nothing to do
   }
 
  private:
@@ -74,6 +75,7 @@ class Consumer {
   __device__ __forceinline__ void skip(int stages) {
     for (int i = 0; i < stages; ++i) {
       wait_full();
+      __syncwarp();  // no lane may still look for this round of the stage; elsewhere wgmma sees to that
       release(ring_.stage);
       ring_.advance();
     }

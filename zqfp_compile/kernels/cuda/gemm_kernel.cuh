@@ -24,8 +24,7 @@ __device__ __forceinline__ void sync_blocks() {
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kBlockThreads, 1) gemm_kernel(const __grid_constant__ GemmParams p) {
-  extern __shared__ char raw[];
+__device__ __forceinline__ void run_block(const GemmParams& p, char* raw) {
   // Every block aligns in the same way: what one block of a cluster writes lies at the same offset in the others.
   char* memory = raw + (-ptx::shared_address(raw) & 1023u);
   const Shared<C> shared{ptx::shared_address(memory)};
@@ -50,6 +49,12 @@ __global__ void __launch_bounds__(C::kBlockThreads, 1) gemm_kernel(const __grid_
   }
   // No block of a cluster ends while another may still write to it.
   if constexpr (C::kCluster > 1) ptx::cluster_sync();
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kBlockThreads, 1) gemm_kernel(const __grid_constant__ GemmParams p) {
+  extern __shared__ char raw[];
+  run_block<C>(p, raw);
 }
 
 }  // namespace zqfp

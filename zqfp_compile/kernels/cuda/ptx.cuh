@@ -2,9 +2,13 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 #include <cstdio>
+
+#include "descriptor.h"
 
 namespace zqfp::ptx {
 
@@ -186,6 +190,24 @@ __device__ __forceinline__ void store_transposed(uint32_t address, uint32_t firs
                : "memory");
 }
 
+// ---- mma of a warp: m16n8k16 ---------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, __half) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, __nv_bfloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // ---- wgmma ---------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -202,21 +224,6 @@ template <int kCount>
 __device__ __forceinline__ void pin(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-// Descriptor of a tile in shared memory with rows of 128 bytes in 128-byte swizzle. `address` is aligned to 1024, or
-// inside such a row by a multiple of 32 bytes. Along a row runs k (operand B here), or, for the transposed operand A,
-// the 64 rows of the weight; eight rows of 128 bytes are the stride of the other dimension.
-__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62;
-  constexpr uint64_t kStride = 1024 >> 4;
-  return kSwizzle128 | kStride << 32 | ((address & 0x3ffff) >> 4);
-}
-
-// The same for the transposed operand; its one 128-byte row covers all 64 rows, so the leading stride is not used.
-__device__ __forceinline__ uint64_t descriptor_transposed(uint32_t address) {
-  constexpr uint64_t kLeading = 1024 >> 4;
-  return descriptor(address) | kLeading << 16;
 }
 
 }  // namespace zqfp::ptx

@@ -82,23 +82,6 @@ __device__ __forceinline__ void store_quantized(const Eight<T>& eight, float sca
   *reinterpret_cast<uint2*>(to) = {quantize_four(eight.value, scale), quantize_four(eight.value + 4, scale)};
 }
 
-template <typename T>
-__device__ __forceinline__ void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
-  if constexpr (sizeof(T) == 2 && __is_same(T, __half)) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
-
 // x @ V of 16 tokens. sums[b][t][2h + i] of thread 4q + c is rank 16b + 2(2c + i) + t of token q + 8h: neighbouring
 // columns of V come in one load and go to the two tiles t.
 template <typename T>
@@ -122,8 +105,8 @@ struct Projection {
         for (int i = 0; i < 4; ++i) {
           if (inside) row[i] = __ldg(reinterpret_cast<const uint32_t*>(v + i * p.rank));
         }
-        mma<T>(sums[b][0], a, __byte_perm(row[0], row[1], 0x5410), __byte_perm(row[2], row[3], 0x5410));
-        mma<T>(sums[b][1], a, __byte_perm(row[0], row[1], 0x7632), __byte_perm(row[2], row[3], 0x7632));
+        ptx::mma(sums[b][0], a, prmt(row[0], row[1], 0x5410), prmt(row[2], row[3], 0x5410), T());
+        ptx::mma(sums[b][1], a, prmt(row[0], row[1], 0x7632), prmt(row[2], row[3], 0x7632), T());
       }
     }
   }

@@ -1,0 +1,186 @@
+"""The kernels' own source run on the CPU, thread by thread, against the float64 reference.
+
+``tests/support/kernel_emulator`` replaces the two files of PTX instructions by what the PTX ISA says of them,
+swizzles, fragments and barriers included. It checks indices, the pipeline, cut tiles, clusters and LoRC; not
+timing, and not whether the hardware agrees with the emulator.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from zqfp_compile.formats.codebook import E2M1
+from zqfp_compile.formats.minifloat import E4M3FN
+from zqfp_compile.formats.scales import legal_scales
+from zqfp_compile.kernels import reference
+from zqfp_compile.kernels.packing import pack_codes, pack_group_scales
+
+POINTERS = ("x8", "xv", "u", "codes", "group_scales", "bias", "row_scales", "a", "y", "workspace")
+INTEGERS = ("m", "n", "k", "rank", "per_token", "bfloat", "workers", "cut")
+ZEROED_BYTES = 16384
+
+# emulate.cpp's kernels by number: tokens, rows, slices, cluster, promotion, head start; and their group size.
+T8, T32, T64, T128_PAIR, T256_PAIR, T256 = range(6)
+GROUP_SIZE = {T8: 64, T32: 32, T64: 128, T128_PAIR: 64, T256_PAIR: 64, T256: 32}
+
+
+class Problem(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in POINTERS) + tuple(
+        (name, ctypes.c_int) for name in INTEGERS
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: int
+    m: int
+    n: int
+    k: int
+    rank: int = 0
+    workers: int = 3
+    cut: bool = True
+    bfloat: bool = False
+    per_token: bool = True
+    bias: bool = True
+
+
+CASES = [
+    Case(T8, m=5, n=72, k=1040, rank=40),
+    Case(T8, m=8, n=200, k=400, rank=64, cut=False, bfloat=True),
+    Case(T8, m=20, n=136, k=2000, workers=5),
+    Case(T8, m=1, n=8, k=16, rank=8, workers=1),
+    Case(T32, m=33, n=328, k=528, rank=24, workers=4),
+    Case(T32, m=32, n=72, k=400, rank=8, cut=False, per_token=False),
+    Case(T64, m=70, n=200, k=1040, rank=40, workers=4),
+    Case(T128_PAIR, m=150, n=328, k=528, rank=40),
+    Case(T128_PAIR, m=100, n=136, k=272, cut=False, bias=False),
+    Case(T256_PAIR, m=300, n=136, k=400, rank=40, workers=2),
+    Case(T256_PAIR, m=40, n=328, k=528, rank=64, cut=False, bfloat=True),
+    Case(T256, m=257, n=72, k=272, rank=16, workers=2),
+    # More units than stages, so that stages are used again.
+    Case(T8, m=8, n=136, k=4240, rank=40, workers=1),
+    Case(T32, m=20, n=264, k=1552, rank=8, workers=1),
+    Case(T128_PAIR, m=128, n=136, k=1552, workers=1),
+    Case(T256_PAIR, m=64, n=136, k=1040, rank=24, workers=1, cut=False),
+]
+
+
+@pytest.fixture(scope="module")
+def emulator(repo_root, tmp_path_factory):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed; the emulator needs CUDA's headers")
+    folder = tmp_path_factory.mktemp("emulator")
+    for source in (
+        repo_root / "zqfp_compile" / "kernels" / "cuda",
+        repo_root / "tests/support/kernel_emulator",
+    ):
+        for path in source.iterdir():  # the emulator's files replace the kernel's of the same name
+            shutil.copy(path, folder)
+    command = ["nvcc", "-std=c++17", "-O2", "-I.", "-shared", "-Xcompiler", "-fPIC,-pthread,-Wno-attributes"]
+    done = subprocess.run(
+        [*command, "emulate.cpp", "-o", "libemulate.so"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return ctypes.CDLL(str(folder / "libemulate.so"))
+
+
+def aligned(array):
+    """The array's bytes at an address that is a multiple of 16."""
+    room = np.empty(array.nbytes + 16, np.uint8)
+    start = -room.ctypes.data % 16
+    view = room[start : start + array.nbytes]
+    view[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return view
+
+
+def random_arrays(case):
+    rng, group_size = np.random.default_rng(case.m), GROUP_SIZE[case.kernel]
+    dtype = ml_dtypes.bfloat16 if case.bfloat else np.float16
+    padded = -(-case.k // group_size) * group_size
+    codes = rng.integers(-7, 8, (case.n, padded)).astype(np.int8)
+    codes[:, case.k :] = 0
+    scales = rng.choice(legal_scales("e4m3", E2M1), (case.n, padded // group_size))
+    x = rng.standard_normal((case.m, case.k)).astype(np.float32)
+    x8, a = reference.quantize_activation(x, None if case.per_token else 0.02)
+    arrays = {
+        "x8": x8,
+        "a": a,
+        "codes": codes,
+        "group_scales": scales,
+        "row_scales": np.exp2(rng.uniform(-12, -6, case.n)).astype(np.float32),
+        "xv": rng.standard_normal((case.m, case.rank)).astype(dtype),
+        "u": rng.standard_normal((case.rank, case.n)).astype(dtype),
+        "bias": rng.standard_normal(case.n).astype(dtype) if case.bias else None,
+    }
+    return arrays, dtype
+
+
+def expected(case, arrays):
+    w8 = reference.decode_weight(arrays["codes"], arrays["group_scales"], GROUP_SIZE[case.kernel], case.k)
+    wide = {
+        name: None if arrays[name] is None else arrays[name].astype(np.float64)
+        for name in ("xv", "u", "bias")
+    }
+    return reference.linear(arrays["x8"], arrays["a"], w8, arrays["row_scales"], **wide)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_source_computes_the_reference(emulator, case):
+    arrays, dtype = random_arrays(case)
+    memory = {name: aligned(array) for name, array in arrays.items() if array is not None}
+    memory["x8"] = aligned(E4M3FN.encode(arrays["x8"]).view(np.uint8))
+    memory["codes"] = aligned(pack_codes(arrays["codes"]))
+    memory["group_scales"] = aligned(pack_group_scales(arrays["group_scales"], GROUP_SIZE[case.kernel]))
+    memory["y"] = aligned(np.full((case.m, case.n), np.nan, dtype))
+    memory["workspace"] = np.zeros(ZEROED_BYTES + (16 << 20), np.uint8)
+    problem = Problem(
+        **{name: array.ctypes.data for name, array in memory.items()},
+        **{name: int(getattr(case, name)) for name in INTEGERS},
+    )
+    assert emulator.emulate(case.kernel, ctypes.byref(problem)) == GROUP_SIZE[case.kernel]
+    y = memory["y"].view(dtype).reshape(case.m, case.n).astype(np.float64)
+    wanted = expected(case, arrays)
+    assert np.isfinite(y).all(), "part of the output was not written"
+    # float32 sums; rounding to float16 gives 2e-4, to bfloat16 1.7e-3.
+    assert np.linalg.norm(y - wanted) < (3e-3 if case.bfloat else 4e-4) * np.linalg.norm(wanted)
+    assert not memory["workspace"][:ZEROED_BYTES].any(), "arrival counters were not left at zero"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "m", "k", "rank", "blocks", "scale"),
+    [
+        ("float16", 1, 1040, 32, 2, None),
+        ("float16", 19, 528, 64, 1, 0.02),
+        ("bfloat16", 5, 272, 24, 4, None),
+        ("bfloat16", 16, 512, 0, 1, 0.03),
+        ("float32", 17, 80, 0, 2, None),
+    ],
+)
+def test_quantizer_computes_the_reference(emulator, dtype, m, k, rank, blocks, scale):
+    rng = np.random.default_rng(m)
+    types = {"float16": (1, np.float16), "bfloat16": (2, ml_dtypes.bfloat16), "float32": (3, np.float32)}
+    number, dtype = types[dtype]
+    x = (rng.standard_normal((m, k)) * np.exp2(rng.integers(-6, 6, (m, 1)))).astype(dtype)
+    v = rng.standard_normal((k, rank)).astype(dtype)
+    x8, a = aligned(np.full(m * k, 0x7F, np.uint8)), np.full(m if scale is None else 1, np.nan, np.float32)
+    xv = aligned(np.full((m, rank), np.nan, dtype))
+    static = None if scale is None else np.array([scale], np.float32)
+    held = [aligned(x), static, x8, a, aligned(v) if rank else None, xv]
+    at = [None if array is None else ctypes.c_void_p(array.ctypes.data) for array in held]
+    emulator.emulate_quantizer(at[0], number, m, k, at[1], at[2], at[3], at[4], rank, at[5], blocks)
+    wanted, wanted_scale = reference.quantize_activation(x.astype(np.float32), scale)
+    assert np.array_equal(a, wanted_scale)
+    assert np.array_equal(E4M3FN.decode(x8).reshape(m, k), wanted)
+    if rank:
+        product = x.astype(np.float64) @ v.astype(np.float64)
+        error = np.linalg.norm(xv.view(dtype).reshape(m, rank).astype(np.float64) - product)
+        assert error < (3e-3 if number == 2 else 4e-4) * np.linalg.norm(product)

@@ -1,0 +1,115 @@
+// Runs the kernels' own source, but for ptx.cuh and wgmma.cuh, on the CPU.
+#include <thread>
+
+#define __launch_bounds__(...)  // CUDA's headers leave it undefined for a host compiler
+#include "gemm_kernel.cuh"
+#include "quantize_kernel.cuh"
+
+using namespace zqfp;
+
+struct Problem {
+  const void *x8, *xv, *u, *codes, *group_scales, *bias;
+  const float *row_scales, *a;
+  void* y;
+  void* workspace;
+  int m, n, k, rank, per_token, bfloat, workers, cut;
+};
+
+namespace {
+
+// Runs cluster number `index`; `body` is what a thread does in its block.
+template <typename Body>
+void run_cluster(int index, int blocks, int block_threads, int shared_bytes, Body body) {
+  emulator::Cluster cluster;
+  cluster.threads = blocks * block_threads;
+  for (int rank = 0; rank < blocks; ++rank) {
+    cluster.blocks.push_back(std::make_unique<emulator::Block>(shared_bytes));
+    cluster.blocks[rank]->cluster = &cluster;
+    cluster.blocks[rank]->rank = rank;
+    cluster.blocks[rank]->threads = block_threads;
+  }
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < blocks; ++rank) {
+    for (int thread = 0; thread < block_threads; ++thread) {
+      threads.emplace_back([=, &cluster] {
+        emulator::block = cluster.blocks[rank].get();
+        threadIdx.x = thread;
+        blockIdx.x = index * blocks + rank;
+        body(emulator::block->base);
+      });
+    }
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+template <typename T, bool kLorc>
+void quantize(const QuantizeParams& p, int blocks) {
+  using Shared = QuantizeShared<T, kLorc>;
+  for (int tile = 0; tile * kQuantizeTokens < p.m; ++tile) {
+    run_cluster(tile, blocks, kQuantizeWarps * 32, sizeof(Shared), [&](char* memory) {
+      const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
+      Quantizer<T, kLorc>(p, *reinterpret_cast<Shared*>(memory), cluster).run();
+    });
+  }
+}
+
+int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+template <class C>
+void run(const Problem& problem) {
+  GemmParams p{};
+  const int box = C::kTokens / C::kCluster;
+  p.x8 = emulator::make_map(problem.x8, problem.m, problem.k, 1, box);
+  p.xv = emulator::make_map(problem.xv, problem.m, problem.rank, 2, box);
+  p.u = emulator::make_map(problem.u, problem.rank, problem.n, 2, kLorcStep);
+  p.codes = static_cast<const uint8_t*>(problem.codes);
+  p.group_scales = static_cast<const uint8_t*>(problem.group_scales);
+  p.row_scales = problem.row_scales;
+  p.a = problem.a;
+  p.bias = problem.bias;
+  p.y = problem.y;
+  p.arrivals = static_cast<uint32_t*>(problem.workspace);
+  p.partials = static_cast<float*>(problem.workspace) + 4096;
+  p.m = problem.m;
+  p.n = problem.n;
+  p.row_blocks = divide_up(problem.n, kBlockRows);
+  p.k_blocks = divide_up(problem.k, kBlockColumns);
+  p.lorc_steps = divide_up(problem.rank, kLorcStep);
+  p.per_token = problem.per_token;
+  p.bfloat = problem.bfloat;
+  Schedule& s = p.schedule;
+  s.row_tiles = divide_up(problem.n, kBlockRows * C::kRows * C::kCluster);
+  s.token_tiles = divide_up(problem.m, C::kTokens);
+  s.units = divide_up(p.k_blocks, C::kSlices);
+  s.token_group = 8;
+  s.workers = problem.workers;
+  s.whole_tiles = problem.cut ? 0 : s.tiles();
+  if (problem.cut && s.workers > s.cut_units()) s.workers = s.cut_units();
+  // The last worker first: the order must not matter.
+  for (int worker = s.workers - 1; worker >= 0; --worker) {
+    run_cluster(worker, C::kCluster, C::kBlockThreads, C::kSharedBytes, [&](char* raw) { run_block<C>(p, raw); });
+  }
+}
+
+}  // namespace
+
+extern "C" int emulate(int config, const Problem* problem) {
+  switch (config) {
+    case 0: run<Config<8, 1, 4, 64, 1, 4>>(*problem); return 64;
+    case 1: run<Config<32, 4, 1, 32, 1, 4>>(*problem); return 32;
+    case 2: run<Config<64, 2, 2, 128, 1, 0>>(*problem); return 128;
+    case 3: run<Config<128, 2, 1, 64, 2, 4>>(*problem); return 64;
+    case 4: run<Config<256, 2, 1, 64, 2, 0, 2>>(*problem); return 64;
+    case 5: run<Config<256, 2, 1, 32, 1, 0>>(*problem); return 32;
+    default: return -1;
+  }
+}
+
+// dtype as in zqfp.h; v null: no LoRC.
+extern "C" void emulate_quantizer(const void* x, int dtype, int m, int k, const float* scale, void* x8, float* a,
+                                  const void* v, int rank, void* xv, int blocks) {
+  const QuantizeParams p{x, scale, static_cast<uint8_t*>(x8), a, v, xv, m, k, v == nullptr ? 0 : rank};
+  if (dtype == 3) quantize<float, false>(p, blocks);
+  if (dtype == 1) v ? quantize<__half, true>(p, blocks) : quantize<__half, false>(p, blocks);
+  if (dtype == 2) v ? quantize<__nv_bfloat16, true>(p, blocks) : quantize<__nv_bfloat16, false>(p, blocks);
+}
