@@ -114,11 +114,11 @@ def _original_bytes(model: ir.Model, plan: QuantPlan) -> list[int]:
 
 
 def _activation_bytes(plan: QuantPlan, recipe: Recipe) -> int:
-    """What a walk keeps between two layers of both streams: residual, activation and outputs, float32."""
+    """What a walk keeps of both streams, before and after a step: residual, activation, outputs, float32."""
     if recipe.algorithm != "gptq":
         return 0
     widest = max(site.k + site.n for site in plan.linears)
-    return 2 * 4 * recipe.calibration_samples * recipe.calibration_length * widest
+    return 2 * 2 * 4 * recipe.calibration_samples * recipe.calibration_length * widest
 
 
 def _seconds(
