@@ -42,8 +42,12 @@ class Estimate:
     seconds: float
 
 
-def worker_bytes(elements: int) -> int:
-    """Return the memory of a worker process that quantises weights of up to so many elements."""
+def job_bytes(elements: int) -> int:
+    """Return what each job adds for layers of so many weights: a worker, and later a checking thread."""
+    return max(_worker_bytes(elements), _CHECK_BYTES * elements)
+
+
+def _worker_bytes(elements: int) -> int:
     return _WORKER + _QUANTIZE_BYTES * elements
 
 
@@ -65,7 +69,7 @@ def estimate(
     tokens = recipe.calibration_samples * recipe.calibration_length
     phases = [
         _session_bytes(weights, sizes, recipe.calibration_length),
-        processes * worker_bytes(max(sizes)) if processes > 1 else _QUANTIZE_BYTES * max(sizes),
+        processes * _worker_bytes(max(sizes)) if processes > 1 else _QUANTIZE_BYTES * max(sizes),
         processes * _CHECK_BYTES * max(sizes),
     ]
     if recipe.evaluate:
