@@ -42,8 +42,12 @@ class Estimate:
     seconds: float
 
 
-def worker_bytes(elements: int) -> int:
-    """Return the memory of a worker process that quantises weights of up to so many elements."""
+def job_bytes(elements: int) -> int:
+    """Return what each job adds for layers of so many weights: a worker, and later a checking thread."""
+    return max(_worker_bytes(elements), _CHECK_BYTES * elements)
+
+
+def _worker_bytes(elements: int) -> int:
     return _WORKER + _QUANTIZE_BYTES * elements
 
 
@@ -65,7 +69,7 @@ def estimate(
     tokens = recipe.calibration_samples * recipe.calibration_length
     phases = [
         _session_bytes(weights, sizes, recipe.calibration_length),
-        processes * worker_bytes(max(sizes)) if processes > 1 else _QUANTIZE_BYTES * max(sizes),
+        processes * _worker_bytes(max(sizes)) if processes > 1 else _QUANTIZE_BYTES * max(sizes),
         processes * _CHECK_BYTES * max(sizes),
     ]
     if recipe.evaluate:
@@ -114,11 +118,11 @@ def _original_bytes(model: ir.Model, plan: QuantPlan) -> list[int]:
 
 
 def _activation_bytes(plan: QuantPlan, recipe: Recipe) -> int:
-    """What a walk keeps between two layers of both streams: residual, activation and outputs, float32."""
+    """What a walk keeps of both streams, before and after a step: residual, activation, outputs, float32."""
     if recipe.algorithm != "gptq":
         return 0
     widest = max(site.k + site.n for site in plan.linears)
-    return 2 * 4 * recipe.calibration_samples * recipe.calibration_length * widest
+    return 2 * 2 * 4 * recipe.calibration_samples * recipe.calibration_length * widest
 
 
 def _seconds(

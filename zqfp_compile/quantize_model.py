@@ -24,6 +24,7 @@ from zqfp_compile.quantize.moments import InputMoments
 from zqfp_compile.quantize.threads import side_by_side
 from zqfp_compile.tensor_store import TensorStore
 from zqfp_compile.weights import locate_weight
+from zqfp_compile.work_folder import WorkFolder
 
 
 def quantize_model(
@@ -146,6 +147,7 @@ def quantize_while_walking(
     feeds: Sequence[Mapping[str, npt.NDArray[Any]]],
     *,
     scratch: Path,
+    work: WorkFolder | None = None,
     device: str,
     seed: int,
     progress: Callable[[int, int, str], None],
@@ -162,6 +164,7 @@ def quantize_while_walking(
         store: Where the quantised tensors go.
         feeds: Calibration samples.
         scratch: Folder for activations.
+        work: Where the walk's state is kept, see :func:`walk`.
         device: ``cpu`` or ``cuda``.
         seed: Seed of the sample rows and of LoRC.
         progress: Called with (done, total, layer name).
@@ -179,7 +182,9 @@ def quantize_while_walking(
         plan,
         feeds,
         layers.quantize,
-        find=layers.find,
+        finished=layers.finished,
+        work=work,
+        key=layers.key,
         scratch=scratch,
         device=device,
         seed=seed,
@@ -202,28 +207,31 @@ class _Layers:
         formats = (plan.group_size, plan.scale_constraint, plan.scale_rows, plan.lorc_format, seed)
         precisions = [(site.name, site.weight, plan.precision(site)) for site in plan.linears]
         activations = (plan.activation_format, plan.per_token)
-        self._key = hashlib.sha256(repr((formats, activations, precisions)).encode()).hexdigest()
+        self.key = hashlib.sha256(repr((formats, activations, precisions)).encode()).hexdigest()
 
-    def find(
-        self, sites: Sequence[LinearSite], weights: Sequence[torch.Tensor]
-    ) -> Sequence[Replacement] | None:
-        new = [site for site in sites if self._is_new(site)]
-        if any(self._item(site) not in self._store for site in new):
-            return None
-        for site in new:
-            self.tensors[site.name] = _tensors(self._store.get(self._item(site)) or {})
-        return [self._replace(site, weight, None) for site, weight in zip(sites, weights, strict=True)]
+    def finished(self, sites: Sequence[LinearSite]) -> bool:
+        """Take what an earlier run stored of all these layers; ``False`` when something is missing."""
+        if any(self._item(site) not in self._store for site in sites if self._is_new(site)):
+            return False
+        for site in sites:
+            if self._plan.precision(site).weight_format != "none":
+                self.tensors[site.name] = self._known(site)
+        return True
 
     def _item(self, site: LinearSite) -> str:
-        return f"gptq {site.name} {self._key}"
+        return f"gptq {site.name} {self.key}"
 
     def quantize(
-        self, sites: Sequence[LinearSite], weights: Sequence[torch.Tensor], moments: InputMoments
+        self, sites: Sequence[LinearSite], weights: Sequence[torch.Tensor], moments: InputMoments | None
     ) -> list[Replacement]:
         pairs = list(zip(sites, weights, strict=True))
-        new = [(site, weight) for site, weight in pairs if self._is_new(site)]
-        layers = side_by_side(lambda pair: self._layer(*pair, moments), new, [weight for _, weight in new])
-        found = {site.name: layer for (site, _), layer in zip(new, layers, strict=True)}
+        found: dict[str, QuantizedLayer] = {}
+        if moments is not None:
+            new = [(site, weight) for site, weight in pairs if self._is_new(site)]
+            layers = side_by_side(
+                lambda pair: self._layer(*pair, moments), new, [weight for _, weight in new]
+            )
+            found = {site.name: layer for (site, _), layer in zip(new, layers, strict=True)}
         return [self._replace(site, weight, found.get(site.name)) for site, weight in pairs]
 
     def _is_new(self, site: LinearSite) -> bool:
@@ -243,13 +251,19 @@ class _Layers:
         if precision.weight_format == "none":  # its activation is quantised all the same
             return Replacement(weight)
         if layer is None:
-            table = self._tables.get((site.weight, precision))
-            first = self._first.get((site.weight, precision), site)
-            self.tensors[site.name] = self.tensors[first.name] if table is None else table
+            self.tensors[site.name] = self._known(site)
             return Replacement.of(self._read(site))
         packed = pack_layer(site.name, layer.weight, layer.lorc, site.dtype)
         self.tensors[site.name] = _tensors(self._store.add(self._item(site), packed))
         return Replacement.of(layer)
+
+    def _known(self, site: LinearSite) -> LinearTensors:
+        """Return the tensors of a layer that is finished, or that shares its weight with one."""
+        key = (site.weight, self._plan.precision(site))
+        if key in self._tables:
+            return self._tables[key]
+        first = self._first[key]
+        return self.tensors.get(first.name) or _tensors(self._store.get(self._item(first)) or {})
 
     def _read(self, site: LinearSite) -> QuantizedLayer:
         plan = self._plan.replace(tensors=self.tensors)

@@ -79,7 +79,9 @@ class WorkFolder:
     def _remove(self) -> None:
         """Remove the folder, the key last: what an interruption leaves is still known to be ours."""
         for path in self.path.iterdir():
-            if path.name != _KEY:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _KEY:
                 path.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 

@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from zqfp_compile import Recipe, compile_model
+from zqfp_compile.calibrate.walk import _Walk
 from zqfp_compile.errors import MissingDependencyError, ModelError, UsageError, notes
 from zqfp_compile.progress import SilentReporter
 from zqfp_compile.work_folder import WorkFolder
@@ -114,6 +115,44 @@ def test_killed_at_several_moments(
         _kill(tiny_model("llama"), output, options, when)
     assert GOES_ON in _compile(tiny_model("llama"), output, options)
     assert _bytes(output) == whole[name]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_walk_goes_on_where_it_was(
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: dict[str, dict[str, str]],
+    restarted: bool,
+) -> None:
+    """Activations of both models are found again, but not after a restart: they were not flushed."""
+    advance, measure = _Walk._advance, _Walk._measure
+    advanced, measured = [], []
+
+    def stop(walk: _Walk, index: int, visited: object) -> None:
+        if index == 4:
+            raise MissingDependencyError("the disk is full")
+        advance(walk, index, visited)  # type: ignore[arg-type]
+
+    def count_advance(walk: _Walk, index: int, visited: object) -> None:
+        advanced.append(index)
+        advance(walk, index, visited)  # type: ignore[arg-type]
+
+    def count_measure(walk: _Walk, *arguments: object) -> object:
+        measured.append(arguments)
+        return measure(walk, *arguments)  # type: ignore[arg-type]
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(MissingDependencyError):
+        patch.setattr(_Walk, "_advance", stop)
+        compile_model(tiny_model("llama"), Recipe.from_dict(GPTQ), output=output)
+    monkeypatch.setattr(_Walk, "_advance", count_advance)
+    monkeypatch.setattr(_Walk, "_measure", count_measure)
+    if restarted:
+        monkeypatch.setattr("zqfp_compile.calibrate.walk._boot", lambda: "another")
+    assert GOES_ON in _compile(tiny_model("llama"), output, GPTQ)
+    assert advanced == list(range(0 if restarted else 4, 8)) and len(measured) == 4
+    assert _bytes(output) == whole["gptq"]
 
 
 def test_going_on_does_less(

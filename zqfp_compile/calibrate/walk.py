@@ -8,6 +8,7 @@ of one step and the activations of one sample.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,13 +34,17 @@ from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.plan import LinearSite, QuantPlan
 from zqfp_compile.quantize.moments import InputMoments
 from zqfp_compile.weights import read_bias, read_weight
+from zqfp_compile.work_folder import WorkFolder
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int, str], None]
-# (layers of one input, their W float32 [N, K], its moments) -> what each multiplies with from now on.
-QuantizeSites = Callable[[Sequence[LinearSite], Sequence[torch.Tensor], InputMoments], Sequence[Replacement]]
-# (layers of one input, their W) -> the same from an earlier walk, or None: then they have to be quantised.
-FindSites = Callable[[Sequence[LinearSite], Sequence[torch.Tensor]], Sequence[Replacement] | None]
+# (layers of one input, their W float32 [N, K], its moments) -> what each multiplies with from now on. Without
+# moments they are finished.
+QuantizeSites = Callable[
+    [Sequence[LinearSite], Sequence[torch.Tensor], InputMoments | None], Sequence[Replacement]
+]
+# Whether an earlier walk finished these layers, of one input.
+FinishedSites = Callable[[Sequence[LinearSite]], bool]
 
 
 def walk(
@@ -49,7 +54,9 @@ def walk(
     quantize: QuantizeSites,
     *,
     scratch: Path,
-    find: FindSites = lambda sites, weights: None,
+    finished: FinishedSites = lambda sites: False,
+    work: WorkFolder | None = None,
+    key: str = "walk",
     cross: bool = True,
     device: str = "cpu",
     in_torch: bool | None = None,
@@ -67,8 +74,11 @@ def walk(
         plan: Layers and activation format.
         feeds: Inputs of each run, of any lengths.
         quantize: See :data:`QuantizeSites`. Tensors are on ``device``.
-        find: See :data:`FindSites`. Over layers that it knows the walk goes without measuring moments.
+        finished: See :data:`FinishedSites`. Over such layers the walk goes without measuring moments.
         scratch: Folder for activations: two samples' worth of what a layer passes on, times the samples.
+        work: Where the walk's state after each step is kept, and found again when their layers are finished;
+            its key covers model and feeds. Not with activations on a GPU: then the walk goes over all again.
+        key: What the state depends on besides, for :class:`zqfp_compile.work_folder.WorkFolder`.
         cross: Also run the original model beside it, for the mixed moments.
         device: ``cpu`` or ``cuda``.
         in_torch: Whether torch computes what lies between the layers, in float32, or ONNX Runtime. By default
@@ -102,9 +112,16 @@ def walk(
     picks = [np.sort(random.uniform(0.0, 0.999, per_run)) for _ in feeds]
     with ExitStack() as stack:
         room = torch.cuda.mem_get_info()[0] // 4 if device == "cuda" else 0
-        caches = [ActivationCache(scratch, gpu_bytes=room) for _ in range(2 if cross else 1)]
+        kept = None if work is None or room else _Kept(work, key)
+        place = scratch if kept is None else kept.folder
+        caches = [
+            ActivationCache(place / f"activations-{index}", gpu_bytes=room, keep=kept is not None)
+            for index in range(2 if cross else 1)
+        ]
         streams = [_Stream(feeds, stack.enter_context(cache)) for cache in caches]
-        state = _Walk(model, graph_model, plan, parts, quantize, find, device, in_torch, streams, picks)
+        state = _Walk(
+            model, graph_model, plan, parts, quantize, finished, device, in_torch, streams, picks, kept
+        )
         with torch.inference_mode():
             state.run(progress)
     tokens = sum(int(feed["input_ids"].size) for feed in feeds if "input_ids" in feed)
@@ -153,22 +170,52 @@ class _Walk:
     plan: QuantPlan
     parts: Partition
     quantize: QuantizeSites
-    find: FindSites
+    finished: FinishedSites
     device: str
     in_torch: bool
     streams: Sequence[_Stream]
     picks: Sequence[npt.NDArray[np.float64]]
+    kept: _Kept | None = None
     ranges: dict[str, float] = field(default_factory=dict)
     rows: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def run(self, progress: Progress) -> None:
         steps = self.parts.steps
         visited: _Visited | None = None
+        begin = self._restore()
         for index, step in enumerate(steps):
+            if index < begin:
+                continue
             progress(index, len(steps), step.sites[0].name)
-            self._advance(index, visited)
+            if index > begin or not self.ranges:
+                self._advance(index, visited)
             visited = self._visit(step, self._survey(step))
+            self._commit(index)
         progress(len(steps), len(steps), "")
+
+    def _commit(self, index: int) -> None:
+        """Keep the state after a step."""
+        if self.kept is None:
+            return
+        name = self.parts.steps[index].activation
+        self.kept.keep(index, self.ranges[name], self.rows[name])
+        for stream in self.streams:
+            stream.cache.commit(self.kept.state(index))
+
+    def _restore(self) -> int:
+        """Return the index of the step to begin with; one that is done but for its linears is done again."""
+        if self.kept is None:
+            return 0
+        states = {stream.cache.restore() for stream in self.streams}
+        step = self.kept.step(states)
+        if step is None or not all(self.finished(item.sites) for item in self.parts.steps[: step + 1]):
+            for stream in self.streams:
+                stream.cache.clear()
+            return 0
+        for index in range(step + 1):
+            name = self.parts.steps[index].activation
+            self.ranges[name], self.rows[name] = self.kept.find(index)
+        return step
 
     def _advance(self, index: int, visited: _Visited | None) -> None:
         """Compute the linears of the last step and the segment behind them, for every sample."""
@@ -228,9 +275,8 @@ class _Walk:
         weights = [
             torch.from_numpy(read_weight(self.model, site.weight)).to(self.device) for site in step.sites
         ]
-        replacements = self.find(step.sites, weights)
-        if replacements is None:
-            replacements = self.quantize(step.sites, weights, self._measure(step, quantizer))
+        moments = None if self.finished(step.sites) else self._measure(step, quantizer)
+        replacements = self.quantize(step.sites, weights, moments)
         for site, weight, replacement in zip(step.sites, weights, replacements, strict=True):
             if site.output not in step.computed:
                 continue
@@ -244,6 +290,46 @@ class _Walk:
             new = QuantizedLinear(replacement.to(self.device), row, dtype, self.plan.activation_format)
             layers.append((site.output, original, new))
         return _Visited(step, quantizer, layers)
+
+
+class _Kept:
+    """What of a walk outlives its process: activations, and per step range and rows.
+
+    Activations are not flushed to the disk, so after a restart of the machine they do not count.
+    """
+
+    def __init__(self, work: WorkFolder, key: str) -> None:
+        self._work = work
+        self._name = f"walk-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        self.folder = work.path / self._name
+
+    def keep(self, index: int, peak: float, rows: npt.NDArray[np.float32]) -> None:
+        self._work.keep(f"{self._name}-{index}", [np.array(peak), rows])
+
+    def find(self, index: int) -> tuple[float, npt.NDArray[np.float32]]:
+        found = self._work.find(f"{self._name}-{index}")
+        assert found is not None  # step() has looked
+        return float(found[0]), found[1]
+
+    def state(self, index: int) -> str:
+        return f"{index} {_boot()}"
+
+    def step(self, states: set[str | None]) -> int | None:
+        """Return the step that all streams are at; ``None`` when they are not at one, or it is lost."""
+        if len(states) != 1 or None in states:
+            return None
+        index, _, boot = str(*states).partition(" ")
+        found = boot == _boot() and all(
+            self._work.find(f"{self._name}-{earlier}") is not None for earlier in range(int(index) + 1)
+        )
+        return int(index) if found else None
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 class _Session:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from zqfp_compile.errors import UsageError
-from zqfp_compile.estimate import worker_bytes
+from zqfp_compile.estimate import job_bytes
 from zqfp_compile.memory import available_memory
 from zqfp_compile.parallel.executor import Executor, InProcess
 from zqfp_compile.parallel.processes import Processes
@@ -45,7 +45,7 @@ class Workers:
         if sum(sizes) < WORTH_PROCESSES:
             return 1
         available = available_memory()
-        fit = cores() if available is None else available // worker_bytes(max(sizes))
+        fit = cores() if available is None else available // job_bytes(max(sizes))
         return max(1, min(cores(), fit))
 
     @contextmanager

@@ -42,6 +42,7 @@ def _walk(run: Compilation) -> None:
             run.store,
             run.samples.feeds,
             scratch=run.folder.scratch,
+            work=run.work,
             device=torch_device(run.recipe.device),
             seed=run.recipe.seed,
             progress=run.reporter.update,
