@@ -45,11 +45,14 @@ $(OPTIMUM_VENV)/.ready: models/requirements-optimum.txt
 $(OPTIMUM_MODELS)/gpt2-float16/model.onnx: models/export_tiny_optimum.py models/tiny_models.py $(OPTIMUM_VENV)/.ready
 	$(OPTIMUM_VENV)/bin/python models/export_tiny_optimum.py --output $(OPTIMUM_MODELS)
 
+# A file's tests share expensive fixtures, so they stay in one process.
+PYTEST_PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: $(READY) $(DEMO_MODEL)/model.onnx optimum-models
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_PROCESSES)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(PYTEST_PROCESSES) -m 'not slow'
 
 # Engines that run, wherever TensorRT or TensorRT-RTX, a GPU and torch for CUDA are; the file is worth sending back.
 TENSORRT_PYTHON ?= $(BIN)/python
