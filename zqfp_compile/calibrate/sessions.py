@@ -14,6 +14,7 @@ from torch.utils.dlpack import from_dlpack
 
 from zqfp_compile.backends.ort import create_session, import_onnxruntime, is_large
 from zqfp_compile.errors import ModelError
+from zqfp_compile.memory import return_large_blocks
 
 Array = npt.NDArray[Any]
 
@@ -38,12 +39,15 @@ def open_model(model: ir.Model, providers: Sequence[str] = ("CPUExecutionProvide
             "save the model with its data in one"
         )
     content = ir.to_proto(model).SerializeToString()
+    large = is_large(model)
+    if large:
+        return_large_blocks()
     try:
         return create_session(
             content,
             providers=providers,
             external_data=next(iter(folders)).resolve() if folders else None,
-            low_memory=is_large(model),
+            low_memory=large,
         )
     except Exception as error:
         raise _ort_error("open", error) from error
