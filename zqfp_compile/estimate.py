@@ -76,13 +76,22 @@ def estimate(
         phases.append(2 * _session_bytes(weights, sizes, recipe.eval_length))
     stored = sum(_stored_bytes(plan, site) for site in plan.linears)
     artifact = weights - sum(_original_bytes(model, plan)) + stored
-    runs = builds or recipe.evaluate
-    lowered = artifact - stored + sum(sizes) if runs else 0
-    engine = lowered if recipe.target.startswith("tensorrt") or "engine-onnx" in recipe.emit else 0
+    lowered = artifact - stored + sum(sizes)  # with weights in FP8
+    forms = [
+        builds or recipe.evaluate,
+        recipe.target.startswith("tensorrt") or "engine-onnx" in recipe.emit,
+        "onnxruntime" in recipe.emit and recipe.target != "onnxruntime",
+    ]
+    emitted = artifact if "fp4" in recipe.emit else 0
     rows = 4 * _ROWS * sum({site.activation: site.k for site in plan.linears}.values())
     return Estimate(
         memory_bytes=_BASE + rows + max(phases),
-        disk_bytes=stored + artifact + lowered + engine + rows + _activation_bytes(plan, recipe),
+        disk_bytes=stored
+        + artifact
+        + sum(forms) * lowered
+        + emitted
+        + rows
+        + _activation_bytes(plan, recipe),
         seconds=_seconds(sum(sizes), plan, recipe, tokens, processes, cores),
     )
 
