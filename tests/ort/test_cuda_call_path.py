@@ -16,20 +16,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from rewrite_models import Case, artifact
+from rewrite_models import HOST_CASES, Case, artifact
 
 from passes.lower_weights_plugin import LowerWeightsPlugin
 from passes.remove_unused import RemoveUnused
 
 pytest.importorskip("onnxruntime")
 
-F16 = ir.DataType.FLOAT16
-CASES = [
-    Case(group_size=64, dtype=F16, n=72, k=80),
-    Case(group_size=32, dtype=F16, n=96, k=144, per_token=True),
-    Case(group_size=128, dtype=F16, n=72, k=208, lorc=True, rank=16),
-    Case(group_size=64, dtype=F16, n=72, k=80, lorc=True, rank=12, per_token=True),
-]
 
 # argv: library, model, device library folder is on LD_LIBRARY_PATH; x of growing, then shrinking, batches.
 SCRIPT = """
@@ -93,7 +86,7 @@ def run(library: Path, model: ir.Model, k: int, tmp_path: Path, **environment: s
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", HOST_CASES, ids=str)
 def test_arguments_arrive_where_they_belong(case, fakes, make, tmp_path):
     model = lowered(case)
     got = run(fakes / "ops.so", model, case.k, tmp_path, LD_LIBRARY_PATH=str(fakes))
@@ -119,9 +112,9 @@ def test_a_layer_of_floats_is_refused_when_the_session_opens(fakes, tmp_path):
 def test_the_missing_kernels_are_named(fakes, tmp_path):
     alone = tmp_path / "ops.so"
     alone.write_bytes((fakes / "ops.so").read_bytes())
-    refused("make kernels", alone, lowered(CASES[0]), 80, tmp_path)
+    refused("make kernels", alone, lowered(HOST_CASES[0]), 80, tmp_path)
     elsewhere = {"ZQFP_LIBRARY": str(fakes / "libzqfp.so"), "LD_LIBRARY_PATH": str(fakes)}
-    assert "y" in run(alone, lowered(CASES[0]), 80, tmp_path, **elsewhere)
+    assert "y" in run(alone, lowered(HOST_CASES[0]), 80, tmp_path, **elsewhere)
 
 
 def test_no_driver_is_an_error_of_the_run(fakes, tmp_path):
@@ -129,16 +122,16 @@ def test_no_driver_is_an_error_of_the_run(fakes, tmp_path):
     library.mkdir()
     for name in ("ops.so", "libzqfp.so"):
         (library / name).write_bytes((fakes / name).read_bytes())
-    got = run(library / "ops.so", lowered(CASES[0]), 80, tmp_path)
+    got = run(library / "ops.so", lowered(HOST_CASES[0]), 80, tmp_path)
     assert "no CUDA driver" in got.get("error", "there is a driver here: no CUDA driver")
 
 
 def test_a_workspace_does_not_grow_inside_a_captured_graph(fakes, tmp_path):
     environment = {"LD_LIBRARY_PATH": str(fakes), "FAKE_CAPTURING": "1"}
-    refused("run once with", fakes / "ops.so", lowered(CASES[0]), 80, tmp_path, **environment)
+    refused("run once with", fakes / "ops.so", lowered(HOST_CASES[0]), 80, tmp_path, **environment)
 
 
 def test_what_libzqfp_refuses_is_said_in_its_words(fakes, tmp_path):
     environment = {"LD_LIBRARY_PATH": str(fakes), "FAKE_REFUSAL": "not today"}
     says = "zqfp: PackedW4A8Linear: not today"
-    refused(says, fakes / "ops.so", lowered(CASES[0]), 80, tmp_path, **environment)
+    refused(says, fakes / "ops.so", lowered(HOST_CASES[0]), 80, tmp_path, **environment)

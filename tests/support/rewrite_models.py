@@ -56,6 +56,15 @@ class Case:
         return "plain" if not self.lorc else "lorc8" if self.lorc_fp8 else "lorc"
 
 
+# What the kernel's hosts are called with on the CPU: its group sizes, padded N and K, LoRC of any rank.
+HOST_CASES = [
+    Case(group_size=64, dtype=ir.DataType.FLOAT16, n=72, k=80),
+    Case(group_size=32, dtype=ir.DataType.FLOAT16, n=96, k=144, per_token=True),
+    Case(group_size=128, dtype=ir.DataType.FLOAT16, n=72, k=208, lorc=True, rank=16),
+    Case(group_size=64, dtype=ir.DataType.FLOAT16, n=72, k=80, lorc=True, rank=12, per_token=True),
+]
+
+
 def float_model(case: Case) -> ir.Model:
     """``q = x @ Wq`` (MatMul) and ``v = x @ Wv^T + beta * C`` (Gemm, transB), x [batch, K]."""
     rng = np.random.default_rng(case.seed)

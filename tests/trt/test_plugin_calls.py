@@ -10,18 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from rewrite_models import Case, artifact, float_model, reference
+from rewrite_models import HOST_CASES, Case, artifact, float_model, reference
 
 from passes.lower_weights_plugin import LowerWeightsPlugin
 from passes.remove_unused import RemoveUnused
 
-F16 = ir.DataType.FLOAT16
-CASES = [
-    Case(group_size=64, dtype=F16, n=72, k=80),
-    Case(group_size=32, dtype=F16, n=96, k=144, per_token=True),
-    Case(group_size=128, dtype=F16, n=72, k=208, lorc=True, rank=16),
-    Case(group_size=64, dtype=F16, n=72, k=80, lorc=True, rank=12, per_token=True),
-]
 ROWS = 5
 
 
@@ -109,7 +102,7 @@ def lowered(case: Case) -> tuple[ir.Model, object]:
 
 
 @pytest.mark.parametrize("layer", ["attn.q", "attn.v"])  # without and with a bias
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", HOST_CASES, ids=str)
 def test_tensors_arrive_where_they_belong(case, layer, enqueue, tmp_path):
     model, plan = lowered(case)
     x = np.random.default_rng(0).standard_normal((ROWS, case.k)).astype(np.float16)
@@ -121,14 +114,14 @@ def test_tensors_arrive_where_they_belong(case, layer, enqueue, tmp_path):
 
 
 def test_a_refusal_is_said_and_ends_the_run(enqueue):
-    model, _ = lowered(CASES[0])
+    model, _ = lowered(HOST_CASES[0])
     x = np.zeros((ROWS, 80), np.float16)
     result = enqueue(model, "attn.q", x, FAKE_REFUSAL="not today")
     assert (result.returncode, result.stderr) == (1, "PackedW4A8Linear: zqfp: launch: not today\n")
 
 
 def test_missing_kernels_are_named(enqueue, tmp_path):
-    model, _ = lowered(CASES[0])
+    model, _ = lowered(HOST_CASES[0])
     result = enqueue(
         model, "attn.q", np.zeros((ROWS, 80), np.float16), ZQFP_LIBRARY=str(tmp_path / "none.so")
     )
