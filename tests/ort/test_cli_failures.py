@@ -296,12 +296,23 @@ def test_gate(refused: Refused) -> None:
     )
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--builder-timeout", "1"), ("--builder-memory-gb", "0.1")])
+def _slow_builder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the builder's process start late: a fast machine builds a tiny engine in less than a second."""
+    folder.mkdir()
+    late = "import sys, time\nif 'zqfp_compile.backends' in ' '.join(sys.orig_argv):\n"
+    (folder / "sitecustomize.py").write_text(
+        late + "    print('late', flush=True)\n    time.sleep(60)\n", encoding="utf-8"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--builder-timeout", "3"), ("--builder-memory-gb", "0.1")])
 def test_builder_limits(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str, value: str
 ) -> None:
     """The line names the flag to change and the log that tells more."""
     pytest.importorskip("tensorrt_rtx")
+    _slow_builder(tmp_path.parent / f"{tmp_path.name}-slow", monkeypatch)
     logs = tmp_path.parent / f"{tmp_path.name}-logs"
     logs.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(logs))
