@@ -29,9 +29,9 @@ TENSORS: dict[str, tuple[bool, str, tuple[int, ...]]] = {
 }
 PREFILL = {
     "input_ids": ((1, 1), (1, 16), (1, 32)),
-    "past_key_values.0.key": ((1, 1, 0, 1),) * 2 + ((1, 1, 40, 1),),
+    "past_key_values.0.key": ((1, 1, 0, 1),) * 2 + ((1, 1, 64, 1),),
 }
-DECODE = {"input_ids": ((1, 1),) * 3, "past_key_values.0.key": ((1, 1, 0, 1), (1, 1, 16, 1), (1, 1, 60, 1))}
+DECODE = {"input_ids": ((1, 1),) * 3, "past_key_values.0.key": ((1, 1, 0, 1), (1, 1, 16, 1), (1, 1, 90, 1))}
 
 
 class FakeContext:
@@ -169,6 +169,12 @@ def test_tokens_through_the_cache(library: FakeEngine, file: Path) -> None:
     assert library.used == [0] + [1] * 19
 
 
+def test_a_prompt_longer_than_the_profiles_goes_in_pieces(library: FakeEngine, file: Path) -> None:
+    prompt = [3, 1, 4, 1, 5] * 15
+    assert list(Engine.load(file).generate_tokens(prompt, max_new_tokens=3)) == expected(prompt, 3)
+    assert library.used[:3] == [0, 0, 0]
+
+
 def test_run_takes_and_gives_arrays_of_a_kind(library: FakeEngine, file: Path) -> None:
     engine = Engine.load(file)
     past = np.array([7, 8], np.float16).reshape(1, 1, 2, 1)
@@ -184,9 +190,10 @@ def test_run_takes_and_gives_arrays_of_a_kind(library: FakeEngine, file: Path) -
 def test_what_does_not_fit_is_said(library: FakeEngine, file: Path) -> None:
     engine = Engine.load(file)
     with pytest.raises(
-        UsageError, match=r"no optimization profile takes input_ids \[1, 33\], past"
+        UsageError,
+        match=r"no optimization profile takes input_ids \[1, 4\], past_key_values.0.key \[1, 1, 96, 1\]",
     ) as caught:
-        list(engine.generate_tokens([1] * 33))
+        list(engine.generate_tokens([1] * 100))
     assert "--min/opt/max-shapes" in str(caught.value)
     file.write_bytes(b"other")
     with pytest.raises(ModelError, match=r"cannot be loaded by tensorrt 11\.0 on Pretend GPU"):

@@ -63,6 +63,30 @@ def test_greedy_is_transformers_greedy(family: str, tiny_model: TinyModel, model
     assert len(seen) >= 10, "a model that repeats one token shows nothing"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_long_prompt_goes_in_pieces(
+    family: str, tiny_model: TinyModel, models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of one piece is behind the next; the last piece is shorter."""
+    from tiny_models import make_model
+
+    monkeypatch.setattr("zqfp_compile.runtime.decoding.PREFILL_TOKENS", 30)
+    engine = Engine.load(tiny_model(family).parent, device="cpu")
+    tokens = np.random.default_rng(5).integers(0, 320, 100).tolist()
+    steps: list[int] = []
+    take = engine._session.take
+
+    def counted(spec: Any, array: Any) -> Any:
+        if spec.name == "input_ids":
+            steps.append(array.shape[1])
+        return take(spec, array)
+
+    monkeypatch.setattr(engine._session, "take", counted)
+    found = list(engine.generate_tokens(tokens, max_new_tokens=12))
+    assert found == of_transformers(make_model(family), tokens, 12)
+    assert steps == [30, 30, 30, 10] + [1] * 11
+
+
 def test_the_end_token_ends(tiny_model: TinyModel, llama: Path, models_folder: Path) -> None:
     """One number or a list, out of generation_config.json before config.json, as in transformers."""
     from tiny_models import make_model

@@ -65,6 +65,10 @@ class OrtSession:
         raw = content.view(f"u{content.dtype.itemsize}")
         return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, int(spec.dtype))
 
+    def largest(self, spec: InputSpec, axis: int) -> int | None:
+        """See :class:`Session`: the runtime sets no limit."""
+        return None
+
     def execute(self, feed: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         """See :class:`Session`."""
         binding = self._session.io_binding()

@@ -34,6 +34,9 @@ class Session(Protocol):
             UsageError: When element type, rank or a fixed dimension differ from the input's.
         """
 
+    def largest(self, spec: InputSpec, axis: int) -> int | None:
+        """Return the most elements an input may have along a dynamic axis, or ``None`` for any number."""
+
     def execute(self, feed: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         """Run on a value per input; return the values of the outputs ``names``.
 

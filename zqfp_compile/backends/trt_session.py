@@ -64,6 +64,13 @@ class TrtSession:
         check_fits(spec, tensor)
         return tensor.contiguous().to("cpu" if self._on_host(spec.name) else self.device)
 
+    def largest(self, spec: InputSpec, axis: int) -> int | None:
+        """See :class:`Session`: the profiles limit it."""
+        profiles = range(self._engine.num_optimization_profiles)
+        return max(
+            int(self._engine.get_tensor_profile_shape(spec.name, index)[2][axis]) for index in profiles
+        )
+
     def execute(self, feed: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, torch.Tensor]:
         """See :class:`Session`; the results are ready for whatever torch's current stream does next."""
         stream = torch.cuda.current_stream()

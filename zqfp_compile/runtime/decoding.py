@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from zqfp_compile.backends.session import Session
 from zqfp_compile.calibrate.causal_lm import CausalLm
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.runtime.sampling import Logits, Picker
+
+# Longer prompts go in pieces of so many tokens: attention's memory grows with the square of a piece.
+PREFILL_TOKENS = 2048
 
 
 def causal_lm(session: Session) -> CausalLm:
@@ -58,12 +62,12 @@ def generate_tokens(
     """
     logits_spec = next(spec for spec in session.outputs if spec.name == interface.logits)
     rows = interface.batch_size or 1
-    step = interface.sequence_length
+    piece = _piece(session, interface)
     cache = {item.spec.name: session.take(item.spec, item.empty(rows)) for item in interface.past}
     names = [interface.logits, *(str(item.present) for item in interface.past)]
     text, done = list(prompt), 0  # the cache holds the first ``done`` tokens
     while True:
-        end = len(text) if step is None else done + step
+        end = min(len(text), done + piece)
         feed = interface.step_inputs(np.array([text[done:end]] * rows), done)
         outputs = session.execute(_values(session, feed) | cache, names)
         if interface.past:
@@ -73,6 +77,14 @@ def generate_tokens(
             logits = session.to_numpy(logits_spec, outputs[interface.logits])[0, -1]
             text.append(pick(_checked(session, logits)))
             yield text[-1]
+
+
+def _piece(session: Session, interface: CausalLm) -> int:
+    """How many tokens go into one step; without a cache all of them must."""
+    if not interface.past:
+        return sys.maxsize
+    limit = interface.sequence_length or session.largest(interface.input_ids, axis=1)
+    return PREFILL_TOKENS if limit is None else min(PREFILL_TOKENS, limit)
 
 
 def _values(session: Session, feed: dict[str, Any]) -> dict[str, Any]:
