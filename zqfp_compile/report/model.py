@@ -63,11 +63,15 @@ class SizeReport:
         original_bytes: The model that was given, as it was given.
         original_fp16_bytes: The same weights if every float tensor were stored in 16 bits.
         compiled_bytes: ``model.zqfp.onnx`` and its data.
+        linear_bytes: Of those, the codes and scales of the rewritten layers.
+        lorc_bytes: And their LoRC factors.
     """
 
     original_bytes: int | None = None
     original_fp16_bytes: int | None = None
     compiled_bytes: int | None = None
+    linear_bytes: int | None = None
+    lorc_bytes: int | None = None
 
     @property
     def ratio(self) -> float | None:
