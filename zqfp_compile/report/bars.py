@@ -13,6 +13,7 @@ from zqfp_compile.report.svg import box, label, picture
 from zqfp_compile.report.units import format_bytes, format_number
 
 _ROW_PX, _TEXT_PX, _BAR_PX = 42, 13, 14
+_THINNEST = 0.3  # percent: what is there can be seen
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def bar_plot(title: str, bars: Sequence[Bar]) -> Markup:
         top, x = i * _ROW_PX, 0.0
         content += [label(0, top + _TEXT_PX, bar.name, "start"), label(100, top + _TEXT_PX, bar.text, "end")]
         for part in bar.parts:
-            width = 100.0 * part.value / longest
+            width = max(_THINNEST, 100.0 * part.value / longest)
             content.append(box(part.kind, x, top + 20, width, _BAR_PX, f"{bar.name}: {part.name}"))
             x += width
     words = "; ".join(f"{bar.name}: {bar.text}" for bar in bars)

@@ -130,7 +130,8 @@ def count_plot(counts: Sequence[tuple[int, int]], what: str, name: str, *, power
     for i, (value, count) in enumerate(counts):
         tall = _HEIGHT * count / top
         share = f"{f'2^{value}' if powers else value}: {count:,} ({100.0 * count / total:.1f}%)"
-        parts.append(box("original", (i + 0.1) * width, _HEIGHT - tall, 0.8 * width, tall, share))
+        if count:
+            parts.append(box("original", (i + 0.1) * width, _HEIGHT - tall, 0.8 * width, tall, share))
         words.append(share)
         if i % every == 0:
             parts.append(_tick((i + 0.5) * width, f"{value}".replace("-", "−")))
