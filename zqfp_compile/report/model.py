@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zqfp_compile.estimate import Estimate
+if TYPE_CHECKING:  # reading a report back must not load onnx_ir
+    from zqfp_compile.estimate import Estimate
 
 SCHEMA_VERSION = 1
 
