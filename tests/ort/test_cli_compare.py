@@ -107,7 +107,9 @@ def test_tables_without_a_terminal_are_plain(runs: Runs) -> None:
 
 def test_tables_on_a_terminal_are_styled(runs: Runs) -> None:
     ours, theirs = pty.openpty()
-    subprocess.run([*COMPARE, *runs], stdout=theirs, check=True, env={**os.environ, "TERM": "xterm-256color"})
+    subprocess.run(
+        [*COMPARE, *runs], stdout=theirs, check=True, timeout=60, env={**os.environ, "TERM": "xterm-256color"}
+    )
     os.close(theirs)
     assert b"\x1b[1m" in os.read(ours, 1 << 16)
     os.close(ours)
