@@ -11,7 +11,7 @@ import pytest
 from sample_reports import EVIL, full_report, histogram, hostile_report, layers, mixed_report
 
 from zqfp_compile.recipe import Recipe
-from zqfp_compile.report import heat_map, histograms, html, json_report, units
+from zqfp_compile.report import bars, heat_map, histograms, html, json_report, units
 from zqfp_compile.report.model import (
     CertificateReport,
     EngineReport,
@@ -20,6 +20,7 @@ from zqfp_compile.report.model import (
     LogitsReport,
     Perplexity,
     Report,
+    SizeReport,
 )
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -212,6 +213,17 @@ def test_page_shows_the_numbers_with_units():
         assert part in text, part
 
 
+def test_options_that_were_changed_come_first():
+    """And short steps do not hide the long ones."""
+    report = full_report(
+        recipe=Recipe(group_size=32).to_dict(), seconds={"load": 0.5, "tidy": 0.1, "engine": 99.0}
+    )
+    page = Page(html.render_html(report)).text
+    recipe = page[page.index("Recipe") :]
+    assert recipe.startswith("Recipe group-size 32 All 39 options in force")
+    assert "2 shorter steps, in the total" not in page and "1 shorter steps, in the total" in page
+
+
 def test_page_is_one_file_without_scripts_or_links():
     page = html.render_html(full_report(), [histogram()])
     assert not [tag for tag, _ in Page(page).tags if tag in ("script", "link", "img", "iframe", "object")]
@@ -276,6 +288,51 @@ def test_failures_are_alerts_at_the_top():
 def test_a_certificate_that_checked_nothing_is_an_alert():
     text = Page(html.render_html(full_report(certificate=CertificateReport(0, 0)))).text
     assert "The certificate failed: no layer was compared" in text
+
+
+# --- the plots
+
+
+def test_bytes_are_split_by_what_they_hold():
+    parts = bars.compiled_parts(SizeReport(None, 200, 100, 50, 20))
+    assert [(part.kind, part.value) for part in parts] == [("compiled", 50), ("lorc", 20), ("rest", 30)]
+    assert [part.value for part in bars.compiled_parts(SizeReport(None, 200, 100))] == [100]
+    without_lorc = bars.compiled_parts(SizeReport(None, 200, 100, 50, 0))
+    assert [part.kind for part in without_lorc] == ["compiled", "rest"]
+
+
+def test_bars_are_on_one_scale():
+    engine = EngineReport("onnxruntime", "asked for", "onnxruntime.onnx", 400_000)
+    plot = bars.size_plot(SizeReport(None, 200_000, 100_000, 50_000, 20_000), engine)
+    widths = re.findall(r'<rect class="(\w+)" x="[\d.]+%" y="[\d.]+" width="([\d.]+)%"', str(plot))
+    assert [(kind, float(width)) for kind, width in widths] == [
+        ("original", 50),
+        ("compiled", 12.5),
+        ("lorc", 5),
+        ("rest", 7.5),
+        ("engine", 100),
+    ]
+    words = "Original, 16 bits: 200.0 kB; Compiled: 100.0 kB; Engine: 400.0 kB"
+    assert f"<title>Bytes before and after</title><desc>{words}</desc>" in str(plot)
+
+
+@pytest.mark.parametrize("values", [(None, 20.0), (20.0, None), (float("inf"), 20.0), (0.0, 20.0)])
+def test_a_perplexity_that_cannot_be_compared_is_no_plot(values):
+    assert bars.perplexity_plot(Perplexity(*values, "text", 3)) is None
+    Page(html.render_html(full_report(perplexity=Perplexity(*values, "text", 3))))
+
+
+def test_nothing_measured_is_no_plot():
+    assert bars.size_plot(SizeReport(), None) is None
+    assert bars.perplexity_plot(None) is None
+    assert heat_map.heat_map(Report("model.onnx", {}).layers, heat_map.SQNR) is None
+
+
+def test_rows_keep_the_graphs_order_where_layers_are_left_out():
+    made = [LayerReport(f"m.layers.{b}.{kind}", 1, 1, True, sqnr_db=20.0) for b in (0, 1) for kind in "qkv"]
+    made[0] = LayerReport("m.layers.0.q", 1, 1, False, "kept in float")
+    heat = heat_map.heat_map(made, heat_map.SQNR)
+    assert heat is not None and [row.label for row in heat.rows] == ["q", "k", "v"]
 
 
 # --- the heat map and histograms

@@ -34,13 +34,13 @@ def _texts(root: Path) -> Iterator[tuple[str, str | None]]:
     for path in sorted((*root.glob("zqfp_compile/**/*.py"), *root.glob("passes/*.py"))):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         raised: dict[ast.AST, str] = {}
+        docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 name = ast.unparse(node.exc.func)
                 raised.update(dict.fromkeys(ast.walk(node.exc), name))
         for node in ast.walk(tree):
-            text = _text(node)
-            if text:
+            if node not in docstrings and (text := _text(node)):
                 yield text, raised.get(node)
 
 

@@ -51,12 +51,15 @@ def bar_plot(title: str, bars: Sequence[Bar]) -> Markup:
 
 def perplexity_plot(found: Perplexity | None) -> Markup | None:
     """Original against compiled; ``None`` when one of them was not measured."""
-    if found is None or found.increase_percent is None or not math.isfinite(found.increase_percent):
+    if found is None:
         return None
     bars = [
-        Bar(name, format_number(value, 3), (Part(name.lower(), format_number(value, 3), value or 0.0),))
+        Bar(name, format_number(value, 3), (Part(name.lower(), format_number(value, 3), value),))
         for name, value in (("Original", found.original), ("Compiled", found.compiled))
+        if value is not None and math.isfinite(value) and value > 0
     ]
+    if len(bars) < 2:
+        return None
     return bar_plot("Perplexity before and after, lower is better", bars)
 
 
