@@ -197,6 +197,16 @@ def test_nothing_from_a_hostile_model_becomes_an_element(browser: Browser, pages
     assert browser.execute_script("return document.querySelector('h1').textContent") == EVIL
 
 
+def test_a_foreign_address_is_refused_and_seen(browser: Browser, pages: dict[str, Path]) -> None:
+    page = pages["bare"].with_name("foreign.html")
+    picture = '<img src="http://127.0.0.1:9/x.png"><h1>'
+    page.write_text(pages["bare"].read_text(encoding="utf-8").replace("<h1>", picture), encoding="utf-8")
+    browser.get_log("performance")
+    browser.get(page.as_uri())
+    (entry,) = browser.get_log("browser")
+    assert "Content Security Policy" in entry["message"]
+
+
 @pytest.mark.parametrize(
     ("broken", "found"),
     [
