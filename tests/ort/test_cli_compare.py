@@ -180,6 +180,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "no layers": (_with(layers={}), 3, "layers is not a list"),
     "a layer": (_with(layers=[{"name": 3, "rewritten": True}]), 3, "layers.0.name is not text"),
     "an option": (_with(recipe={"min_shapes": {"x": 5}}), 3, "recipe.min_shapes is not an option"),
+    "an infinite option": (
+        _text('{"schema_version": 1, "layers": [], "recipe": {"seed": [1e999]}}'),
+        3,
+        "recipe.seed is not an option",
+    ),
     "a name": (_with(recipe={"\x1b[2J": {"x": 5}}), 3, "a value is not an option"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,11 +82,10 @@ class StoredReport:
         """
         options = self._mapping(self.values.get("recipe") or {}, "recipe")
         for name, value in options.items():
-            lists = list(value.values()) if isinstance(value, dict) else [value]
+            lists = value.values() if isinstance(value, dict) else [value]
             if isinstance(value, dict) and not all(isinstance(item, list) for item in lists):
                 self._refuse(f"recipe.{name}", "an option")
-            scalars = [part for item in lists for part in (item if isinstance(item, list) else [item])]
-            if any(isinstance(part, (list, dict)) for part in scalars):
+            if not all(_is_scalar(part) for item in lists for part in _as_list(item)):
                 self._refuse(f"recipe.{name}", "an option")
         return options
 
@@ -170,3 +170,13 @@ class StoredReport:
     def _refuse(self, place: str, wanted: str) -> NoReturn:
         shown = place if place.isprintable() and len(place) < 100 else "a value"
         raise ModelError(f"{self.path}: {shown} is not {wanted}; compile again")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_scalar(value: Any) -> bool:
+    return (
+        value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+    )
