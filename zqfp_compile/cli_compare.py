@@ -76,6 +76,7 @@ def _print(found: RunComparison, every_layer: bool) -> None:
         table.add_row(_plain(figure.name), write(figure.a), write(figure.b), _change(figure))
     console.print(table)
     if found.layers:
+        console.print("SQNR of each layer's output, the largest change first:")
         shown = found.layers if every_layer else found.layers[:_SHOWN_LAYERS]
         console.print(_layers(shown))
     else:
@@ -86,13 +87,13 @@ def _print(found: RunComparison, every_layer: bool) -> None:
 def _print_rest(console: PatientConsole, found: RunComparison, every_layer: bool) -> None:
     hidden = 0 if every_layer else max(0, len(found.layers) - _SHOWN_LAYERS)
     if hidden:
-        console.print(f"{hidden} more layers differ less; -v shows them.", style="dim")
+        console.print(f"Layers that differ less: {hidden}; -v shows them.", style="dim")
     if found.layers and found.equal_layers:
-        console.print(f"{found.equal_layers} layers are the same in both.", style="dim")
+        console.print(f"Layers that are the same in both: {found.equal_layers}.", style="dim")
 
 
 def _layers(layers: tuple[LayerDifference, ...]) -> Table:
-    table = _table("Layer", "Precision", ">SQNR A", ">SQNR B", ">change, dB")
+    table = _table("Layer", "Precision", ">A, dB", ">B, dB", ">change")
     for layer in layers:
         change = "–" if layer.change is None else f"{layer.change:+.1f}"
         numbers = (format_number(value, 1) for value in (layer.sqnr_a, layer.sqnr_b))
