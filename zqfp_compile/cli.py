@@ -71,18 +71,24 @@ def _pass_names() -> list[str]:
 
 
 QUANT, ENGINE, OUT, WORK = "Quantization", "Engine", "Output", "Work"
-CALIBRATION, EVALUATION = "Calibration", "Evaluation"
+CALIBRATION, EVALUATION, COMPARE = "Calibration", "Evaluation", "Comparison"
+_OF_EVERY_RUN = ("verbose", "quiet", "version")
 _NOT_IN_THE_RECIPE = (
-    *("model", "output", "recipe", "dump_after", "explain", "verbose", "quiet", "version"),
-    *("jobs", "cluster", "fresh"),
+    *("model", "output", "recipe", "dump_after", "explain", *_OF_EVERY_RUN),
+    *("jobs", "cluster", "fresh", "compare", "json_path"),
 )
 
 
 @app.command(epilog=EPILOG)
 def compile_command(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="ONNX model; external data beside it is found by itself.")
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="ONNX model; external data beside it is found by itself.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         _group(OUT, "Output folder (default: MODEL.zqfp beside it).", "-o", "--output", metavar="FOLDER"),
@@ -337,6 +343,18 @@ def compile_command(
         bool,
         _group(OUT, "Say for each linear layer why it was or was not rewritten.", "--explain", metavar=""),
     ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        _group(
+            COMPARE,
+            "Instead of a compile: what differs between two compiled folders.",
+            "--compare",
+            metavar="RUN1 RUN2",
+        ),
+    ] = None,
+    json_path: Annotated[
+        Path | None, _group(COMPARE, "Also write the comparison here.", "--json", metavar="FILE")
+    ] = None,
     verbose: Annotated[
         int,
         typer.Option(
@@ -360,6 +378,13 @@ def compile_command(
 ) -> None:
     """Compile an LLM in ONNX into a W4A8 floating-point model, an engine and an accuracy report."""
     options = dict(locals())
+    if compare is not None:
+        _compare(compare, json_path, options)
+        return
+    if json_path is not None:
+        raise UsageError("--json goes with --compare; a compile writes report.json into its folder")
+    if model is None:
+        raise UsageError("Missing argument 'MODEL'; see zqfp-compile --help")
     for name in _NOT_IN_THE_RECIPE:
         options.pop(name)
     merged = _merge(recipe, options)  # before the slow imports
@@ -382,6 +407,17 @@ def compile_command(
         reporter.stop()
     if not quiet:
         _print_summary(result.summary(), result.folder)
+
+
+def _compare(runs: tuple[Path, Path], json_path: Path | None, options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None and value is not False]
+    foreign = [name for name in given if name not in ("compare", "json_path", *_OF_EVERY_RUN)]
+    if foreign:
+        what = "MODEL" if foreign[0] == "model" else f"--{foreign[0].replace('_', '-')}"
+        raise UsageError(f"--compare takes two compiled folders and no {what}; leave it out")
+    from zqfp_compile.cli_compare import compare
+
+    compare(*runs, json_path=json_path, every_layer=options["verbose"] > 0, quiet=options["quiet"])
 
 
 def _print_summary(lines: list[str], folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,9 +13,10 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
+from zqfp_compile import json_file
 from zqfp_compile.cli import EPILOG, run
 from zqfp_compile.compare import Comparison, Gates, OutputComparison, compare_models
-from zqfp_compile.errors import AccuracyError, MissingDependencyError, UsageError
+from zqfp_compile.errors import AccuracyError
 from zqfp_compile.progress import ConsoleReporter, PatientConsole
 
 app = typer.Typer(add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -69,7 +69,7 @@ def validate_command(
     rtol: Annotated[
         float | None, typer.Option("--rtol", min=0, help="Relative part of the same.", rich_help_panel=GATES)
     ] = None,
-    json_file: Annotated[
+    json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write the result here.", rich_help_panel=OUT)
     ] = None,
     verbose: Annotated[
@@ -80,8 +80,7 @@ def validate_command(
     ] = False,
 ) -> None:
     """Compare two models, or a model and an engine, on the same inputs."""
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UsageError(f"--json {json_file}: its folder does not exist; create it first")
+    json_file.check_folder(json_path)
     reporter = ConsoleReporter(PatientConsole(stderr=True), -1 if quiet else verbose)
     try:
         result = compare_models(
@@ -101,8 +100,7 @@ def validate_command(
         reporter.warn(warning)
     if not quiet:
         _print(result, every_output=verbose > 0)
-    if json_file is not None:
-        _write(result, json_file)
+    json_file.write(result.to_dict(), json_path)
     if result.failures:
         more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
         raise AccuracyError(result.failures[0] + more)
@@ -162,16 +160,6 @@ def _optional(value: float | None, form: str) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
-
-
-def _write(result: Comparison, path: Path) -> None:
-    text = json.dumps(result.to_dict(), indent=2, allow_nan=False)
-    try:
-        path.write_text(text + "\n", encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise MissingDependencyError(
-            f"--json {path}: cannot be written ({error.strerror}); choose another file"
-        ) from error
 
 
 def main() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 from zqfp_compile.errors import UsageError
-from zqfp_compile.pass_base import Pass
+
+if TYPE_CHECKING:
+    from zqfp_compile.pass_base import Pass
 
 PASSES: dict[str, str] = {
     "strip-metadata": "passes.strip_metadata:StripMetadata",
@@ -36,6 +39,8 @@ def create_pass(name: str, **options: object) -> Pass:
     """
     if name not in PASSES:
         raise UsageError(f"no pass is called {name!r}; the passes are {', '.join(PASSES)}")
+    from zqfp_compile.pass_base import Pass  # names alone, for shell completion, need no onnx_ir
+
     module, _, class_name = PASSES[name].partition(":")
     cls = getattr(importlib.import_module(module), class_name)
     instance = cls(**options)

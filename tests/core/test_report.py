@@ -8,17 +8,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from sample_reports import EVIL, full_report, histogram, hostile_report, layers, mixed_report
 
 from zqfp_compile.recipe import Recipe
-from zqfp_compile.report import html, json_report, plots
+from zqfp_compile.report import bars, heat_map, histograms, html, json_report, units
 from zqfp_compile.report.model import (
-    AttentionReport,
-    CacheReport,
-    CalibrationReport,
     CertificateReport,
-    DistillationReport,
-    EmbeddingReport,
-    EngineProfile,
     EngineReport,
     LayerReport,
     LintReport,
@@ -28,62 +23,7 @@ from zqfp_compile.report.model import (
     SizeReport,
 )
 
-KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-KINDS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 VOID = {"meta", "br", "hr", "img", "input", "link"}
-
-
-def layers(blocks: int = 30) -> tuple[LayerReport, ...]:
-    made = [
-        LayerReport(f"model.layers.{b}.{kind}", 576, 1536, True, None, 30.0 - i - b / 10, 4.27)
-        for b in range(blocks)
-        for i, kind in enumerate(KINDS)
-    ]
-    return (*made, LayerReport("lm_head", 576, 49152, False, "output projection"))
-
-
-def full_report(**changes: object) -> Report:
-    shapes = {"input_ids": ((1, 1), (1, 128), (1, 2048))}
-    values: dict[str, object] = {
-        "model": "model.onnx",
-        "recipe": Recipe().to_dict(),
-        "layers": layers(),
-        "perplexity": Perplexity(20.0, 21.0, "built-in text", 20480),
-        "logits": LogitsReport(21.5, 0.994, 0.06, 0.871),
-        "bits_per_weight": 4.27,
-        "bits_per_weight_with_lorc": 4.94,
-        "size": SizeReport(538_000_000, 269_000_000, 123_740_000),
-        "engine": EngineReport(
-            "tensorrt-rtx",
-            "TensorRT-RTX imports here",
-            "tensorrt-rtx.engine",
-            194_300_000,
-            (EngineProfile("prefill", shapes, 210, 120), EngineProfile("decode", shapes, 210, 121)),
-            210,
-            120,
-            LintReport(True),
-        ),
-        "certificate": CertificateReport(210, 0),
-        "calibration": CalibrationReport("built-in text", 4096),
-        "distillation": DistillationReport(32768, 0.08125, 0.0575, 93.0),
-        "embeddings": (EmbeddingReport("embed_<tokens>", 320, 72, 46080, 24320, ("lm_head",), 32.0),),
-        "kv_cache": (CacheReport("past.0.key", "present.0.<key>", 0.0123),),
-        "attention": (AttentionReport("layers.0.self_attn", 0.5, 0.25, 0.125),),
-        "warnings": ("random tokens",),
-        "seconds": {"load": 0.42, "engine": 245.0},
-        "peak_rss_bytes": 3 * 2**30,
-        "versions": {"onnx": "1.23.2"},
-        **changes,
-    }
-    return Report(**values)  # type: ignore[arg-type]
-
-
-def histogram(name: str = "model.layers.0.mlp.down_proj") -> plots.Histogram:
-    weight = np.random.default_rng(0).normal(size=(32, 128)).astype(np.float32)
-    scales = np.abs(weight.reshape(32, 2, 64)).max(-1) / 7
-    codes = np.rint(weight.reshape(32, 2, 64) / scales[..., None]).astype(np.int8)
-    decoded = (codes * scales[..., None]).astype(np.float32).reshape(weight.shape)
-    return plots.layer_histogram(name, weight, decoded, scales, codes.reshape(32, 128))
 
 
 class Page(HTMLParser):
@@ -185,6 +125,8 @@ def test_what_was_not_measured_is_null():
         "original_bytes": None,
         "original_fp16_bytes": None,
         "compiled_bytes": None,
+        "linear_bytes": None,
+        "lorc_bytes": None,
         "ratio": None,
     }
 
@@ -271,6 +213,17 @@ def test_page_shows_the_numbers_with_units():
         assert part in text, part
 
 
+def test_options_that_were_changed_come_first():
+    """And short steps do not hide the long ones."""
+    report = full_report(
+        recipe=Recipe(group_size=32).to_dict(), seconds={"load": 0.5, "tidy": 0.1, "engine": 99.0}
+    )
+    page = Page(html.render_html(report)).text
+    recipe = page[page.index("Recipe") :]
+    assert recipe.startswith("Recipe group-size 32 All 39 options in force")
+    assert "2 shorter steps, in the total" not in page and "1 shorter steps, in the total" in page
+
+
 def test_page_is_one_file_without_scripts_or_links():
     page = html.render_html(full_report(), [histogram()])
     assert not [tag for tag, _ in Page(page).tags if tag in ("script", "link", "img", "iframe", "object")]
@@ -281,41 +234,23 @@ def test_page_is_one_file_without_scripts_or_links():
 
 def test_every_layer_is_a_cell_and_the_worst_are_marked():
     cells = Page(html.render_html(full_report())).cells()
-    assert len(cells) == 210
+    assert len(cells) == 2 * 210  # the error's map and the precision's
     assert sum("worst" in cell for cell in cells) == html.WORST_LAYERS
-    assert {cell.split()[0] for cell in cells} == {f"s{i}" for i in range(plots.SHADES)}
+    assert {cell.split()[0] for cell in cells} == {f"s{i}" for i in range(heat_map.SHADES)}
 
 
-EVIL = "</svg><script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+def test_mixed_precision_is_three_maps():
+    """Error of the rewritten layers, bits of all, ranks of the rewritten ones; one rank for all is no map."""
+    report = mixed_report()
+    page = html.render_html(report)
+    assert len(Page(page).cells()) == 2 * len(report.rewritten) + len(report.layers)
+    assert "model.layers.0.self_attn.q_proj: 4.27 bits, e2m1" in page
+    assert ": 16.00 bits, float" in page and ": rank 64" in page
+    assert ": rank" not in html.render_html(full_report())
 
 
 def test_untrusted_names_are_escaped_everywhere():
-    report = full_report(
-        model=EVIL,
-        layers=(
-            LayerReport(f"model.layers.0.{EVIL}", 8, 8, True, None, 20.0, 4.0),
-            LayerReport(f"other.layers.0.{EVIL}", 8, 8, True, None, 21.0, 4.0),
-            LayerReport(EVIL, 8, 8, False, EVIL),
-        ),
-        warnings=(EVIL,),
-        recipe={EVIL: [EVIL], "min_shapes": {EVIL: [1]}},
-        engine=EngineReport(
-            EVIL,
-            EVIL,
-            EVIL,
-            1,
-            (EngineProfile(EVIL, {EVIL: ((1,), (1,), (1,))}),),
-            0,
-            0,
-            LintReport(False, (EVIL,)),
-        ),
-        certificate=CertificateReport(1, 1, (EVIL,)),
-        perplexity=Perplexity(1.0, 1.0, EVIL, 1),
-        calibration=CalibrationReport(EVIL, 1),
-        seconds={EVIL: 1.0},
-        versions={EVIL: EVIL},
-    )
-    page = Page(html.render_html(report, [histogram(EVIL)]))
+    page = Page(html.render_html(hostile_report(), [histogram(EVIL)]))
     assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
     assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
     assert page.text.count("alert(1)") >= 15
@@ -355,12 +290,57 @@ def test_a_certificate_that_checked_nothing_is_an_alert():
     assert "The certificate failed: no layer was compared" in text
 
 
+# --- the plots
+
+
+def test_bytes_are_split_by_what_they_hold():
+    parts = bars.compiled_parts(SizeReport(None, 200, 100, 50, 20))
+    assert [(part.kind, part.value) for part in parts] == [("compiled", 50), ("lorc", 20), ("rest", 30)]
+    assert [part.value for part in bars.compiled_parts(SizeReport(None, 200, 100))] == [100]
+    without_lorc = bars.compiled_parts(SizeReport(None, 200, 100, 50, 0))
+    assert [part.kind for part in without_lorc] == ["compiled", "rest"]
+
+
+def test_bars_are_on_one_scale():
+    engine = EngineReport("onnxruntime", "asked for", "onnxruntime.onnx", 400_000)
+    plot = bars.size_plot(SizeReport(None, 200_000, 100_000, 50_000, 20_000), engine)
+    widths = re.findall(r'<rect class="(\w+)" x="[\d.]+%" y="[\d.]+" width="([\d.]+)%"', str(plot))
+    assert [(kind, float(width)) for kind, width in widths] == [
+        ("original", 50),
+        ("compiled", 12.5),
+        ("lorc", 5),
+        ("rest", 7.5),
+        ("engine", 100),
+    ]
+    words = "Original, 16 bits: 200.0 kB; Compiled: 100.0 kB; Engine: 400.0 kB"
+    assert f"<title>Bytes before and after</title><desc>{words}</desc>" in str(plot)
+
+
+@pytest.mark.parametrize("values", [(None, 20.0), (20.0, None), (float("inf"), 20.0), (0.0, 20.0)])
+def test_a_perplexity_that_cannot_be_compared_is_no_plot(values):
+    assert bars.perplexity_plot(Perplexity(*values, "text", 3)) is None
+    Page(html.render_html(full_report(perplexity=Perplexity(*values, "text", 3))))
+
+
+def test_nothing_measured_is_no_plot():
+    assert bars.size_plot(SizeReport(), None) is None
+    assert bars.perplexity_plot(None) is None
+    assert heat_map.heat_map(Report("model.onnx", {}).layers, heat_map.SQNR) is None
+
+
+def test_rows_keep_the_graphs_order_where_layers_are_left_out():
+    made = [LayerReport(f"m.layers.{b}.{kind}", 1, 1, True, sqnr_db=20.0) for b in (0, 1) for kind in "qkv"]
+    made[0] = LayerReport("m.layers.0.q", 1, 1, False, "kept in float")
+    heat = heat_map.heat_map(made, heat_map.SQNR)
+    assert heat is not None and [row.label for row in heat.rows] == ["q", "k", "v"]
+
+
 # --- the heat map and histograms
 
 
 def rows_of(*names: str) -> list[str]:
     made = [LayerReport(name, 1, 1, True, sqnr_db=20.0 + i) for i, name in enumerate(names)]
-    heat = plots.heat_map(made, ())
+    heat = heat_map.heat_map(made, heat_map.SQNR)
     assert heat is not None
     return [row.label for row in heat.rows]
 
@@ -383,14 +363,15 @@ def test_rows_of_the_heat_map(names, expected):
 
 def test_a_cell_of_experts_shows_the_worst():
     made = [LayerReport(f"m.layers.0.experts.{i}.w1", 1, 1, True, sqnr_db=20.0 + i) for i in range(3)]
-    heat = plots.heat_map(made, ())
+    heat = heat_map.heat_map(made, heat_map.SQNR)
     assert heat is not None
     assert "experts.0.w1: 20.0 dB (lowest of 3)" in heat.rows[0].svg
 
 
 def test_shades_run_from_best_to_worst():
-    assert [plots.shade(v, 10, 24) for v in (24, 23, 17, 10)] == [0, 0, 3, plots.SHADES - 1]
-    assert plots.shade(5.0, 5.0, 5.0) == 0
+    assert [heat_map.shade(v, 24, 10) for v in (24, 23, 17, 10)] == [0, 0, 3, heat_map.SHADES - 1]
+    assert [heat_map.shade(v, 4, 16) for v in (4, 10, 16)] == [0, 3, heat_map.SHADES - 1]
+    assert heat_map.shade(5.0, 5.0, 5.0) == 0
 
 
 def test_histogram_counts_every_weight_scale_and_code():
@@ -405,15 +386,15 @@ def test_histogram_counts_every_weight_scale_and_code():
 
 def test_exponents_of_powers_of_two_are_exact():
     scales = np.array([[2.0**-5, 1.0, 1.875, 2.0, 64.0]], np.float32)
-    item = plots.layer_histogram("x", np.zeros((1, 4), np.float32), np.zeros((1, 4), np.float32), scales)
+    item = histograms.layer_histogram("x", np.zeros((1, 4), np.float32), np.zeros((1, 4), np.float32), scales)
     assert dict(item.exponents) == {e: {-5: 1, 0: 2, 1: 1, 6: 1}.get(e, 0) for e in range(-5, 7)}
     assert item.weight_sqnr_db is None
-    Page(str(plots.weight_plot(item)))
+    Page(str(histograms.weight_plot(item)))
 
 
 def test_histogram_rejects_two_shapes():
     with pytest.raises(ValueError, match="decoded is"):
-        plots.layer_histogram("x", np.zeros((1, 4), np.float32), np.zeros((4, 1), np.float32), None)
+        histograms.layer_histogram("x", np.zeros((1, 4), np.float32), np.zeros((4, 1), np.float32), None)
 
 
 # --- units
@@ -431,14 +412,14 @@ def test_histogram_rejects_two_shapes():
     ],
 )
 def test_sizes_are_decimal(value, expected):
-    assert html.format_bytes(value) == expected
+    assert units.format_bytes(value) == expected
 
 
 @pytest.mark.parametrize(
     ("value", "expected"), [(2**30, "1.00 GiB"), (int(1.5 * 2**20), "1.50 MiB"), (None, "–")]
 )
 def test_memory_is_binary(value, expected):
-    assert html.format_memory(value) == expected
+    assert units.format_memory(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -453,7 +434,7 @@ def test_memory_is_binary(value, expected):
     ],
 )
 def test_times(value, expected):
-    assert html.format_seconds(value) == expected
+    assert units.format_seconds(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -467,4 +448,4 @@ def test_times(value, expected):
     ],
 )
 def test_numbers(value, digits, expected):
-    assert html.format_number(value, digits) == expected
+    assert units.format_number(value, digits) == expected

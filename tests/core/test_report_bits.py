@@ -54,6 +54,8 @@ def test_formats_ranks_and_fp8_factors_with_their_scales(tmp_path: Path) -> None
     assert v.bits_with_lorc == pytest.approx(E2M1 + lorc)
     assert made.bits_per_weight == pytest.approx((FP8 + E2M1) / 2)
     assert made.bits_per_weight_with_lorc == pytest.approx((FP8 + E2M1 + lorc) / 2)
+    assert made.size.linear_bytes == (FP8 + E2M1) * K * N / 8
+    assert made.size.lorc_bytes == round(lorc * K * N / 8)
 
 
 def test_a_layer_left_in_float_counts_with_its_own_bits(tmp_path: Path) -> None:
@@ -63,6 +65,7 @@ def test_a_layer_left_in_float_counts_with_its_own_bits(tmp_path: Path) -> None:
     assert (q.name, q.bits, q.reason) == ("attn.q", 16, "kept in float by mixed precision")
     assert [layer.name for layer in made.rewritten] == ["attn.v"]
     assert made.bits_per_weight == pytest.approx((16 + E2M1) / 2)
+    assert (made.size.linear_bytes, made.size.lorc_bytes) == (E2M1 * K * N / 8, 0)  # the rewritten ones only
 
 
 def test_float_factors_take_their_type(tmp_path: Path) -> None:
@@ -87,4 +90,6 @@ def test_a_shared_weight_counts_once(tmp_path: Path) -> None:
     tensors = {**plan.tensors, "attn.k": plan.tensors["attn.q"]}
     twice = plan.replace(linears=(*plan.linears, same), tensors=tensors)
     save(case, plan, tmp_path)
-    assert report(case, twice, tmp_path).bits_per_weight == report(case, plan, tmp_path).bits_per_weight
+    shared, alone = report(case, twice, tmp_path), report(case, plan, tmp_path)
+    assert shared.bits_per_weight == alone.bits_per_weight
+    assert shared.size == alone.size

@@ -1,4 +1,4 @@
-"""The command line when nothing goes wrong: help, completion, what is shown where."""
+"""The command line when nothing goes wrong: help, what is shown where."""
 
 from __future__ import annotations
 
@@ -50,13 +50,6 @@ def test_every_recipe_option_has_a_flag() -> None:
 
 def test_version() -> None:
     assert _run(*COMPILE, "--version").stdout == f"zqfp-compile {__version__}\n"
-
-
-def test_completion_offers_values() -> None:
-    """What bash asks for at ``zqfp-compile --scale-constraint m<TAB>``."""
-    words = {"COMP_WORDS": "zqfp-compile --scale-constraint m", "COMP_CWORD": "2"}
-    result = _run(*COMPILE, _ZQFP_COMPILE_COMPLETE="complete_bash", **words)
-    assert result.stdout.split() == ["m1", "m2"]
 
 
 def test_default_output_is_short_and_plain(tiny_model: TinyModel, tmp_path: Path) -> None:

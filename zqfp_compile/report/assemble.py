@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from zqfp_compile.distill.train import Distillation
 from zqfp_compile.evaluate import Evaluation
 from zqfp_compile.plan import LinearSite, QuantPlan
 from zqfp_compile.recipe import Recipe
+from zqfp_compile.report.histograms import Histogram, layer_histogram
 from zqfp_compile.report.model import (
     AttentionReport,
     CacheReport,
@@ -36,7 +37,6 @@ from zqfp_compile.report.model import (
     ResourcesReport,
     SizeReport,
 )
-from zqfp_compile.report.plots import Histogram, layer_histogram
 from zqfp_compile.weights import read_weight, release
 
 WORST_LAYERS = 5
@@ -224,10 +224,15 @@ def _bits_per_weight(facts: Facts) -> tuple[float | None, float | None]:
     if not plan.tensors:
         return None, None
     sites = [site for site in plan.linears if not site.is_lm_head] or plan.linears
-    unique = {(site.weight, id(plan.tensors.get(site.name))): site for site in sites}.values()
+    unique = _stored_once(plan, sites)
     weights = sum(site.n * site.k for site in unique)
     bits = [_bits(facts, site) for site in unique]
     return sum(pair[0] for pair in bits) / weights, sum(pair[1] for pair in bits) / weights
+
+
+def _stored_once(plan: QuantPlan, sites: Sequence[LinearSite]) -> list[LinearSite]:
+    """Return one site for each weight that is stored: layers can share one."""
+    return list({(site.weight, id(plan.tensors.get(site.name))): site for site in sites}.values())
 
 
 def _bits(facts: Facts, site: LinearSite) -> tuple[int, int]:
@@ -283,7 +288,16 @@ def _sizes(facts: Facts) -> SizeReport:
         for tensor in tensors
         if tensor is not None
     )
-    return SizeReport(_bytes_on_disk(facts.source), in_fp16, _bytes_on_disk(facts.artifact))
+    plan = facts.plan
+    quantized = [site for site in plan.rewritten if site.name in plan.tensors]
+    bits = [_bits(facts, site) for site in _stored_once(plan, quantized)]
+    return SizeReport(
+        _bytes_on_disk(facts.source),
+        in_fp16,
+        _bytes_on_disk(facts.artifact),
+        linear_bytes=sum(pair[0] for pair in bits) // 8 if bits else None,
+        lorc_bytes=sum(pair[1] - pair[0] for pair in bits) // 8 if bits else None,
+    )
 
 
 def _bytes_on_disk(model: Path) -> int:

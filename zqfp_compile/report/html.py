@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
-from zqfp_compile.report import plots
+from zqfp_compile.recipe import Recipe
+from zqfp_compile.report.bars import compiled_parts, perplexity_plot, size_plot
+from zqfp_compile.report.heat_map import BITS, RANK, SHADES, SQNR, HeatMap, heat_map
+from zqfp_compile.report.histograms import Histogram, count_plot, weight_plot
 from zqfp_compile.report.model import Report
-from zqfp_compile.report.plots import Histogram
+from zqfp_compile.report.units import FILTERS
 
 WORST_LAYERS = 8
-_MISSING = "–"
+# Passes over a small graph take milliseconds each: steps under this share of the time are one line.
+_SHORT_STEP = 0.005
 
 
 def write_html(report: Report, path: str | Path, histograms: Sequence[Histogram] = ()) -> None:
@@ -23,7 +25,7 @@ def write_html(report: Report, path: str | Path, histograms: Sequence[Histogram]
     Args:
         report: What to print.
         path: File to write.
-        histograms: Of the layers worth a closer look, usually ``report.worst_layers(4)``, in that order.
+        histograms: Of the layers worth a closer look, the worst first.
 
     Raises:
         OSError: When the file cannot be written.
@@ -42,93 +44,31 @@ def render_html(report: Report, histograms: Sequence[Histogram] = ()) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(_FILTERS)
+    environment.filters.update(FILTERS)
     worst = report.worst_layers(WORST_LAYERS)
+    total = sum(report.seconds.values())
+    defaults = Recipe().to_dict()
     return environment.get_template("report.html.j2").render(
         report=report,
+        lint=report.engine.lint if report.engine else None,
         worst=worst,
-        heat=plots.heat_map(report.rewritten, worst),
-        shades=range(plots.SHADES),
-        shade=plots.shade,
+        shades=range(SHADES),
+        sqnr=heat_map(report.layers, SQNR, worst),
+        precision=_precision_maps(report),
+        perplexity_plot=perplexity_plot(report.perplexity),
+        size_plot=size_plot(report.size, report.engine),
+        size_parts=compiled_parts(report.size),
         histograms=histograms,
-        weight_plot=plots.weight_plot,
-        count_plot=plots.count_plot,
+        weight_plot=weight_plot,
+        count_plot=count_plot,
+        changed={name: value for name, value in report.recipe.items() if value != defaults.get(name)},
+        short_steps=[name for name, seconds in report.seconds.items() if seconds < _SHORT_STEP * total],
     )
 
 
-def format_bytes(value: float | None) -> str:
-    """File sizes, decimal: ``144.2 MB``."""
-    return _scaled(value, 1000.0, ("B", "kB", "MB", "GB", "TB"))
-
-
-def format_memory(value: float | None) -> str:
-    """Memory, binary: ``1.52 GiB``."""
-    return _scaled(value, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB"))
-
-
-def _scaled(value: float | None, base: float, units: tuple[str, ...]) -> str:
-    if value is None:
-        return _MISSING
-    power = 0
-    # 999.95 would print as 1000.0: move to the next unit where rounding does.
-    while value >= base - 0.05 and power < len(units) - 1:
-        value /= base
-        power += 1
-    if power == 0:
-        return f"{value:.0f} B"
-    digits = 2 if value < 10 else 1
-    return f"{value:.{digits}f} {units[power]}"
-
-
-def format_number(value: float | None, digits: int = 2, unit: str = "") -> str:
-    """A decimal number with its unit, or a dash when it was not measured."""
-    if value is None or not math.isfinite(value):
-        return _MISSING
-    if value != 0 and abs(value) < 0.5 * 10**-digits:
-        return f"{value:.1e}{unit}"
-    return f"{value:,.{digits}f}{unit}"
-
-
-def format_seconds(value: float | None) -> str:
-    """``0.42 s``, ``37.1 s``, ``4 min 05 s``."""
-    if value is None or not math.isfinite(value):
-        return _MISSING
-    if value < 99.95:
-        return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
-    minutes, seconds = divmod(round(value), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
-
-
-def format_count(value: int | None) -> str:
-    """An integer with thousands separators."""
-    return _MISSING if value is None else f"{value:,}"
-
-
-def format_option(value: Any) -> str:
-    """One recipe value as a person would type it."""
-    if value is None or value in ([], {}, (), ""):
-        return _MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{name}:{format_dims(dims)}" for name, dims in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
-    return str(value)
-
-
-def format_dims(dims: Sequence[int]) -> str:
-    """``1x128``."""
-    return "x".join(map(str, dims)) or "scalar"
-
-
-_FILTERS: dict[str, Callable[..., str]] = {
-    "bytes": format_bytes,
-    "memory": format_memory,
-    "number": format_number,
-    "seconds": format_seconds,
-    "count": format_count,
-    "option": format_option,
-    "dims": format_dims,
-}
+def _precision_maps(report: Report) -> list[HeatMap]:
+    """Bits of every layer that was looked at, and LoRC ranks where they differ from layer to layer."""
+    maps = [heat_map(report.layers, BITS)]
+    if len({layer.lorc_rank for layer in report.rewritten}) > 1:
+        maps.append(heat_map(report.layers, RANK))
+    return [found for found in maps if found is not None]

@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zqfp_compile.estimate import Estimate
+if TYPE_CHECKING:  # reading a report back must not load onnx_ir
+    from zqfp_compile.estimate import Estimate
 
 SCHEMA_VERSION = 1
 
@@ -63,11 +64,15 @@ class SizeReport:
         original_bytes: The model that was given, as it was given.
         original_fp16_bytes: The same weights if every float tensor were stored in 16 bits.
         compiled_bytes: ``model.zqfp.onnx`` and its data.
+        linear_bytes: Of those, the codes and scales of the rewritten layers.
+        lorc_bytes: And their LoRC factors.
     """
 
     original_bytes: int | None = None
     original_fp16_bytes: int | None = None
     compiled_bytes: int | None = None
+    linear_bytes: int | None = None
+    lorc_bytes: int | None = None
 
     @property
     def ratio(self) -> float | None:
