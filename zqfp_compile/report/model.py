@@ -173,6 +173,7 @@ class EngineReport:
         fp8_linears: Planned linears covered by FP8 GEMMs in every profile.
         fp8_gemms: FP8 GEMM layers, of the profile that has the fewest.
         lint: Plan lint; ``None`` when there was no plan to check.
+        repository: Folder of the model repository for Triton Inference Server, when one was asked for.
     """
 
     target: str
@@ -183,6 +184,7 @@ class EngineReport:
     fp8_linears: int | None = None
     fp8_gemms: int | None = None
     lint: LintReport | None = None
+    repository: str | None = None
 
 
 @dataclass(frozen=True)
