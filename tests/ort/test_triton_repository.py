@@ -6,6 +6,7 @@ The server itself does not run here: what it does with the files is not tested.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -192,6 +193,15 @@ def test_without_batching(tmp_path: Path, name: str, dims: list[int | str], want
     assert config.max_batch_size == 0 and not config.HasField("dynamic_batching")
     assert described(config.input) == {"input_ids": ("TYPE_INT64", [-1, -1]), name: ("TYPE_INT64", wanted)}
     assert config.input[1].HasField("reshape") == (dims == [])
+
+
+def test_the_documented_client(client: Any, repo_root: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (repo_root / "docs" / "serving.md").read_text(), re.DOTALL)
+    setup, _, loop = code.partition("client = ")
+    names: dict[str, Any] = {}
+    exec(setup, names)
+    assert names["generate"] is client.generate and names["triton"] is triton
+    compile(f"client = {loop}", "docs/serving.md", "exec")
 
 
 def test_the_clients_empty_cache(client: Any, tmp_path: Path) -> None:
