@@ -373,17 +373,7 @@ class Report:
         if self.size.ratio is not None and self.size.compiled_bytes is not None:
             megabytes, percent = self.size.compiled_bytes / 1e6, 100 * self.size.ratio
             lines.append(f"size: {megabytes:.1f} MB, {percent:.1f}% of the fp16 weights")
-        if self.perplexity is not None and self.perplexity.increase_percent is not None:
-            lines.append(
-                f"perplexity: {self.perplexity.original:.3f} -> {self.perplexity.compiled:.3f} "
-                f"({self.perplexity.increase_percent:+.2f}%) on {self.perplexity.tokens} tokens of "
-                f"{self.perplexity.text}"
-            )
-        if self.distillation is not None:
-            lines.append(
-                f"distillation: KL {self.distillation.kl_before:.4f} -> {self.distillation.kl_after:.4f} "
-                f"on held-out text, {self.distillation.tokens} tokens in {self.distillation.seconds:.0f} s"
-            )
+        lines += self._accuracy_lines()
         if self.certificate is not None:
             lines.append(
                 f"certificate: {self.certificate.layers_checked} layers checked, "
@@ -400,6 +390,24 @@ class Report:
         if self.attention:
             lines.append(f"attention: {len(self.attention)} layers multiply FP8 operands")
         return [*lines, *self._engine_lines()]
+
+    def _accuracy_lines(self) -> list[str]:
+        lines = []
+        if self.perplexity is not None and self.perplexity.increase_percent is not None:
+            lines.append(
+                f"perplexity: {self.perplexity.original:.3f} -> {self.perplexity.compiled:.3f} "
+                f"({self.perplexity.increase_percent:+.2f}%) on {self.perplexity.tokens} tokens of "
+                f"{self.perplexity.text}"
+            )
+        if self.logits is not None and self.logits.top1_agreement is not None:
+            percent = 100 * self.logits.top1_agreement
+            lines.append(f"top-1: {percent:.1f}% of the likeliest next tokens are the original's")
+        if self.distillation is not None:
+            lines.append(
+                f"distillation: KL {self.distillation.kl_before:.4f} -> {self.distillation.kl_after:.4f} "
+                f"on held-out text, {self.distillation.tokens} tokens in {self.distillation.seconds:.0f} s"
+            )
+        return lines
 
     def _engine_lines(self) -> list[str]:
         if self.engine is None or self.engine.path is None or self.engine.bytes is None:
