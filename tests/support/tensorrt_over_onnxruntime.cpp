@@ -1,8 +1,9 @@
 // libnvinfer.so on the host: TensorRT's interface as tools/embed_cpp uses it, over ONNX Runtime on the CPU.
 //
 // A plan is the path of an ONNX model. There are two profiles, as zqfp-compile makes them: prompts of up to 64 tokens,
-// and single tokens. Each run is a line in the file that HOST_TENSORRT_LOG names: the profile, how many tokens came and
-// how many were cached. A run fails when a cache is read from elsewhere than where the run before wrote it.
+// and single tokens. The file that HOST_TENSORRT_LOG names gets a line for each plugin library and engine that is loaded,
+// and for each run: the profile, how many tokens came, how many were cached. A run fails when a cache is read from
+// elsewhere than where the run before wrote it. A plugin library loads unless it is empty.
 //
 // TensorRT's public classes forward to an interface of some hundred virtual functions. Only those that are called are
 // here, put at their places in a table; any other ends the process.
@@ -38,6 +39,8 @@ Ort::Env* environment;
 Ort::Session* session;
 std::vector<Tensor> tensors;
 std::map<std::string, void*> written;  // where the run before put each cache
+
+std::ofstream Log() { return std::ofstream(std::getenv("HOST_TENSORRT_LOG"), std::ios::app); }
 
 bool StartsWith(const std::string& text, const std::string& start) { return text.rfind(start, 0) == 0; }
 
@@ -175,9 +178,7 @@ bool Run(void* self, cudaStream_t) {
   for (const Tensor& tensor : tensors) {
     if (!tensor.is_input) written[tensor.name] = tensor.address;
   }
-  std::ofstream(std::getenv("HOST_TENSORRT_LOG"), std::ios::app)
-      << static_cast<Implementation*>(self)->profile << " " << Find("input_ids").shape[1] << " "
-      << cached << "\n";
+  Log() << static_cast<Implementation*>(self)->profile << " " << Find("input_ids").shape[1] << " " << cached << "\n";
   return true;
 }
 
@@ -214,6 +215,7 @@ ILogger* logger;
 ICudaEngine* Deserialize(void*, const void* plan, std::size_t size) {
   try {
     Open(std::string(static_cast<const char*>(plan), size));
+    Log() << "engine\n";
     return new Engine;
   } catch (const Ort::Exception&) {
     logger->log(ILogger::Severity::kERROR, "the plan names no model\nthat loads");
@@ -221,12 +223,23 @@ ICudaEngine* Deserialize(void*, const void* plan, std::size_t size) {
   }
 }
 
+IPluginRegistry::PluginLibraryHandle LoadPlugin(void* self, const char* path) {
+  Log() << "plugin " << path << "\n";
+  return std::ifstream(path).peek() == EOF ? nullptr : self;
+}
+
+IPluginRegistry* Plugins(void*) {
+  static Table table;
+  static Implementation registry{table.Put(&IPluginRegistry::loadLibrary, &LoadPlugin).functions};
+  return reinterpret_cast<IPluginRegistry*>(&registry);
+}
+
 struct Runtime : IRuntime {
   Runtime() {
     static Table table;
     using V = apiv::VRuntime;
     using Whole = ICudaEngine* (V::*)(const void*, std::size_t) noexcept;
-    table.Put(static_cast<Whole>(&V::deserializeCudaEngine), &Deserialize);
+    table.Put(static_cast<Whole>(&V::deserializeCudaEngine), &Deserialize).Put(&V::getPluginRegistry, &Plugins);
     implementation.table = table.functions;
     mImpl = reinterpret_cast<V*>(&implementation);
   }

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from ctypes.util import find_library
 from pathlib import Path
 
+import onnx
 import pytest
 from compiled_models import quick
 from embed_programs import ROOT, build, check_error, headers, start, tokens_of
@@ -80,11 +81,15 @@ def shared(source: Path, library: Path, *options: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def folder_of(plan: bytes, folder: Path, target: str = "tensorrt", **versions: str) -> Path:
+def folder_of(
+    plan: bytes, folder: Path, target: str = "tensorrt", plugin: bytes | None = None, **versions: str
+) -> Path:
     """Write a compiled folder with the parts the program reads."""
-    engine = folder / f"{target}.engine"
-    engine.write_bytes(plan)
-    files = {engine.name: {"sha256": hashlib.sha256(plan).hexdigest(), "bytes": len(plan)}}
+    content = {f"{target}.engine": plan} | ({} if plugin is None else {"libzqfp_tensorrt.so": plugin})
+    files = {}
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     manifest = {"tool": "zqfp-compile", "versions": {"numpy": "2.4.6", **versions}, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
     return folder
@@ -102,7 +107,7 @@ def test_the_tokens_of_python(
 
     assert tokens_of(program, folder, [0, 17, 200], 60, 1, **environment) == wanted
     # The profile for prompts, then that for single tokens. The stand-in checks that the cache is not moved.
-    steps = ["0 3 0", *(f"1 1 {cached}" for cached in range(3, 2 + len(wanted)))]
+    steps = ["engine", "0 3 0", *(f"1 1 {cached}" for cached in range(3, 2 + len(wanted)))]
     assert (tmp_path / "log").read_text().splitlines() == steps
 
     refused = start(program, folder, 4, 1, *range(2, 67), **environment)
@@ -135,9 +140,32 @@ def test_an_engine_of_another_version(linked: Path, tmp_path: Path) -> None:
     check_error(done, 3, "tensorrt-rtx.engine: was built by tensorrt-rtx 1.6.1.120, this is 1.7.1; compile")
 
 
+def test_our_plugin_is_loaded_first(program: Path, host: Path, tmp_path: Path) -> None:
+    helper = onnx.helper
+    values = [helper.make_tensor_value_info(name, 7, [1, "s"]) for name in ("input_ids", "logits")]
+    nodes = [helper.make_node("Identity", ["input_ids"], ["logits"])]
+    graph = helper.make_graph(nodes, "copies", values[:1], values[1:])
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)])
+    onnx.save(model, tmp_path / "model.onnx")
+    folder = folder_of(str(tmp_path / "model.onnx").encode(), tmp_path, plugin=b"a library")
+    environment = {"LD_LIBRARY_PATH": str(host), "HOST_TENSORRT_LOG": str(tmp_path / "log")}
+    done = start(program, folder, 0, 1, 5, **environment)
+    assert done.returncode == 0, done.stderr
+    plugin = folder / "libzqfp_tensorrt.so"
+    assert (tmp_path / "log").read_text().splitlines() == [f"plugin {plugin}", "engine"]
+
+    folder_of(b"a plan", tmp_path, plugin=b"")
+    check_error(
+        start(program, folder, 4, 1, 5, **environment), 3, "libzqfp_tensorrt.so: does not load: it gives"
+    )
+    plugin.write_bytes(b"another library")
+    check_error(start(program, folder, 4, 1, 5, **environment), 3, "libzqfp_tensorrt.so: has changed since")
+
+
 def test_an_engine_that_does_not_load(program: Path, host: Path, tmp_path: Path) -> None:
     folder = folder_of(b"nowhere.onnx", tmp_path)
-    done = start(program, folder, 4, 1, 5, LD_LIBRARY_PATH=str(host))
+    environment = {"LD_LIBRARY_PATH": str(host), "HOST_TENSORRT_LOG": str(tmp_path / "log")}
+    done = start(program, folder, 4, 1, 5, **environment)
     check_error(done, 3, " cannot load it: the plan names no model that loads; an engine runs on")
 
 
