@@ -13,14 +13,14 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton
 from tokenizers import Tokenizer
-from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype, triton_to_np_dtype
 
 PAST, PRESENT = "past_key_values.", "present."
 Cache = dict[str, np.ndarray]
@@ -36,17 +36,22 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     options = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(options.folder / "tokenizer.json"))
+    prompt = tokenizer.encode(options.prompt).ids
     client = triton.InferenceServerClient(options.url)
-    config = client.get_model_config(options.model).config
-    tokens = generate(partial(client.infer, options.model), config, tokenizer.encode(options.prompt).ids)
-    end = json.loads((options.folder / "generation_config.json").read_text())["eos_token_id"]
-    ends = end if isinstance(end, list) else [end]
-    text: list[int] = []
-    for token in islice(tokens, options.max_new_tokens):
-        if token in ends:
-            break
-        text.append(token)
+    try:
+        config = client.get_model_config(options.model).config
+        tokens = generate(partial(client.infer, options.model), config, prompt)
+        ends = end_tokens(options.folder / "generation_config.json")
+        text = list(takewhile(lambda token: token not in ends, islice(tokens, options.max_new_tokens)))
+    except InferenceServerException as error:
+        parser.exit(6, f"triton_client: error: {options.url}: {' '.join(str(error).split())}\n")
     print(tokenizer.decode(text))
+
+
+def end_tokens(path: Path) -> list[int]:
+    """Return the tokens that end a text by ``generation_config.json``; none without it."""
+    end = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", []) if path.is_file() else []
+    return end if isinstance(end, list) else [end]
 
 
 def generate(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -202,6 +204,25 @@ def test_the_documented_client(client: Any, repo_root: Path) -> None:
     exec(setup, names)
     assert names["generate"] is client.generate and names["triton"] is triton
     compile(f"client = {loop}", "docs/serving.md", "exec")
+
+
+def test_the_client_without_a_server(repo_root: Path, tiny_model: Callable[..., Path]) -> None:
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        url = f"127.0.0.1:{bound.getsockname()[1]}"
+        client = [sys.executable, str(repo_root / "tools" / "triton_client.py")]
+        command = [*client, str(tiny_model("llama").parent), "m", "the engine", "--url", url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 6 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(f"triton_client: error: {url}: [StatusCode.UNAVAILABLE]")
+
+
+def test_the_clients_end_tokens(client: Any, tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    assert client.end_tokens(path) == []
+    for content, wanted in (("{}", []), ('{"eos_token_id": 2}', [2]), ('{"eos_token_id": [0, 2]}', [0, 2])):
+        path.write_text(content)
+        assert client.end_tokens(path) == wanted
 
 
 def test_the_clients_empty_cache(client: Any, tmp_path: Path) -> None:
