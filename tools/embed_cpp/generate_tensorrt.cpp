@@ -6,9 +6,10 @@
 
 #include <NvInferRuntime.h>
 
+#include <algorithm>
 #include <cmath>
-#include <iostream>
 #include <map>
+#include <memory>
 #include <utility>
 
 #include "cuda.h"
@@ -123,9 +124,11 @@ class TrtModel : public zqfp::Model {
     for (int32_t i = 0; i < engine_->getNbIOTensors(); ++i) {
       const std::string tensor = engine_->getIOTensorName(i);
       if (engine_->getTensorIOMode(tensor.c_str()) != nvinfer1::TensorIOMode::kINPUT) continue;
-      if (zqfp::IsPast(tensor)) AddCache(tensor);
-      else inputs_[tensor];
-      if (!zqfp::IsPast(tensor) && engine_->getTensorDataType(tensor.c_str()) != DataType::kINT64) {
+      if (zqfp::IsPast(tensor)) {
+        AddCache(tensor);
+      } else if (engine_->getTensorDataType(tensor.c_str()) == DataType::kINT64) {
+        inputs_.emplace(tensor, DeviceBuffer());
+      } else {
         throw Error(Exit::kModel, path + ": its input " + tensor + " is not of 64-bit integers; compile it again");
       }
     }
