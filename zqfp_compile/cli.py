@@ -306,7 +306,7 @@ def compile_command(
         list[str] | None,
         _group(
             OUT,
-            "Also write fp4 (FLOAT4E2M1), engine-onnx or onnxruntime (repeatable).",
+            "Also write fp4 (FLOAT4E2M1), engine-onnx, onnxruntime or triton-repository (repeatable).",
             "--emit",
             metavar="NAME",
             autocompletion=lambda: list(get_args(recipes.Emit)),

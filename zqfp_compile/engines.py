@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from zqfp_compile import triton_repository
 from zqfp_compile.backends.host_libraries import HOSTS, copy_libraries, host_library
 from zqfp_compile.backends.profiles import Profile, default_profiles, position_limit
 from zqfp_compile.backends.target import TargetChoice
@@ -78,8 +79,10 @@ def check_model_options(
     """Check the engine options against the model, before any work is done; return warnings.
 
     Raises:
-        UsageError: The shapes do not fit the model's inputs.
+        UsageError: The shapes do not fit the model's inputs, or Triton cannot serve them.
     """
+    if "triton-repository" in recipe.emit:
+        triton_repository.check(recipe, choice.target, inputs)
     shapes = recipe.min_shapes or recipe.opt_shapes or recipe.max_shapes
     unused = {"--min/opt/max-shapes": shapes, "--compute-capability": recipe.compute_capability}
     if choice.target in _BUILDERS:
@@ -140,6 +143,38 @@ def build(
     if "onnxruntime" in recipe.emit and choice.target != "onnxruntime":
         _lower(place, place.folder.path / ORT_MODEL, *_fp8_lowering(place), _CASTS)
     engine_onnx = _engine_onnx(place, recipe, choice)
+    report = _deployed(place, recipe, choice, engine_onnx, inputs)
+    if "triton-repository" not in recipe.emit:
+        return report
+    name = place.folder.final.name.removesuffix(".zqfp")
+    with place.timer.step("triton repository"):
+        served = _served(place, recipe, choice, engine_onnx, inputs)
+        repository = triton_repository.write_repository(place.folder.path, name, served)
+    return replace(report, repository=repository.name)
+
+
+def _served(
+    place: Workplace,
+    recipe: Recipe,
+    choice: TargetChoice,
+    engine_onnx: Path | None,
+    inputs: Sequence[InputSpec],
+) -> triton_repository.Served:
+    """Return what Triton loads: TensorRT's engine, else the model for ONNX Runtime."""
+    if choice.target == "tensorrt" and engine_onnx is not None:
+        engine = place.folder.path / f"{choice.target}.engine"
+        return triton_repository.Served(engine_onnx, engine, _profiles(recipe, inputs, place.source))
+    return triton_repository.Served(place.folder.path / ORT_MODEL, place.folder.path / ORT_MODEL)
+
+
+def _deployed(
+    place: Workplace,
+    recipe: Recipe,
+    choice: TargetChoice,
+    engine_onnx: Path | None,
+    inputs: Sequence[InputSpec],
+) -> EngineReport:
+    """Make what the target runs."""
     if choice.target == "none":
         return EngineReport("none", choice.reason)
     if recipe.weight_lowering == "plugin":

@@ -81,6 +81,7 @@ def estimate(
         builds or recipe.evaluate,
         recipe.target.startswith("tensorrt") or "engine-onnx" in recipe.emit,
         "onnxruntime" in recipe.emit and recipe.target != "onnxruntime",
+        "triton-repository" in recipe.emit,
     ]
     emitted = artifact if "fp4" in recipe.emit else 0
     rows = 4 * _ROWS * sum({site.activation: site.k for site in plan.linears}.values())

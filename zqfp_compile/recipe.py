@@ -33,7 +33,7 @@ KvCacheDtype = Literal["auto", "fp8"]
 Attention = Literal["none", "fp8"]
 ScaleConstraint = Literal["none", "m1", "m2", "e4m3"]
 WeightLowering = Literal["auto", "int4", "fp8", "plugin"]
-Emit = Literal["fp4", "engine-onnx", "onnxruntime"]
+Emit = Literal["fp4", "engine-onnx", "onnxruntime", "triton-repository"]
 
 MAX_LORC_RANK = 512
 DEFAULT_LORC_RANK, MIXED_LORC_RANK = 16, 64

@@ -181,6 +181,7 @@ def test_summary_lines_leave_out_what_was_not_measured():
     assert "210 of 211" in lines[0]
     assert "4.27 bits per weight (4.94 with LoRC)" in lines[0]
     assert any("20.000 -> 21.000 (+5.00%)" in line for line in lines)
+    assert "top-1: 87.1% of the likeliest next tokens are the original's" in lines
     bare = Report("model.onnx", {}, layers(), bits_per_weight=4.27).summary_lines()
     assert bare[0].endswith("4.27 bits per weight")
     assert not any("None" in line for line in bare)

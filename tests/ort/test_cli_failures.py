@@ -113,6 +113,10 @@ USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("--max-perplexity-increase", "--no-evaluate"),
     ),
     "emit": (("m/model.onnx", "--emit", "fp4", "--weights", "int4"), ("--emit fp4", "--weights fp4")),
+    "emit for Triton": (
+        ("m/model.onnx", *FAST, "--emit", "triton-repository"),
+        ("--emit triton-repository", "--target none", "--emit onnxruntime"),
+    ),
     "dump": (("m/model.onnx", "--dump-after", "all"), ("--dump-after", "'all'", "select-linears")),
     "recipe missing": (("m/model.onnx", "--recipe", "no.yaml"), ("no.yaml", "No such file")),
     "recipe is a model": (("m/model.onnx", "--recipe", "m/model.onnx"), ("cannot be read",)),

@@ -22,6 +22,7 @@ QUICK = {"calibration_samples": 2, "calibration_length": 32, "evaluate": False}
         {"target": "none"},
         {"target": "none", "weights": "fp8", "lorc_rank": 0},
         {"target": "none", "emit": ("onnxruntime",)},
+        {"target": "onnxruntime", "emit": ("triton-repository",)},
         {"target": "onnxruntime", "emit": ("fp4",)},
         {"target": "onnxruntime", "lorc_format": "fp8"},
         {"target": "none", "algorithm": "gptq", "exclude": ["down_proj"]},

@@ -53,7 +53,7 @@ REPORT_KEYS = {
     "perplexity": "original compiled text tokens increase_percent",
     "logits": "sqnr_db cosine kl top1_agreement",
     "size": "original_bytes original_fp16_bytes compiled_bytes ratio",
-    "engine": "target reason path bytes profiles fp8_linears fp8_gemms lint",
+    "engine": "target reason path bytes profiles fp8_linears fp8_gemms lint repository",
     "certificate": "layers_checked mismatches problems ok",
     "calibration": "description tokens",
 }

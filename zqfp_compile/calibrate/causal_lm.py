@@ -135,7 +135,7 @@ class CausalLm:
         Raises:
             UsageError: See :meth:`from_inputs`.
         """
-        return cls.from_inputs(graph_inputs(model), [_value_spec(value) for value in model.graph.outputs])
+        return cls.from_inputs(graph_inputs(model), graph_outputs(model))
 
     @classmethod
     def from_session(cls, session: Any) -> CausalLm:
@@ -218,6 +218,11 @@ def graph_inputs(model: ir.Model) -> tuple[InputSpec, ...]:
     """Return the inputs a caller must feed (initializers listed as inputs are left out)."""
     initializers = model.graph.initializers
     return tuple(_value_spec(value) for value in model.graph.inputs if value.name not in initializers)
+
+
+def graph_outputs(model: ir.Model) -> tuple[InputSpec, ...]:
+    """Return the outputs of a graph."""
+    return tuple(_value_spec(value) for value in model.graph.outputs)
 
 
 def find_vocab_size(model: ir.Model) -> int | None:

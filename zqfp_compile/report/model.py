@@ -178,6 +178,7 @@ class EngineReport:
         fp8_linears: Planned linears covered by FP8 GEMMs in every profile.
         fp8_gemms: FP8 GEMM layers, of the profile that has the fewest.
         lint: Plan lint; ``None`` when there was no plan to check.
+        repository: Folder of the model repository for Triton Inference Server, when one was asked for.
     """
 
     target: str
@@ -188,6 +189,7 @@ class EngineReport:
     fp8_linears: int | None = None
     fp8_gemms: int | None = None
     lint: LintReport | None = None
+    repository: str | None = None
 
 
 @dataclass(frozen=True)
@@ -376,17 +378,7 @@ class Report:
         if self.size.ratio is not None and self.size.compiled_bytes is not None:
             megabytes, percent = self.size.compiled_bytes / 1e6, 100 * self.size.ratio
             lines.append(f"size: {megabytes:.1f} MB, {percent:.1f}% of the fp16 weights")
-        if self.perplexity is not None and self.perplexity.increase_percent is not None:
-            lines.append(
-                f"perplexity: {self.perplexity.original:.3f} -> {self.perplexity.compiled:.3f} "
-                f"({self.perplexity.increase_percent:+.2f}%) on {self.perplexity.tokens} tokens of "
-                f"{self.perplexity.text}"
-            )
-        if self.distillation is not None:
-            lines.append(
-                f"distillation: KL {self.distillation.kl_before:.4f} -> {self.distillation.kl_after:.4f} "
-                f"on held-out text, {self.distillation.tokens} tokens in {self.distillation.seconds:.0f} s"
-            )
+        lines += self._accuracy_lines()
         if self.certificate is not None:
             lines.append(
                 f"certificate: {self.certificate.layers_checked} layers checked, "
@@ -403,6 +395,24 @@ class Report:
         if self.attention:
             lines.append(f"attention: {len(self.attention)} layers multiply FP8 operands")
         return [*lines, *self._engine_lines()]
+
+    def _accuracy_lines(self) -> list[str]:
+        lines = []
+        if self.perplexity is not None and self.perplexity.increase_percent is not None:
+            lines.append(
+                f"perplexity: {self.perplexity.original:.3f} -> {self.perplexity.compiled:.3f} "
+                f"({self.perplexity.increase_percent:+.2f}%) on {self.perplexity.tokens} tokens of "
+                f"{self.perplexity.text}"
+            )
+        if self.logits is not None and self.logits.top1_agreement is not None:
+            percent = 100 * self.logits.top1_agreement
+            lines.append(f"top-1: {percent:.1f}% of the likeliest next tokens are the original's")
+        if self.distillation is not None:
+            lines.append(
+                f"distillation: KL {self.distillation.kl_before:.4f} -> {self.distillation.kl_after:.4f} "
+                f"on held-out text, {self.distillation.tokens} tokens in {self.distillation.seconds:.0f} s"
+            )
+        return lines
 
     def _engine_lines(self) -> list[str]:
         if self.engine is None or self.engine.path is None or self.engine.bytes is None:
