@@ -39,7 +39,7 @@ def select(run: Compilation) -> None:
             run.reporter.info(f"left alone {skipped.name}: {skipped.reason}")
     if not plan.linears:
         reasons = "; ".join(f"{item.name}: {item.reason}" for item in plan.skipped[:3])
-        raise ModelError(f"{run.source}: no linear layer can be rewritten ({reasons}); see --explain")
+        raise ModelError(f"{run.name}: no linear layer can be rewritten ({reasons}); see --explain")
 
 
 def _select_attention(run: Compilation) -> None:
