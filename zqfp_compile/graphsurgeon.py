@@ -74,7 +74,7 @@ def to_graphsurgeon(model: ir.Model) -> gs.Graph:
     result = gs.import_onnx(proto)
     for function in result.functions:
         function.overload_of = overloads.get((function.domain, function.name))
-    for constant in _constants(result):
+    for constant in _constants(result).values():
         index = _place(constant._values.tensor)
         if index is not None:
             constant.values = _lazy_values()(tensors[index])
@@ -101,7 +101,7 @@ def from_graphsurgeon(graph: gs.Graph, folder: str | Path | None = None) -> ir.M
     gs = _graphsurgeon()
     folder = Path(folder or ".").absolute()
     checker = TensorChecker(folder)
-    constants = {id(constant): constant for constant in _constants(graph)}
+    constants = _constants(graph)
     tensors = [_tensor(constant, folder, checker) for constant in constants.values()]
     with _placeholders(constants.values(), tensors):
         try:
@@ -157,16 +157,18 @@ def _lazy_values() -> Any:
     return TensorValues
 
 
-def _constants(graph: gs.Graph) -> Iterator[Any]:
-    """Yield the constants of a graph, its subgraphs, functions and attributes; shared ones more than once."""
+def _constants(graph: gs.Graph) -> dict[int, Any]:
+    """Return the constants of a graph, its subgraphs, functions and attributes, by their ``id``."""
     from onnx_graphsurgeon import Constant
 
+    found = {}
     for root in (graph, *graph.functions):
         for scope in (root, *root.subgraphs(recursive=True)):
             attributes = (value for node in scope.nodes for value in node.attrs.values())
             for value in (*scope.tensors().values(), *attributes):
                 if isinstance(value, Constant) and not _is_left_alone(value):
-                    yield value
+                    found[id(value)] = value
+    return found
 
 
 def _is_left_alone(constant: Any) -> bool:
@@ -304,7 +306,7 @@ def _name_overloads(proto: onnx.ModelProto) -> dict[tuple[str, str], FunctionId]
 def _restore_overloads(proto: onnx.ModelProto, functions: Iterable[Any]) -> None:
     overloads = {}
     for function in functions:
-        old: FunctionId | None = getattr(function, "overload_of", None)
+        old: FunctionId | None = vars(function).get("overload_of")
         if old is not None:
             overloads[function.domain, function.name, ""] = old[1:]
     _rename(proto, overloads)
@@ -323,6 +325,6 @@ def _rename(proto: onnx.ModelProto, names: Mapping[FunctionId, tuple[str, str]])
 
 
 def _add_metadata(proto: onnx.NodeProto | onnx.ModelProto, holder: Any) -> None:
-    # Asked of the instance: a gs.Graph logs an error when it lacks an attribute.
+    # Not by getattr: a gs.Graph logs an error when it lacks an attribute.
     for key, value in vars(holder).get("metadata_props", {}).items():
         proto.metadata_props.add(key=key, value=value)

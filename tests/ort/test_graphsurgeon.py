@@ -150,6 +150,14 @@ def test_types_numpy_does_not_know(name: str, read: bool) -> None:
     assert _data(from_graphsurgeon(graph)) == _data(model)
 
 
+def test_a_constant_that_is_exported_in_another_type() -> None:
+    graph = to_graphsurgeon(_one_constant(W))
+    (node,) = graph.nodes
+    node.inputs[0] = gs.Constant("w", W, export_dtype=onnx.TensorProto.BFLOAT16)
+    dtype, _, data = _data(from_graphsurgeon(graph))
+    assert dtype == ir.DataType.BFLOAT16 and data == W.astype(ml_dtypes.bfloat16).tobytes()
+
+
 def test_text() -> None:
     model = _one_constant(ir.tensor(["a", "bc"], name="w"))
     back = from_graphsurgeon(to_graphsurgeon(model))
@@ -162,8 +170,9 @@ def test_unread_weights_stay_in_their_file(tmp_path: Path) -> None:
     model = load_model(tmp_path / "m.onnx")
     graph = to_graphsurgeon(model)
     back = from_graphsurgeon(graph)
-    tensor = back.graph.initializers["w"].const_value
-    assert isinstance(tensor, ir.ExternalTensor) and tensor.raw is None
+    for name in ("w", "b"):  # b is read in a subgraph as well
+        tensor = back.graph.initializers[name].const_value
+        assert isinstance(tensor, ir.ExternalTensor) and tensor.raw is None
     np.testing.assert_array_equal(graph.tensors()["w"].values, W)
     assert not isinstance(from_graphsurgeon(graph).graph.initializers["w"].const_value, ir.ExternalTensor)
     assert graph.tensors()["b"].values.tolist() == W[0].tolist()
