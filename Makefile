@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_MODEL := build/models/smollm2-135m
 
-.PHONY: venv demo kernels test test-fast test-tensorrt lint format clean optimum-models
+.PHONY: venv demo kernels test test-fast test-tensorrt coverage mutation lint format clean optimum-models
 
 venv: $(READY)
 
@@ -64,6 +64,24 @@ test-tensorrt:
 	@$(TENSORRT_PYTHON) -m pytest -v --tb=short --color=no tests/trt/test_engine_verdict.py >> $(VERDICT) 2>&1; \
 	status=$$?; tail -n 30 $(VERDICT); echo "the whole verdict: $(VERDICT)"; exit $$status
 
+# Lines of passes/, formats/ and quantize/ that their own tests run; each part has to reach 95%.
+COVERED := 'passes/*' 'zqfp_compile/formats/*' 'zqfp_compile/quantize/*'
+
+coverage: $(READY)
+	@mkdir -p build
+	$(BIN)/coverage run -m pytest -q tests/core/test_formats_*.py tests/core/test_pass_*.py tests/core/test_quantize_*.py
+	@for part in $(COVERED); do $(BIN)/coverage report --include="$$part" --fail-under=95 || exit 1; done
+
+# Mutants of formats/ that its tests do not notice. A minute of one core; docs/testing.md lists the equivalent ones.
+mutation: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutation]'
+	rm -rf mutants
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
+	@$(BIN)/mutmut export-cicd-stats > /dev/null
+	@$(BIN)/python -c "import json; stats = json.load(open('mutants/mutmut-cicd-stats.json')); \
+	share = 100 * stats['killed'] / stats['total']; print(f'killed {share:.1f}% of', stats['total']); exit(share < 90)"
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,6 +93,6 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build mutants .mypy_cache .pytest_cache .ruff_cache
 
 include zqfp_compile/kernels/hosts.mk

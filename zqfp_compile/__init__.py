@@ -6,11 +6,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CompileResult", "Engine", "Recipe", "Sampling", "__version__", "compile_model"]
+__all__ = [
+    "CompileResult",
+    "Engine",
+    "Recipe",
+    "Sampling",
+    "__version__",
+    "compile_model",
+    "create_pass",
+    "from_graphsurgeon",
+    "load_model",
+    "save_model",
+    "to_graphsurgeon",
+]
 
 if TYPE_CHECKING:
+    from zqfp_compile.graphsurgeon import from_graphsurgeon, to_graphsurgeon
+    from zqfp_compile.model_io import load_model, save_model
     from zqfp_compile.pipeline import CompileResult, compile_model
     from zqfp_compile.recipe import Recipe
+    from zqfp_compile.registry import create_pass
     from zqfp_compile.runtime.engine import Engine
     from zqfp_compile.runtime.sampling import Sampling
 
@@ -21,6 +36,11 @@ _HOMES = {
     "Recipe": "recipe",
     "Sampling": "runtime.sampling",
     "compile_model": "pipeline",
+    "create_pass": "registry",
+    "from_graphsurgeon": "graphsurgeon",
+    "load_model": "model_io",
+    "save_model": "model_io",
+    "to_graphsurgeon": "graphsurgeon",
 }
 
 

@@ -39,6 +39,8 @@ class Compilation:
     """State of one run; each step reads what earlier steps left here."""
 
     source: Path
+    model: ir.Model
+    name: str  # of the model, for people: its path where it was given as a file
     recipe: Recipe
     folder: OutputFolder
     timer: StepTimer
@@ -49,7 +51,6 @@ class Compilation:
     memory: MemoryWatch
     choice: TargetChoice
     explain: bool
-    model: ir.Model
     plan: QuantPlan = field(default_factory=QuantPlan)
     samples: Samples | None = None
     held_out: Samples | None = None

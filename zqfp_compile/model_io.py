@@ -46,15 +46,27 @@ def load_model(path: str | Path) -> ir.Model:
     try:
         proto = _read_proto(path)
         # The folder as it was named: a model behind a link finds its data beside the link.
-        folder = path.absolute().parent
-        ordered = check_model(proto, folder)
-        model = _to_ir(proto)
+        return load_proto(proto, path.absolute().parent)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     except OSError as error:
         raise ModelError(
             f"{path}: cannot be read ({error.strerror or error}); check the file and its permissions"
         ) from error
+
+
+def load_proto(proto: onnx.ModelProto, folder: Path) -> ir.Model:
+    """Check a model that was parsed without its external data, and return it as :func:`load_model` does.
+
+    Args:
+        proto: The model. What is returned shares its data.
+        folder: The folder of its file, absolute; external data lies in it.
+
+    Raises:
+        ModelError: When it is unsafe or malformed.
+    """
+    ordered = check_model(proto, folder)
+    model = proto_to_ir(proto)
     ir.external_data.set_base_dir(model.graph, folder)
     if not ordered:
         model.graph.sort()
@@ -164,7 +176,12 @@ def _other_kind(head: bytes) -> str | None:
     return None
 
 
-def _to_ir(proto: onnx.ModelProto) -> ir.Model:
+def proto_to_ir(proto: onnx.ModelProto) -> ir.Model:
+    """Return a sound model as an ``ir.Model``.
+
+    Raises:
+        ModelError: When it holds what onnx-ir has no form for.
+    """
     try:
         return ir.from_proto(proto)
     except (ir.serde.SerdeError, ValueError, NotImplementedError) as error:

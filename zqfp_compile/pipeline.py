@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
 
 from zqfp_compile import engines
 from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.backends.target import resolve_target
 from zqfp_compile.compilation import Compilation
 from zqfp_compile.device import torch_device
+from zqfp_compile.graphsurgeon import to_graphsurgeon
 from zqfp_compile.memory import MemoryWatch
 from zqfp_compile.model_io import load_model
+from zqfp_compile.model_source import AnyModel, describe, output_path, write_model
 from zqfp_compile.output_folder import ARTIFACT, OutputFolder
 from zqfp_compile.parallel.choice import Workers
 from zqfp_compile.pass_runner import PassRunner
@@ -34,6 +39,9 @@ from zqfp_compile.steps.select import select
 from zqfp_compile.tensor_store import TensorStore
 from zqfp_compile.work_folder import WorkFolder
 from zqfp_compile.work_key import work_key
+
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
 
 _STEPS = (
     prepare,
@@ -77,16 +85,25 @@ class CompileResult:
         engine = self.report.engine
         return None if engine is None or engine.path is None else self.folder / engine.path
 
+    def graph(self) -> gs.Graph:
+        """Return the portable model as a ``gs.Graph``; its weights stay in ``folder``.
+
+        Raises:
+            MissingDependencyError: When graphsurgeon is not installed.
+        """
+        return to_graphsurgeon(load_model(self.artifact))
+
     def summary(self) -> list[str]:
         """Return the lines the command line prints at the end."""
         return [*self.report.summary_lines(), f"output: {self.folder}"]
 
 
 def compile_model(
-    path: str | Path,
+    model: AnyModel,
     recipe: Recipe | None = None,
     *,
     output: str | Path | None = None,
+    folder: str | Path | None = None,
     reporter: Reporter | None = None,
     dump_after: tuple[str, ...] = (),
     explain: bool = False,
@@ -97,9 +114,14 @@ def compile_model(
     """Compile an LLM in ONNX into a W4A8 floating-point model, an engine and a report.
 
     Args:
-        path: The ONNX model; its external data lies beside it.
+        model: The path of the ONNX model, beside which its external data lies; or an ``onnx.ModelProto``, an
+            ``onnx_ir.Model`` or a ``gs.Graph``. Such a model is first written to the disk, beside the output,
+            and a killed compile of it starts over.
         recipe: Options; ``None`` is the default recipe.
-        output: Output folder, by default ``<path without .onnx>.zqfp``. An earlier run's folder is replaced.
+        output: Output folder, by default ``<path without .onnx>.zqfp``; a model that is not a file needs one.
+            An earlier run's folder is replaced.
+        folder: For a model that is not a file: where ``tokenizer.json``, ``config.json`` and the like are,
+            and external data that is not loaded. ``None``: no such files, and data in the current folder.
         reporter: Told about progress; ``None`` is silent.
         dump_after: Names of passes after which the model is written into ``<output>/dump``.
         explain: Tell the reporter for each linear layer why it was or was not rewritten.
@@ -115,35 +137,41 @@ def compile_model(
         BuilderError: The engine could not be built or fails the plan lint.
         MissingDependencyError: A library, a GPU, memory or disk space is missing.
     """
-    source = Path(path)
     recipe = recipe or Recipe()
     device = torch_device(recipe.device)  # a missing GPU is said before the work
     choice = resolve_target(recipe.target)
     engines.check_options(recipe, choice)
     import_onnxruntime()  # calibration and certificate need it: say so before the work
     workers = Workers(jobs, cluster)
-    final = Path(output) if output is not None else source.with_suffix(".zqfp")
+    name, final = describe(model), output_path(model, output)
     timer = StepTimer(reporter or SilentReporter())
+    # What is wrong with a file is said before anything is written.
+    loaded = _load(Path(model), timer) if isinstance(model, (str, Path)) else None
+    with OutputFolder(final) as out:
+        if loaded is None:
+            loaded = _load(write_model(model, out.scratch / "source", folder), timer)
+        key = work_key(*loaded, recipe, device)
+        with (
+            WorkFolder(out.work, key, fresh=fresh) as work,
+            TensorStore(work.path) as store,
+            MemoryWatch(lambda: timer.running) as memory,
+        ):
+            _tell_what_is_there(work, timer.reporter)
+            runner = PassRunner(timer, dump_after, out.path / "dump")
+            run = Compilation(
+                *loaded, name, recipe, out, timer, runner, work, store, workers, memory, choice, explain
+            )
+            for step in _STEPS:
+                step(run)
+            report = write_report(run)
+            with timer.step("write"):
+                out.commit(manifest(report))
+    return CompileResult(out.final, report)
+
+
+def _load(path: Path, timer: StepTimer) -> tuple[Path, ir.Model]:
     with timer.step("load"):
-        model = load_model(source)
-    key = work_key(source, model, recipe, device)
-    with (
-        OutputFolder(final) as folder,
-        WorkFolder(folder.work, key, fresh=fresh) as work,
-        TensorStore(work.path) as store,
-        MemoryWatch(lambda: timer.running) as memory,
-    ):
-        _tell_what_is_there(work, timer.reporter)
-        runner = PassRunner(timer, dump_after, folder.path / "dump")
-        run = Compilation(
-            source, recipe, folder, timer, runner, work, store, workers, memory, choice, explain, model
-        )
-        for step in _STEPS:
-            step(run)
-        report = write_report(run)
-        with timer.step("write"):
-            folder.commit(manifest(report))
-    return CompileResult(folder.final, report)
+        return path, load_model(path)
 
 
 def _tell_what_is_there(work: WorkFolder, reporter: Reporter) -> None:

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from zqfp_compile.formats.codebook import CODE_BOOKS, E2M1, E3M0
+from zqfp_compile.formats.codebook import CODE_BOOKS, E2M1, E3M0, INT4
 from zqfp_compile.formats.minifloat import E4M3FN
 from zqfp_compile.formats.scales import legal_scales
 
@@ -40,14 +40,20 @@ def test_saturates_and_refuses_nan(book):
     assert np.isnan(book.decode(np.array([-8], dtype=np.int8))).all()
 
 
+def test_float64_counts_as_the_float32_it_rounds_to():
+    assert E2M1.encode(np.array([0.25 + 1e-12, 0.25 + 1e-6])).tolist() == [0, 1]
+
+
 def test_e2m1_ties_go_to_the_even_mantissa():
     # The mantissa bit is 0 for 0, 1, 2, 4 (OCP MX 1.0, FP4 E2M1).
     ties = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     assert E2M1.decode(E2M1.encode(ties)).tolist() == [0, 1, 1, 2, 2, 4, 4]
 
 
-def test_e3m0_is_powers_of_two():
-    assert E3M0.magnitudes[1:] == tuple(2.0**e for e in range(-2, 5))
+def test_magnitudes():
+    assert E2M1.magnitudes == (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+    assert E3M0.magnitudes == (0, *(2.0**e for e in range(-2, 5)))
+    assert INT4.magnitudes == tuple(range(8))
 
 
 @BOOKS

@@ -22,6 +22,13 @@ def test_every_code_round_trips(spec):
 
 
 @SPECS
+def test_decodes_to_float32_from_values_or_bits(spec):
+    bits = np.arange(0x40, dtype=np.uint8)
+    assert spec.decode(bits).dtype == np.float32
+    assert np.array_equal(spec.decode(bits.view(spec.dtype)), spec.decode(bits))
+
+
+@SPECS
 def test_every_tie_and_its_neighbours_against_ml_dtypes(spec):
     values = finite_values(spec)
     ties = ((values[:-1].astype(np.float64) + values[1:]) / 2).astype(np.float32)

@@ -34,8 +34,18 @@ def test_agrees_with_onnx():
     assert np.array_equal(onnx_helper.to_array(proto).astype(np.int8), codes)
 
 
-def test_refuses_what_does_not_fit():
+def test_wider_integers_and_bytes_in_any_shape():
+    packed = pack_int4(np.array([1, -1, -7, 7, 2, -2, 3, -8]))
+    assert packed.tolist() == [0xF1, 0x79, 0xE2, 0x83]
+    assert unpack_int4(packed.reshape(2, 2), (2, 4)).tolist() == [[1, -1, -7, 7], [2, -2, 3, -8]]
+
+
+@pytest.mark.parametrize("code", [-9, 8])
+def test_refuses_what_does_not_fit(code):
     with pytest.raises(ValueError, match="4 bits"):
-        pack_int4(np.array([8], dtype=np.int8))
+        pack_int4(np.array([code], dtype=np.int8))
+
+
+def test_refuses_bytes_of_another_count():
     with pytest.raises(ValueError, match="do not hold"):
         unpack_int4(np.zeros(2, dtype=np.uint8), (5,))

@@ -69,6 +69,8 @@ def test_fp8():
 def test_bits_per_weight():
     assert example().bits_per_weight() == (2 * 8 * 4 + 4 * 8 + 2 * 32) / 10
     assert fp8_example().bits_per_weight() == (3 * 8 + 32) / 3
+    reference = example(scale_constraint="none", row_scales=np.ones(2, np.float32))
+    assert reference.bits_per_weight() == (2 * 8 * 4 + 4 * 32 + 2 * 32) / 10
     smollm2 = QuantizedWeight(
         np.zeros((8, 576), np.int8),
         np.ones((8, 9), np.float32),
@@ -81,43 +83,94 @@ def test_bits_per_weight():
     assert smollm2.bits_per_weight() == pytest.approx(4.181, abs=1e-3)  # 4 + 8/64 + 32/576
 
 
+SCALES = "group scales are not all {} scales in [0.03125, 64.0]"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"codes": np.full((2, 8), -8, np.int8)}, "leave -7..7"),
-        ({"codes": np.ones((2, 8), np.int8)}, "padding"),
-        ({"codes": np.zeros((2, 5), np.int8)}, r"not int8 \[N, 8\]"),
-        ({"codes": np.zeros((2, 8), np.int32)}, "not int8"),
-        ({"group_scales": np.full((2, 2), 1.1, np.float32)}, "e4m3 scales"),
-        ({"group_scales": np.full((2, 2), 128, np.float32)}, "e4m3 scales"),
-        ({"group_scales": np.full((2, 2), 1.5, np.float32), "scale_constraint": "m2"}, "m2 scales"),
-        ({"group_scales": np.ones((2, 2), np.float32), "scale_constraint": "m1"}, "powers of two"),
-        ({"group_scales": np.zeros((2, 2), np.float32), "scale_constraint": "none"}, "positive"),
-        ({"group_scales": np.ones((2, 3), np.float32)}, "float32"),
-        ({"group_scales": None}, "float32"),
-        ({"row_scales": np.zeros(2, np.float32)}, "positive"),
-        ({"row_scales": np.ones(3, np.float32)}, "do not match"),
-        ({"row_scales": np.ones(2)}, "float64"),
-        ({"scale_constraint": "none"}, "row scales of 1"),
-        ({"scale_constraint": "m3"}, "constraint"),
+        ({"codes": np.full((2, 8), -8, np.int8)}, "codes leave -7..7"),
+        ({"codes": np.full((2, 8), 8, np.int8)}, "codes leave -7..7"),
+        ({"codes": np.ones((2, 8), np.int8)}, "padding codes are not 0"),
+        ({"codes": np.zeros((2, 5), np.int8)}, "codes are int8 (2, 5), not int8 [N, 8]"),
+        ({"codes": np.zeros((2, 8), np.int32)}, "codes are int32 (2, 8), not int8 [N, 8]"),
+        ({"group_scales": np.full((2, 2), 1.1, np.float32)}, SCALES.format("e4m3")),
+        ({"group_scales": np.full((2, 2), 128, np.float32)}, SCALES.format("e4m3")),
+        (
+            {"group_scales": np.full((2, 2), 1.5, np.float32), "scale_constraint": "m2"},
+            SCALES.format("m2"),
+        ),
+        (
+            {"group_scales": np.ones((2, 2), np.float32), "scale_constraint": "m1"},
+            "m1 row scales must be powers of two",
+        ),
+        (
+            {"group_scales": np.zeros((2, 2), np.float32), "scale_constraint": "none"},
+            "group scales must be positive and finite",
+        ),
+        ({"group_scales": np.ones((2, 3), np.float32)}, "group scales are not float32 [2, 2]"),
+        ({"group_scales": np.ones((2, 2))}, "group scales are not float32 [2, 2]"),
+        ({"group_scales": None}, "group scales are not float32 [2, 2]"),
+        ({"row_scales": np.zeros(2, np.float32)}, "row scales must be positive and finite"),
+        ({"row_scales": np.full(2, np.inf, np.float32)}, "row scales must be positive and finite"),
+        ({"row_scales": np.ones(3, np.float32)}, "codes (2, 8) and row scales (3,) do not match"),
+        ({"row_scales": np.ones(2)}, "row scales are float64, not float32"),
+        ({"scale_constraint": "none"}, "unconstrained weights have row scales of 1"),
+        ({"scale_constraint": "m3"}, "unknown scale constraint 'm3'"),
         ({"scale_rows": 2}, "e4m3 scales have no compute groups of 2 rows"),
-        ({"scale_constraint": "m2", "group_scales": np.ones((2, 2), np.float32), "scale_rows": 2}, "differ"),
-        ({"group_size": 0}, r"not int8 \[N, 5\]"),
-        ({"weight_format": "e1m2"}, "weight format"),
+        (
+            {"scale_constraint": "m2", "group_scales": np.ones((2, 2), np.float32), "scale_rows": 2},
+            "row scales differ in a compute group of 2 rows",
+        ),
+        (
+            {"scale_constraint": "m2", "group_scales": np.ones((2, 2), np.float32), "scale_rows": 0},
+            "m2 scales have no compute groups of 0 rows",
+        ),
+        ({"group_size": 0}, "codes are int8 (2, 8), not int8 [N, 5]"),
+        ({"weight_format": "e1m2"}, "unknown weight format 'e1m2'"),
     ],
 )
 def test_refuses_inconsistent_parts(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as info:
         example(**changes)
+    assert str(info.value) == message
 
 
-def test_refuses_wrong_fp8():
-    with pytest.raises(ValueError, match="NaN"):
-        fp8_example(codes=np.array([[1, np.nan, 0]], dtype=ml_dtypes.float8_e4m3fn))
-    with pytest.raises(ValueError, match="no group scales"):
-        fp8_example(group_scales=np.ones((1, 1), np.float32))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codes": np.array([[1, np.nan, 0]], dtype=ml_dtypes.float8_e4m3fn)}, "fp8 weights hold a NaN"),
+        ({"group_scales": np.ones((1, 1), np.float32)}, "fp8 weights have no group scales"),
+        ({"k": 4}, "fp8 weights are float8_e4m3fn (1, 3), not float8_e4m3fn [N, K]"),
+        (
+            {"codes": np.ones((1, 3), ml_dtypes.float8_e5m2)},
+            "fp8 weights are float8_e5m2 (1, 3), not float8_e4m3fn [N, K]",
+        ),
+    ],
+)
+def test_refuses_wrong_fp8(changes, message):
+    with pytest.raises(ValueError) as info:
+        fp8_example(**changes)
+    assert str(info.value) == message
+
+
+def test_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         fp8_example().k = 4
+
+
+@pytest.mark.parametrize(("n", "k"), [(300, 1000), (2, (1 << 17) + 8)])
+def test_a_weight_of_several_blocks(n, k):
+    """Rows decode the same alone and in a weight of more elements than are decoded at once."""
+    generator = np.random.default_rng(0)
+    codes = generator.integers(-7, 8, (n, k)).astype(np.int8)
+    scales = generator.choice(legal_scales("e4m3", E2M1), (n, k // 8))
+    rows = np.ones(n, np.float32)
+    weight = QuantizedWeight(codes, scales, rows, k, "e2m1", 8, "e4m3").fp8_weight()
+    assert weight.shape == (n, k)
+    for row in range(0, n, 7):
+        alone = QuantizedWeight(codes[row : row + 1], scales[row : row + 1], rows[:1], k, "e2m1", 8, "e4m3")
+        assert np.array_equal(alone.fp8_weight()[0], weight[row])
 
 
 @pytest.mark.parametrize("constraint", ["none", "m1", "m2", "e4m3"])

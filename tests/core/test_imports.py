@@ -16,7 +16,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("zqfp_compile", "passes")
-HEAVY = ("tensorrt", "tensorrt_rtx", "onnxruntime", "matplotlib", "transformers", "triton")
+HEAVY = (
+    "onnx_graphsurgeon",
+    "tensorrt",
+    "tensorrt_rtx",
+    "onnxruntime",
+    "matplotlib",
+    "transformers",
+    "triton",
+)
 
 # Part of the tree -> what of ours it may import ("." stands for the part itself).
 MAY_IMPORT = {

@@ -228,6 +228,29 @@ def _probabilities_only() -> ir.Model:
     return _add_softmax(model, node(model, "n_scale").outputs[0])
 
 
+def _constant_values() -> ir.Model:
+    model = _two_products()
+    total = node(model, "n_total")
+    total.replace_input_with(1, total.inputs[0])  # one product again
+    weight = ir.val("weight", const_value=ir.tensor([[0.5] * 8] * 8, dtype=ir.DataType.FLOAT))
+    model.graph.register_initializer(weight)
+    mix = ir.node("MatMul", [node(model, "n_other").outputs[0], weight], name="n_constant")
+    mix.outputs[0].name = "constant"
+    model.graph.append(mix)
+    return model
+
+
+def _inner_softmax() -> ir.Model:
+    model = decoder()
+    softmax = ir.node("Softmax", [node(model, "n_scale").outputs[0]], name="n_other")
+    softmax.outputs[0].name = "other"
+    body = ir.Graph([], softmax.outputs, nodes=[softmax], name="body")
+    condition = ir.val("condition", const_value=ir.tensor([True], name="condition"))
+    model.graph.register_initializer(condition)
+    model.graph.append(ir.Node("", "If", [condition], [ir.AttrGraph("then_branch", body)], name="n_if"))
+    return model
+
+
 def _fused(domain: str) -> ir.Model:
     model = decoder()
     fused = ir.Node(domain, "Attention", model.graph.inputs[:3], name="n_other")
@@ -242,6 +265,8 @@ def _fused(domain: str) -> ir.Model:
         (_two_products, "2 products of two activations make the scores of its Softmax, not one"),
         (_linear_softmax, "no products of two activations make the scores of its Softmax, not one"),
         (_probabilities_only, "no single MatMul multiplies its probabilities with values"),
+        (_constant_values, "an operand of its products is constant"),
+        (_inner_softmax, "it is inside a subgraph; only the main graph is compiled"),
         *(
             (
                 lambda domain=domain: _fused(domain),

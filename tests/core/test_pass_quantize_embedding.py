@@ -171,6 +171,11 @@ def test_a_table_that_mixed_precision_keeps_in_float_stays(run_pass) -> None:
             True,
             "is also read by",
         ),
+        (
+            "f = Cast<to=1>(input_ids)  h = Gather(f, input_ids)  logits = MatMul(h, head)",
+            True,
+            "its table is no constant",
+        ),
     ],
 )
 def test_declined_with_a_reason(body: str, lm_head: bool, reason: str, run_pass) -> None:
@@ -188,6 +193,22 @@ def test_declined_with_a_reason(body: str, lm_head: bool, reason: str, run_pass)
     assert result.plan.embeddings == () and result.plan.precisions == {}
     (declined,) = result.declined
     assert reason in declined.reason
+
+
+def test_tokens_may_be_cast_and_reshaped_on_the_way(run_pass) -> None:
+    body = "i = Cast<to=6>(input_ids)  j = Identity(i)  h = Gather(table, j)  logits = MatMul(h, head)"
+    model = _model(body)
+    (site,) = run_pass(SelectEmbedding(_plan(model)), model).plan.embeddings
+    assert (site.rows, site.width, site.source.initializer) == (V, D, "table")
+
+
+def test_a_table_that_is_an_output_stays(run_pass) -> None:
+    model = _model(UNTIED)
+    table = model.graph.initializers["table"]
+    table.type, table.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([V, D])
+    model.graph.outputs.append(table)
+    result = run_pass(SelectEmbedding(_plan(model)), model)
+    assert result.plan.embeddings == () and result.declined[0].reason == "its table is a graph output"
 
 
 def test_weights_none_keeps_a_tied_table(run_pass) -> None:

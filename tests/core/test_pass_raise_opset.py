@@ -221,6 +221,71 @@ def test_what_the_converter_skips_in_silence_is_an_error() -> None:
         RaiseOpset().call(model)
 
 
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ("Relu <slope = 1.0> (x)", "Relu node 'n' has the attribute 'slope', unknown in opset 21"),
+        ("Relu (x, x)", "Relu node 'n' has 2 inputs and 1 outputs, not legal in 21"),
+    ],
+)
+def test_a_node_without_a_legal_form_is_an_error(node: str, message: str) -> None:
+    model = ir.from_onnx_text(
+        f'<ir_version: 8, opset_import: ["" : 18]> g (float[M] x) => (float[M] y) {{ y = {node} }}'
+    )
+    next(iter(model.graph)).name = "n"
+    with pytest.raises(PassError, match=message):
+        RaiseOpset().call(model)
+
+
+def test_grid_sample_modes_get_their_new_names(run_pass: Callable[..., PassResult]) -> None:
+    model = ir.from_onnx_text("""<ir_version: 8, opset_import: ["" : 18]>
+    g (float[1,1,2,2] x) => (float[1,1,2,2] y) { y = GridSample <mode = "bilinear"> (x, x) }""")
+    assert run_pass(RaiseOpset(), model, check=False).modified
+    (node,) = model.graph
+    assert node.attributes["mode"].as_string() == "linear"
+
+
+def test_group_normalization_of_one_channel_per_group_is_kept(run_pass: Callable[..., PassResult]) -> None:
+    """There a scale per group is a scale per channel, which is what opset 21 has."""
+    model = ir.from_onnx_text("""<ir_version: 8, opset_import: ["" : 18]>
+    g (float[1,2,4] x, float[2] s, float[2] b) => (float[1,2,4] y) {
+      y = GroupNormalization <num_groups = 2> (x, s, b)
+    }""")
+    x = np.arange(8, dtype=np.float32).reshape(1, 2, 4)
+    assert run_pass(RaiseOpset(), model).modified
+    y = ReferenceEvaluator(ir.to_proto(model)).run(
+        None, {"x": x, "s": np.ones(2, np.float32), "b": x[0, :, 0]}
+    )[0]
+    wanted = (x - x.mean(2, keepdims=True)) / x.std(2, keepdims=True) + x[:, :, :1]
+    np.testing.assert_allclose(y, wanted, atol=1e-4)  # epsilon 1e-5 beside a variance of 1.25
+
+
+@pytest.mark.parametrize(("opset", "mode"), [(13, "output_half_pixel"), (16, None)])
+def test_roi_align_keeps_its_old_default(
+    opset: int, mode: str | None, run_pass: Callable[..., PassResult]
+) -> None:
+    model = ir.from_onnx_text(f"""<ir_version: 8, opset_import: ["" : {opset}]>
+    g (float[1,1,4,4] x, float[1,4] r, int64[1] i) => (float[1,1,1,1] y) {{ y = RoiAlign (x, r, i) }}""")
+    run_pass(RaiseOpset(), model)
+    (node,) = model.graph
+    given = node.attributes.get("coordinate_transformation_mode")
+    assert (given.as_string() if given is not None else None) == mode
+
+
+def test_two_versions_of_the_default_domain_are_an_error() -> None:
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["ai.onnx" : 18, "" : 21]>
+    g (float[M] x) => (float[M] y) { y = Relu(x) }""")
+    with pytest.raises(PassError, match="imports the default opset twice, as 21 and 18"):
+        RaiseOpset().call(model)
+
+
+def test_a_model_of_other_domains_only_gets_a_default_opset(run_pass: Callable[..., PassResult]) -> None:
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["com.microsoft" : 1]>
+    g (float[M] x) => (float[M] y) { y = com.microsoft.QuickGelu (x) }""")
+    assert run_pass(RaiseOpset(), model, check=False).modified
+    assert model.graph.opset_imports == {"com.microsoft": 1, "": 21}
+
+
 def test_training_outputs_are_an_error() -> None:
     model = ir.from_onnx_text("""<ir_version: 8, opset_import: ["" : 13]>
     g (float[N,4] x, float[4] s) => (float[N,4] y) {

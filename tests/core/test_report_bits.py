@@ -27,6 +27,7 @@ def report(case: Case, plan: QuantPlan, folder: Path) -> Report:
     if not (folder / "m.onnx").exists():
         save(case, plan, folder)
     facts = Facts(
+        name="m",
         source=folder / "m.onnx",
         recipe=Recipe(),
         plan=plan,

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
 from compiled_models import quick
+from documents import snippets
 
 from zqfp_compile import compile_model
 
 pytest.importorskip("onnxruntime")
 
 
-def snippets(root: Path, language: str) -> list[str]:
-    text = (root / "docs" / "embedding.md").read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+DOCUMENT = Path("docs", "embedding.md")
 
 
 @pytest.mark.parametrize(
@@ -28,7 +26,7 @@ def snippets(root: Path, language: str) -> list[str]:
 )
 def test_cpp(header, rule, folder, make, repo_root, tmp_path):
     make(rule)  # fetches the headers
-    (code,) = [code for code in snippets(repo_root, "cpp") if header in code]
+    (code,) = [code for code in snippets(repo_root / DOCUMENT, "cpp") if header in code]
     source = tmp_path / "snippet.cpp"
     source.write_text(code)
     cuda = repo_root / "zqfp_compile" / "kernels" / "tensorrt" / "cuda_types"
@@ -40,7 +38,7 @@ def test_cpp(header, rule, folder, make, repo_root, tmp_path):
 
 def test_python(make, repo_root, tiny_model, tmp_path):
     make("onnxruntime-ops")
-    codes = snippets(repo_root, "python")
+    codes = snippets(repo_root / DOCUMENT, "python")
     assert len(codes) == 3
     for number, code in enumerate(codes):
         compile(code, f"snippet {number}", "exec")

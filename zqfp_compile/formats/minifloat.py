@@ -51,8 +51,7 @@ class MiniFloat:
 
     def decode(self, encoded: npt.NDArray[Any]) -> FloatArray:
         """Return float32 values of an array in :attr:`dtype`, or of its bits as uint8."""
-        typed = encoded.view(self.dtype) if encoded.dtype == np.uint8 else encoded
-        return typed.astype(np.float32)
+        return encoded.view(self.dtype).astype(np.float32)
 
 
 E4M3FN = MiniFloat("e4m3", np.dtype(ml_dtypes.float8_e4m3fn), 3, -6, 448.0)

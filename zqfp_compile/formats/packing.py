@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,7 +37,7 @@ def unpack_int4(packed: npt.NDArray[np.uint8], shape: Sequence[int]) -> npt.NDAr
     Raises:
         ValueError: When the number of bytes does not match the shape.
     """
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     if packed.size != (count + 1) // 2:
         raise ValueError(f"{packed.size} bytes do not hold {count} 4-bit codes")
     flat = packed.reshape(-1)

@@ -69,8 +69,7 @@ def constrain_scales(scales: FloatArray, constraint: str, book: CodeBook) -> tup
     largest = scales.max(axis=1)
     if constraint == "none":
         return np.where(scales > 0, scales, np.float32(1)), np.ones_like(largest)
-    rows = row_scale(np.where(largest > 0, largest, np.float32(1)), constraint, book)
-    rows = np.where(largest > 0, rows, np.float32(1))
+    rows: FloatArray = np.where(largest > 0, row_scale(largest, constraint, book), np.float32(1))
     table = legal_scales(constraint, book)
     legal: FloatArray = table[ceil_index(scales / rows[:, None], table)]
     return legal, rows

@@ -59,7 +59,8 @@ class Facts:
     """What a run left behind for the report.
 
     Attributes:
-        source: The model that was given.
+        name: What the model is called: its path, where it was given as a file.
+        source: The model's file.
         recipe: Effective options.
         plan: What was quantised, with its tensors.
         model: The original model, prepared; its weights are still readable.
@@ -75,6 +76,7 @@ class Facts:
         distillation: What it did, or ``None``.
     """
 
+    name: str
     source: Path
     recipe: Recipe
     plan: QuantPlan
@@ -95,7 +97,7 @@ def assemble(facts: Facts) -> Report:
     """Return the report of a run."""
     bits, bits_with_lorc = _bits_per_weight(facts)
     return Report(
-        model=str(facts.source),
+        model=facts.name,
         source_sha256=file_sha256(facts.source),
         recipe=facts.recipe.to_dict(),
         layers=_layers(facts),

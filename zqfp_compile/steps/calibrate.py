@@ -61,7 +61,7 @@ def naming_nonfinite(run: Compilation) -> Iterator[None]:
         culprit = find_nonfinite(run.model, run.plan)
         if culprit is None:
             raise
-        raise ModelError(f"{run.source}: {culprit} holds NaN or infinity; export the model again") from error
+        raise ModelError(f"{run.name}: {culprit} holds NaN or infinity; export the model again") from error
 
 
 def set_activation_scales(run: Compilation, ranges: Mapping[str, float]) -> None:

@@ -34,7 +34,7 @@ def estimate(run: Compilation) -> None:
     available = available_memory()
     if available is not None and available < needs.memory_bytes:
         raise MissingDependencyError(
-            f"{run.source}: about {format_bytes(needs.memory_bytes)} of memory are needed and "
+            f"{run.name}: about {format_bytes(needs.memory_bytes)} of memory are needed and "
             f"{format_bytes(available)} are available; close other programs or lower "
             "--jobs, --calibration-length or --eval-length"
         )

@@ -14,6 +14,7 @@ def write_report(run: Compilation) -> Report:
     """Write ``report.json``, ``report.html`` and ``recipe.yaml``; return the report."""
     with run.timer.step("report"):
         facts = Facts(
+            name=run.name,
             source=run.source,
             recipe=run.recipe,
             plan=run.plan,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from zqfp_compile.compilation import Compilation
-from zqfp_compile.errors import ModelError
 
 _ACTIVATION_FORMATS = {"fp8": "e4m3", "fp8-e5m2": "e5m2", "int8": "int8", "none": "none"}
 
@@ -37,9 +36,6 @@ def select(run: Compilation) -> None:
             run.reporter.info(f"rewritten  {site.name} [{site.n}x{site.k}]")
         for skipped in plan.skipped:
             run.reporter.info(f"left alone {skipped.name}: {skipped.reason}")
-    if not plan.linears:
-        reasons = "; ".join(f"{item.name}: {item.reason}" for item in plan.skipped[:3])
-        raise ModelError(f"{run.source}: no linear layer can be rewritten ({reasons}); see --explain")
 
 
 def _select_attention(run: Compilation) -> None:
