@@ -30,8 +30,10 @@ GROUP_SIZE = {T8: 64, T32: 32, T64: 128, T128_PAIR: 64, T256_PAIR: 64, T256: 32}
 
 
 class Problem(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in POINTERS) + tuple(
-        (name, ctypes.c_int) for name in INTEGERS
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int) for name in INTEGERS),
+        ("outputs", ctypes.c_int * 4),
     )
 
 
@@ -47,6 +49,7 @@ class Case:
     bfloat: bool = False
     per_token: bool = True
     bias: bool = True
+    outputs: tuple[int, ...] = ()
 
 
 CASES = [
@@ -67,6 +70,11 @@ CASES = [
     Case(T32, m=20, n=264, k=1552, rank=8, workers=1),
     Case(T128_PAIR, m=128, n=136, k=1552, workers=1),
     Case(T256_PAIR, m=64, n=136, k=1040, rank=24, workers=1, cut=False),
+    # Several outputs: a tile may hold rows of more than one, and the last may end inside a block.
+    Case(T8, m=5, n=264, k=1040, rank=40, outputs=(128, 64, 72)),
+    Case(T32, m=33, n=456, k=272, workers=4, outputs=(64, 64, 320, 8)),
+    Case(T128_PAIR, m=150, n=328, k=400, bfloat=True, outputs=(64, 264)),
+    Case(T256_PAIR, m=40, n=192, k=272, cut=False, outputs=(64, 128)),
 ]
 
 
@@ -133,6 +141,12 @@ def expected(case, arrays):
     return reference.linear(arrays["x8"], arrays["a"], w8, arrays["row_scales"], **wide)
 
 
+def written(case, y):
+    """The outputs, which lie one after the other, side by side: [M, N]."""
+    ends = case.m * np.cumsum(case.outputs or (case.n,))[:-1]
+    return np.concatenate([part.reshape(case.m, -1) for part in np.split(y, ends)], axis=1)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_source_computes_the_reference(emulator, case):
     arrays, dtype = random_arrays(case)
@@ -145,9 +159,10 @@ def test_source_computes_the_reference(emulator, case):
     problem = Problem(
         **{name: array.ctypes.data for name, array in memory.items()},
         **{name: int(getattr(case, name)) for name in INTEGERS},
+        outputs=(ctypes.c_int * 4)(*(case.outputs or (case.n,))),
     )
     assert emulator.emulate(case.kernel, ctypes.byref(problem)) == GROUP_SIZE[case.kernel]
-    y = memory["y"].view(dtype).reshape(case.m, case.n).astype(np.float64)
+    y = written(case, memory["y"].view(dtype)).astype(np.float64)
     wanted = expected(case, arrays)
     assert np.isfinite(y).all(), "part of the output was not written"
     # float32 sums; rounding to float16 gives 2e-4, to bfloat16 1.7e-3.

@@ -13,6 +13,7 @@ struct Problem {
   void* y;
   void* workspace;
   int m, n, k, rank, per_token, bfloat, workers, cut;
+  int outputs[kMaxOutputs];  // n of each; y has one after the other
 };
 
 namespace {
@@ -67,12 +68,18 @@ void run(const Problem& problem) {
   p.row_scales = problem.row_scales;
   p.a = problem.a;
   p.bias = problem.bias;
-  p.y = problem.y;
   p.arrivals = static_cast<uint32_t*>(problem.workspace);
   p.partials = static_cast<float*>(problem.workspace) + 4096;
   p.m = problem.m;
   p.n = problem.n;
   p.row_blocks = divide_up(problem.n, kBlockRows);
+  int row = 0;
+  for (int i = 0; i < kMaxOutputs; ++i) {
+    const int n = problem.outputs[i];
+    void* y = static_cast<uint16_t*>(problem.y) + int64_t(problem.m) * row;
+    p.outputs[i] = {y, n == 0 ? p.row_blocks : row / kBlockRows, n};
+    row += n;
+  }
   p.k_blocks = divide_up(problem.k, kBlockColumns);
   p.lorc_steps = divide_up(problem.rank, kLorcStep);
   p.per_token = problem.per_token;
