@@ -119,7 +119,7 @@ def linear_attributes(linears: Linears, plan: QuantPlan) -> dict[str, int | list
         "bias": int(any(node.inputs[BIAS] is not None for _, node in linears)),
         "dtype": int(linears[0][0].dtype),
     }
-    return attributes if len(sizes) == 1 else {**attributes, "outputs": sizes}
+    return attributes if len(sizes) == 1 else {**attributes, "output_n": sizes}
 
 
 def total_rank(linears: Linears) -> int:

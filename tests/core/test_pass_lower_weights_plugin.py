@@ -94,7 +94,7 @@ def test_layers_of_one_input_are_one_product(fp8):
     node = model.graph[1]
     assert result.declined == () and [item.name for item in node.outputs] == ["q", "v"]
     assert (node.name, node.op_type) == ("attn.q/MatMul+attn.v/MatMul", "PackedW4A8Linear")
-    assert (node.attributes["n"].as_int(), node.attributes["outputs"].as_ints()) == (200, (128, 72))
+    assert (node.attributes["n"].as_int(), node.attributes["output_n"].as_ints()) == (200, (128, 72))
     assert node.inputs[6] is model.graph[0].outputs[1] and node.attributes["lorc_rank"].as_int() == 32
     weights = [decoded(plan, layer) for layer in ("attn.q", "attn.v")]
     codes, scales, rows, bias, _, u = (value.const_value for value in node.inputs[2:])

@@ -219,7 +219,7 @@ def set_attribute(node: ir.Node, name: str, value: int) -> None:
 
 
 def set_outputs(node: ir.Node, *sizes: int) -> None:
-    node.attributes["outputs"] = ir.AttrInt64s("outputs", sizes)
+    node.attributes["output_n"] = ir.AttrInt64s("output_n", sizes)
 
 
 BAD = [

@@ -104,7 +104,7 @@ int main(int, char** arguments) {
   if (rank > 0) in.insert(in.end(), {xv.data(), u.data()});
   out.clear();
   char* next = y.data();
-  for (const int64_t size : attributes.count("outputs") ? attributes["outputs"] : std::vector<int32_t>{int32_t(n)}) {
+  for (const int64_t size : attributes.count("output_n") ? attributes["output_n"] : std::vector<int32_t>{int32_t(n)}) {
     out.push_back(next);
     next += m * size * 2;
   }

@@ -210,8 +210,8 @@ for phase in (trt.TensorRTPhase.BUILD, trt.TensorRTPhase.RUNTIME):
         make("PackedW4A8Linear", phase, **linear),
         make("QuantizeActivation", phase, lorc_rank=8),
         make("QuantizeTokens", phase, lorc_rank=0),
-        make("PackedW4A8Linear", phase, **{**linear, "n": 136, "outputs": [64, 72]}),
-        make("PackedW4A8Linear", phase, **{**linear, "n": 136, "outputs": [72, 64]}),
+        make("PackedW4A8Linear", phase, **{**linear, "n": 136, "output_n": [64, 72]}),
+        make("PackedW4A8Linear", phase, **{**linear, "n": 136, "output_n": [72, 64]}),
         make("PackedW4A8Linear", phase, **{**linear, "n": 0}),
         make("PackedW4A8Linear", phase, n=64),
         make("QuantizeTokens", phase),
@@ -252,6 +252,6 @@ def test_creators_and_plugins_to_serialize(library, tmp_path):
     assert [facts[key] for key in facts if "TensorRTPhase" in key] == [made, made]
     assert "does not divide n = 136" in result.stderr
     assert "must be positive" in result.stderr and "no attribute k" in result.stderr
-    attributes = {"n", "k", "group_size", "lorc_rank", "per_token", "bias", "dtype", "outputs"}
+    attributes = {"n", "k", "group_size", "lorc_rank", "per_token", "bias", "dtype", "output_n"}
     assert set(facts["fields"]) == attributes
     assert facts["with_plugin"] - facts["plain"] > 0.9 * library.stat().st_size

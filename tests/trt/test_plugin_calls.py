@@ -75,9 +75,9 @@ def write_inputs(model: ir.Model, layer: str, x: np.ndarray, folder: Path) -> No
     linear = next(node for node in products if f"{layer}/MatMul" in str(node.name).split("+"))
     quantizer = next(node for node in model.graph if node.name == "x.quantize")
     numbers = {a.name: a.as_int() for a in linear.attributes.values() if a.type == ir.AttributeType.INT}
-    outputs = linear.attributes["outputs"].as_ints() if "outputs" in linear.attributes else ()
+    outputs = linear.attributes["output_n"].as_ints() if "output_n" in linear.attributes else ()
     rank, bias = numbers["lorc_rank"], numbers["bias"]
-    lines = {**{name: [number] for name, number in numbers.items()}, "m": [ROWS], "outputs": outputs}
+    lines = {**{name: [number] for name, number in numbers.items()}, "m": [ROWS], "output_n": outputs}
     (folder / "attributes").write_text(
         "".join(f"{name} {' '.join(map(str, values))}\n" for name, values in lines.items() if values)
     )

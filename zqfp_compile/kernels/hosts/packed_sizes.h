@@ -17,7 +17,7 @@ struct PackedSizes {
   int64_t codes = 0, scales = 0;  // bytes
 };
 
-// Gives `desc` the outputs of a node's attribute "outputs". Throws std::runtime_error when they do not make up n.
+// Gives `desc` the outputs of a node's attribute output_n. Throws std::runtime_error when they do not make up n.
 template <typename Integer>
 void setOutputs(zqfpLinearDesc& desc, const std::vector<Integer>& outputs) {
   int64_t sum = 0;
@@ -29,7 +29,7 @@ void setOutputs(zqfpLinearDesc& desc, const std::vector<Integer>& outputs) {
     sum += outputs[i];
   }
   if (!whole || (!outputs.empty() && sum != desc.n)) {
-    throw std::runtime_error("zqfp: attribute outputs does not divide n = " + std::to_string(desc.n) + " into at most " +
+    throw std::runtime_error("zqfp: attribute output_n does not divide n = " + std::to_string(desc.n) + " into at most " +
                              std::to_string(ZQFP_MAX_OUTPUTS) + " parts, all but the last multiples of 64");
   }
 }

@@ -15,7 +15,7 @@ int32_t attribute(const Ort::ConstKernelInfo& info, const char* name) {
 std::vector<int64_t> outputsAttribute(const Ort::ConstKernelInfo& info) {
   std::vector<int64_t> outputs(ZQFP_MAX_OUTPUTS + 1);
   size_t count = outputs.size();
-  OrtStatus* status = Ort::GetApi().KernelInfoGetAttributeArray_int64(info, "outputs", outputs.data(), &count);
+  OrtStatus* status = Ort::GetApi().KernelInfoGetAttributeArray_int64(info, "output_n", outputs.data(), &count);
   const Ort::Status owner(status);
   outputs.resize(status == nullptr ? count : 0);
   return outputs;

@@ -58,7 +58,7 @@ struct LinearOp : Ort::CustomOpBase<LinearOp<Implementation, cuda>, Kernel<Imple
       return guarded([&] {
         const Inference inference(context);
         const auto type = static_cast<ONNXTensorElementDataType>(inference.attribute("dtype"));
-        std::vector<int64_t> sizes = inference.attributes("outputs", ZQFP_MAX_OUTPUTS);
+        std::vector<int64_t> sizes = inference.attributes("output_n", ZQFP_MAX_OUTPUTS);
         if (sizes.empty()) sizes = {inference.attribute("n")};
         for (size_t i = 0; i < sizes.size(); ++i) inference.setOutput(i, sizes[i], type);
       });

@@ -33,7 +33,7 @@ LinearPlugin::LinearPlugin(const Attributes& attributes) : Plugin(kName, attribu
   type_ = outputType(attribute("dtype"));
   desc_.dtype = dataType(type_);
   if (desc_.n <= 0 || desc_.k <= 0) throw std::runtime_error("attributes n and k must be positive");
-  setOutputs(desc_, list("outputs"));
+  setOutputs(desc_, list("output_n"));
   outputs_ = outputSizes(desc_);
 }
 
@@ -42,7 +42,7 @@ LinearPlugin* LinearPlugin::clone() noexcept { return new (std::nothrow) LinearP
 int32_t LinearPlugin::getOutputDataTypes(DataType* outputTypes, int32_t outputs, const DataType*,
                                          int32_t inputs) const noexcept {
   if (outputs != getNbOutputs() || inputs != inputCount()) {
-    report(kName, "the number of inputs or outputs does not fit the attributes bias, lorc_rank and outputs");
+    report(kName, "the number of inputs or outputs does not fit the attributes bias, lorc_rank and output_n");
     return 1;
   }
   for (int32_t i = 0; i < outputs; ++i) outputTypes[i] = type_;

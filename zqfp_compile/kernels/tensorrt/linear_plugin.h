@@ -15,7 +15,7 @@ class LinearPlugin : public Plugin {
  public:
   static constexpr char kName[] = "PackedW4A8Linear";
   static constexpr const char* kAttributes[] = {"n", "k", "group_size", "lorc_rank",
-                                                "per_token", "bias", "dtype", "outputs"};
+                                                "per_token", "bias", "dtype", "output_n"};
 
   // Throws std::runtime_error when the attributes describe no layer of the kernel's.
   explicit LinearPlugin(const Attributes& attributes);
