@@ -1,0 +1,68 @@
+#!/bin/bash
+# gpu_session.sh [STEP...]: everything that needs the GPU, in one go; without arguments all steps in this order.
+#
+#   correctness  libzqfp against float64                            table     the GEMM table, gemm.json
+#   hosts        ONNX Runtime's CUDA provider against its CPU        check     decoders on the GPU against the CPU
+#   variants     every kernel, tiles whole and cut, overlap          decode    tokens per second, decode.json
+#   sanitizer    compute-sanitizer over a few shapes
+#
+# Each step has its own time limit and a failing one stops no other. Results and the whole log (session.log) go to
+# $OUT (build/gpu); the summary at the end fits in 12,000 characters. Build first, on any machine with nvcc:
+#   make kernels hosts && make -f tools/cutlass/contender.mk
+#   make -C zqfp_compile/kernels/cuda OUT=$PWD/build/variants VARIANTS=1
+# ORT_WHEEL names an onnxruntime-gpu wheel to install into $OUT/../gpu-site first (tools/slim_wheel.py makes small
+# ones). Without it the installed onnxruntime is used; steps say what they lack.
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-build/gpu}
+site=$PWD/build/gpu-site
+steps=" ${*:-correctness hosts variants table check decode sanitizer} "
+summary=""
+mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export ZQFP_KERNELS=${ZQFP_KERNELS:-$PWD/build/kernels}  # what was built elsewhere is taken as it is
+
+# step NAME SECONDS CHARACTERS COMMAND...: run it when asked for; the summary gets the last CHARACTERS it prints.
+step() {
+    local name=$1 limit=$2 shown=$3 log status start=$SECONDS
+    shift 3
+    [[ $steps == *" ${name%-*} "* || $steps == *" $name "* ]] || return 0
+    log=$(mktemp)
+    timeout --kill-after=10 "$limit" "$@" > "$log" 2>&1
+    status=$?
+    { echo "==== $name: $*"; cat "$log"; } >> "$OUT/session.log"
+    case $status in 0) status=ok ;; 124 | 137) status="stopped after $limit s" ;; *) status="exit $status" ;; esac
+    summary+="==== $name: $status, $((SECONDS - start)) s"$'\n'"$(tail -c "$shown" "$log")"$'\n'
+    echo "$name: $status, $((SECONDS - start)) s"
+    rm -f "$log"
+}
+
+if [[ -n ${ORT_WHEEL:-} ]]; then
+    [[ -d $site ]] || "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$ORT_WHEEL"
+    export PYTHONPATH="$site:$PYTHONPATH"
+fi
+# The CUDA libraries that come with torch serve ONNX Runtime as well.
+nvidia=$("$PYTHON" -c 'import glob, os, torch
+print(":".join(glob.glob(os.path.dirname(os.path.dirname(torch.__file__)) + "/nvidia/*/lib")))')
+export LD_LIBRARY_PATH="${nvidia}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+
+: > "$OUT/session.log"
+tests="$PYTHON -m pytest -q -p no:cacheprovider --maxfail=20 --tb=short"
+step correctness 240 1200 $tests tests/gpu/test_w4a8_gemm.py
+step hosts 120 800 $tests tests/gpu/test_custom_ops_cuda.py
+step variants-decode 120 1400 env ZQFP_KERNELS="$PWD/build/variants" "$PYTHON" tools/bench_gemm.py --variants \
+    --shapes 28672x8192,4096x4096 --tokens 1,16
+step variants-prefill 120 1400 env ZQFP_KERNELS="$PWD/build/variants" "$PYTHON" tools/bench_gemm.py --variants \
+    --shapes 28672x8192,14336x4096 --tokens 256,4096
+step table 240 3600 "$PYTHON" tools/bench_gemm.py --output "$OUT/gemm.json"
+step check 90 600 "$PYTHON" tools/bench_decode.py --check
+for contender in zqfp fp16 ort_int4 zqfp_lorc16 zqfp_lorc16_token; do
+    step "decode-$contender" 120 350 "$PYTHON" tools/bench_decode.py --contenders "$contender" \
+        --publish "$OUT/decode.json" --work build/gpu-work
+    rm -rf build/gpu-work  # 14 GB where the time was up
+done
+step sanitizer-memcheck 120 300 compute-sanitizer --tool memcheck $tests tests/gpu/test_w4a8_gemm.py -k 'odd_shapes and 520'
+step sanitizer-racecheck 120 300 compute-sanitizer --tool racecheck $tests tests/gpu/test_w4a8_gemm.py -k 'odd_shapes and 520 and 16'
+
+printf '%s' "$summary"
