@@ -1,11 +1,11 @@
 """Make a wheel small enough to carry to a GPU machine without network: device code for one architecture only.
 
     python -m pip download --no-deps onnxruntime-gpu
-    python tools/slim_wheel.py onnxruntime_gpu-*.whl --sm 90 --output slim/ \
-        --drop '*providers_tensorrt.so' --drop '*libonnxruntime.so.*' --drop '*/transformers/*' --drop '*/tools/*'
+    python tools/slim_wheel.py onnxruntime_gpu-*.whl --sm 90 --output slim/ --drop '*providers_tensorrt.so' \
+        --drop '*libonnxruntime.so.*' --drop '*/transformers/*' --drop '*/tools/*'
 
-In every library of the wheel, the images (cubins, PTX) of other architectures are overwritten with zeros, which
-the CUDA runtime never reads on a GPU that has its own; members are compressed with LZMA, which pip unpacks.
+In every library of the wheel, the images (cubins, PTX) of other architectures are overwritten with zeros: the
+CUDA runtime reads none of them on a GPU that has its own. Members are compressed with LZMA, which pip unpacks.
 onnxruntime-gpu 1.31.1 goes from 256 to 61 MB.
 """
 
@@ -20,8 +20,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-# A fat binary of CUDA: header (magic, version 1, 16 bytes, size of what follows), then images, each with a header:
-# kind, version, header size, payload size, ..., architecture at byte 28.
+# A fat binary of CUDA: a header (magic, version 1, its 16 bytes, size of what follows), then images, each with a
+# header: kind, version, header size, payload size, ..., architecture at byte 28.
 _MAGIC, _HEADER = 0xBA55ED50, struct.Struct("<IHHQ")
 _IMAGE = struct.Struct("<HHIQ12xI")
 _CUBIN = 2
