@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import re
+import shutil
 import subprocess
 
 import numpy as np
@@ -289,3 +290,20 @@ def test_make_kernels_without_nvcc_says_so(repo_root):
     )
     assert done.returncode != 0
     assert "install the CUDA toolkit" in done.stderr
+
+
+def test_an_overlapping_quantizer_reads_nothing_that_is_still_being_made(repo_root, tmp_path):
+    """ld.global.nc is for memory that nobody writes while the kernel runs; only LoRC's V is that."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    kernels = repo_root / "zqfp_compile" / "kernels"
+    source, target = kernels / "cuda/quantize.cu", tmp_path / "quantize.ptx"
+    options = ["-std=c++17", "-DNDEBUG", "-arch=compute_90a", "-ptx", f"-I{kernels / 'include'}"]
+    subprocess.run(["nvcc", *options, str(source), "-o", str(target)], check=True)
+    entries = target.read_text().split(".visible .entry ")[1:]
+    assert len(entries) == 5
+    for entry in entries:
+        before, after = entry.split("griddepcontrol.wait;")
+        assert "ld.global" not in before and "ld.global" in after
+        assert ("ld.global.nc" in after) == ("Lb1E" in entry.split("(")[0])
+        assert "ld.global.nc.v4" not in after  # x, and what a thread has of a row

@@ -127,7 +127,7 @@ class Consumer {
     for (int i = 0; i < EdgeScales::kTokenScales; ++i) {
       const int token = tile.token + thread_ + i * kThreads;
       const bool inside = token < p_.m && thread_ + i * kThreads < C::kTokens;
-      edge.token[i] = inside ? __ldg(p_.a + (p_.per_token ? token : 0)) : 0.f;
+      edge.token[i] = inside ? p_.a[p_.per_token ? token : 0] : 0.f;  // not __ldg: see load_eight
     }
     return edge;
   }
