@@ -53,9 +53,10 @@ __device__ __forceinline__ Eight<T> load_eight(const T* from, bool inside) {
   Eight<T> eight{};
   if (!inside) return eight;
   if constexpr (sizeof(T) == 4) {
-    const float4 low = *reinterpret_cast<const float4*>(from);
-    const float4 high = *(reinterpret_cast<const float4*>(from) + 1);
-    eight = {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}, {}};
+    const float4* four = reinterpret_cast<const float4*>(from);
+    const float4 part[2] = {four[0], four[1]};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) eight.value[i] = reinterpret_cast<const float*>(part)[i];
   } else {
     const uint4 words = *reinterpret_cast<const uint4*>(from);
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
