@@ -6,7 +6,7 @@
 #   variants     every kernel, tiles whole and cut, overlap          decode    tokens per second, decode.json
 #   sanitizer    compute-sanitizer over a few shapes
 #
-# Each step has its own time limit and a failing one stops no other. Results and the whole log (session.log) go to
+# Each step has its own time limit and a failing one stops no other; then the exit code is 1. Results and the whole log (session.log) go to
 # $OUT (build/gpu); the summary at the end fits in 12,000 characters. Build first, on any machine with nvcc:
 #   make kernels hosts && make -f tools/cutlass/contender.mk
 #   make -C zqfp_compile/kernels/cuda OUT=$PWD/build/variants VARIANTS=1
@@ -18,7 +18,7 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu}
 site=$PWD/build/gpu-site
 steps=" ${*:-correctness hosts variants table check decode sanitizer} "
-summary=""
+summary="" failed=0
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export ZQFP_KERNELS=${ZQFP_KERNELS:-$PWD/build/kernels}  # what was built elsewhere is taken as it is
@@ -32,6 +32,7 @@ step() {
     timeout --kill-after=10 "$limit" "$@" > "$log" 2>&1
     status=$?
     { echo "==== $name: $*"; cat "$log"; } >> "$OUT/session.log"
+    ((status == 0)) || failed=1
     case $status in 0) status=ok ;; 124 | 137) status="stopped after $limit s" ;; *) status="exit $status" ;; esac
     summary+="==== $name: $status, $((SECONDS - start)) s"$'\n'"$(tail -c "$shown" "$log")"$'\n'
     echo "$name: $status, $((SECONDS - start)) s"
@@ -66,3 +67,4 @@ step sanitizer-memcheck 120 300 compute-sanitizer --tool memcheck $tests tests/g
 step sanitizer-racecheck 120 300 compute-sanitizer --tool racecheck $tests tests/gpu/test_w4a8_gemm.py -k 'odd_shapes and 520 and 16'
 
 printf '%s' "$summary"
+exit $failed
