@@ -45,14 +45,17 @@ class PackedTensors:
         tensors = [w4a8_tensors(node) for _, node in linears]
         shape, scale_bytes = padded_shape(n, k), packed_sizes(n, k, group)[1]
 
+        # An output begins with a block of rows, so the packed layers follow each other.
         def codes() -> ir.TensorProtocol:
-            stored = [_stored_codes(part)[:, :k] for part in tensors]
-            return ir.PackedTensor(pack_codes(np.concatenate(stored)), _INT4, shape=ir.Shape(shape))
+            packed = [pack_codes(_stored_codes(part)[:, :k]) for part in tensors]
+            return ir.PackedTensor(np.concatenate(packed), _INT4, shape=ir.Shape(shape))
 
         def scales() -> ir.TensorProtocol:
-            stored = [_stored_scales(part, site) for part, (site, _) in zip(tensors, linears, strict=True)]
-            packed = pack_group_scales(np.concatenate(stored), group)
-            return ir.Tensor(packed.view(_E4M3.numpy()), dtype=_E4M3)
+            packed = [
+                pack_group_scales(_stored_scales(part, site), group)
+                for part, (site, _) in zip(tensors, linears, strict=True)
+            ]
+            return ir.Tensor(np.concatenate(packed).view(_E4M3.numpy()), dtype=_E4M3)
 
         ids = [(id(node.inputs[CODES]), id(node.inputs[GROUP_SCALES])) for _, node in linears]
         name = product_name(linears)
