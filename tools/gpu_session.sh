@@ -4,7 +4,7 @@
 #   correctness  libzqfp against float64                            table     the GEMM table, gemm.json
 #   hosts        ONNX Runtime's CUDA provider against its CPU        check     decoders on the GPU against the CPU
 #   variants     every kernel, tiles whole and cut, overlap          decode    tokens per second, decode.json
-#   sanitizer    compute-sanitizer over a few shapes
+#   sanitizer    compute-sanitizer over a few shapes                 products  layers apart and as one
 #
 # Each step has its own time limit and a failing one stops no other; then the exit code is 1. Results and the whole log (session.log) go to
 # $OUT (build/gpu); the summary at the end fits in 12,000 characters. Build first, on any machine with nvcc:
@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu}
 site=$PWD/build/gpu-site
-steps=" ${*:-correctness hosts variants table check decode sanitizer} "
+steps=" ${*:-correctness hosts variants table products check decode sanitizer} "
 summary="" failed=0
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -57,11 +57,16 @@ step variants-decode 120 1400 env ZQFP_KERNELS="$PWD/build/variants" "$PYTHON" t
 step variants-prefill 120 1400 env ZQFP_KERNELS="$PWD/build/variants" "$PYTHON" tools/bench_gemm.py --variants \
     --shapes 28672x8192,14336x4096 --tokens 256,4096
 step table 240 3600 "$PYTHON" tools/bench_gemm.py --output "$OUT/gemm.json"
+step products 60 1200 "$PYTHON" tools/bench_gemm.py --shapes 4096x4096,12288x4096,1024x4096,6144x4096,28672x4096 \
+    --tokens 1,16,2048 --contenders '' --no-extras --output "$OUT/products.json"
 step check 90 600 "$PYTHON" tools/bench_decode.py --check
+# The float16 weights have 13.5 GB: in memory where there is room.
+work=$PWD/build/gpu-work room=$(df --output=avail --block-size=1G /dev/shm 2>/dev/null | tail -n 1)
+((${room:-0} >= 32)) && work=/dev/shm/zqfp-gpu-work
 for contender in zqfp fp16 ort_int4 zqfp_lorc16 zqfp_lorc16_token; do
     step "decode-$contender" 120 350 "$PYTHON" tools/bench_decode.py --contenders "$contender" \
-        --publish "$OUT/decode.json" --work build/gpu-work
-    rm -rf build/gpu-work  # 14 GB where the time was up
+        --publish "$OUT/decode.json" --work "$work"
+    rm -rf "$work"  # still full where the time was up
 done
 step sanitizer-memcheck 120 300 compute-sanitizer --tool memcheck $tests tests/gpu/test_w4a8_gemm.py -k 'odd_shapes and 520'
 step sanitizer-racecheck 120 300 compute-sanitizer --tool racecheck $tests tests/gpu/test_w4a8_gemm.py -k 'odd_shapes and 520 and 16'
