@@ -1,6 +1,7 @@
 #!/bin/bash
 # gpu_session.sh [STEP...]: everything that needs the GPU, in one go; without arguments all steps in this order.
 #
+#   smoke        three products; if they hang, who waits, and an end
 #   correctness  libzqfp against float64                            table     the GEMM table, gemm.json
 #   hosts        ONNX Runtime's CUDA provider against its CPU        check     decoders on the GPU against the CPU
 #   variants     every kernel, tiles whole and cut, overlap          decode    tokens per second, decode.json
@@ -10,6 +11,7 @@
 # $OUT (build/gpu); the summary at the end fits in 12,000 characters. Build first, on any machine with nvcc:
 #   make kernels hosts && make -f tools/cutlass/contender.mk
 #   make -C zqfp_compile/kernels/cuda OUT=$PWD/build/variants VARIANTS=1
+#   make -C zqfp_compile/kernels/cuda OUT=$PWD/build/debug DEBUG_WAIT=1
 # ORT_WHEEL names an onnxruntime-gpu wheel to install into $OUT/../gpu-site first (tools/slim_wheel.py makes small
 # ones). Without it the installed onnxruntime is used; steps say what they lack.
 set -u
@@ -17,15 +19,15 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu}
 site=$PWD/build/gpu-site
-steps=" ${*:-correctness hosts variants table products check decode sanitizer} "
-summary="" failed=0
+steps=" ${*:-smoke correctness hosts variants table products check decode sanitizer} "
+summary="" failed=0 status=0
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export ZQFP_KERNELS=${ZQFP_KERNELS:-$PWD/build/kernels}  # what was built elsewhere is taken as it is
 
 # step NAME SECONDS CHARACTERS COMMAND...: run it when asked for; the summary gets the last CHARACTERS it prints.
 step() {
-    local name=$1 limit=$2 shown=$3 log status start=$SECONDS
+    local name=$1 limit=$2 shown=$3 log said start=$SECONDS
     shift 3
     [[ $steps == *" ${name%-*} "* || $steps == *" $name "* ]] || return 0
     log=$(mktemp)
@@ -33,9 +35,9 @@ step() {
     status=$?
     { echo "==== $name: $*"; cat "$log"; } >> "$OUT/session.log"
     ((status == 0)) || failed=1
-    case $status in 0) status=ok ;; 124 | 137) status="stopped after $limit s" ;; *) status="exit $status" ;; esac
-    summary+="==== $name: $status, $((SECONDS - start)) s"$'\n'"$(tail -c "$shown" "$log")"$'\n'
-    echo "$name: $status, $((SECONDS - start)) s"
+    case $status in 0) said=ok ;; 124 | 137) said="stopped after $limit s" ;; *) said="exit $status" ;; esac
+    summary+="==== $name: $said, $((SECONDS - start)) s"$'\n'"$(tail -c "$shown" "$log")"$'\n'
+    echo "$name: $said, $((SECONDS - start)) s"
     rm -f "$log"
 }
 
@@ -50,6 +52,12 @@ export LD_LIBRARY_PATH="${nvidia}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 
 : > "$OUT/session.log"
 tests="$PYTHON -m pytest -q -p no:cacheprovider --maxfail=20 --tb=short"
+rows=tests/gpu/test_w4a8_gemm.py::test_rows
+step smoke 60 600 $tests "$rows[64-1]" "$rows[64-33]" "$rows[64-1024]"
+if ((status == 124 || status == 137)); then  # every later step would hang as well
+    steps=" smoke "
+    step smoke-debug 60 3000 env ZQFP_KERNELS="$PWD/build/debug" $tests -s "$rows[64-1]"
+fi
 step correctness 240 1200 $tests tests/gpu/test_w4a8_gemm.py
 step hosts 120 800 $tests tests/gpu/test_custom_ops_cuda.py
 step variants-decode 120 1400 env ZQFP_KERNELS="$PWD/build/variants" "$PYTHON" tools/bench_gemm.py --variants \
