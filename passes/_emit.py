@@ -96,7 +96,7 @@ class Emitter:
         **attributes: int | Sequence[int],
     ) -> ir.Value:
         """Record one single-output node; ``name`` names it and its output."""
-        attrs = [_attribute(key, value) for key, value in attributes.items()]
+        attrs = [int_attribute(key, value) for key, value in attributes.items()]
         node = ir.Node("", op_type, inputs, attrs, metadata_props=dict(self._metadata))
         output = node.outputs[0]
         if dtype is not None:
@@ -127,7 +127,8 @@ class Emitter:
         return self._constants[name]
 
 
-def _attribute(key: str, value: int | Sequence[int]) -> ir.Attr:
+def int_attribute(key: str, value: int | Sequence[int]) -> ir.Attr:
+    """Return an attribute of one integer or of several."""
     return ir.AttrInt64(key, int(value)) if isinstance(value, int) else ir.AttrInt64s(key, list(value))
 
 
@@ -156,5 +157,14 @@ def insert_after(graph: ir.Graph, value: ir.Value, nodes: Sequence[ir.Node]) -> 
 
 def replace_node(graph: ir.Graph, old: ir.Node, new: Sequence[ir.Node], output: ir.Value) -> None:
     """Put ``new`` in the place of ``old``; ``output`` takes over the name and type of its only output."""
-    output.metadata_props.update(old.outputs[0].metadata_props)
-    ir.convenience.replace_nodes_and_values(graph, old, [old], new, [old.outputs[0]], [output])
+    replace_nodes(graph, [old], new, [output])
+
+
+def replace_nodes(
+    graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node], outputs: Sequence[ir.Value]
+) -> None:
+    """Put ``new`` in the place of the first of ``old``; ``outputs`` take over theirs, one of each."""
+    replaced = [node.outputs[0] for node in old]
+    for before, after in zip(replaced, outputs, strict=True):
+        after.metadata_props.update(before.metadata_props)
+    ir.convenience.replace_nodes_and_values(graph, old[0], old, new, replaced, outputs)

@@ -10,9 +10,18 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from passes._emit import Names, initializer_value
-from passes._plugin_ops import lorc_rank, padded_rank
+from passes._plugin_ops import Linears, lorc_rank, padded_rank, total_rank
 from passes._tensors import decoded_factor, w4a8_tensors
-from passes._w4a8_function import CODES, GROUP_SCALES, INPUTS, LORC_U, LORC_V, LORC_V_SCALE
+from passes._w4a8_function import (
+    BIAS,
+    CODES,
+    GROUP_SCALES,
+    INPUTS,
+    LORC_U,
+    LORC_V,
+    LORC_V_SCALE,
+    ROW_SCALES,
+)
 from zqfp_compile.kernels.packing import pack_codes, pack_group_scales, packed_sizes, padded_shape
 from zqfp_compile.pass_base import PassError
 from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan
@@ -30,45 +39,83 @@ class PackedTensors:
         self._names = names
         self._known: dict[tuple[object, ...], ir.Value] = {}
 
-    def weight(self, site: LinearSite, node: ir.Node) -> tuple[ir.Value, ir.Value]:
-        """Return codes and group scales of a linear, packed: INT4 [Np, Kp] and E4M3 [bytes]."""
-        tensors, group = w4a8_tensors(node), self._plan.group_size
-        shape, scale_bytes = padded_shape(site.n, site.k), packed_sizes(site.n, site.k, group)[1]
-        weight = (id(node.inputs[CODES]), id(node.inputs[GROUP_SCALES]))
+    def weight(self, linears: Linears) -> tuple[ir.Value, ir.Value]:
+        """Return codes and group scales of a product, packed: INT4 [Np, Kp] and E4M3 [bytes]."""
+        group, k, n = self._plan.group_size, linears[0][0].k, _total_n(linears)
+        tensors = [w4a8_tensors(node) for _, node in linears]
+        shape, scale_bytes = padded_shape(n, k), packed_sizes(n, k, group)[1]
 
+        # An output begins with a block of rows, so the packed layers follow each other.
         def codes() -> ir.TensorProtocol:
-            packed = pack_codes(_stored_codes(tensors)[:, : site.k])
-            return ir.PackedTensor(packed, _INT4, shape=ir.Shape(shape))
+            packed = [pack_codes(_stored_codes(part)[:, :k]) for part in tensors]
+            return ir.PackedTensor(np.concatenate(packed), _INT4, shape=ir.Shape(shape))
 
         def scales() -> ir.TensorProtocol:
-            packed = pack_group_scales(_stored_scales(tensors, site), group)
-            return ir.Tensor(packed.view(_E4M3.numpy()), dtype=_E4M3)
+            packed = [
+                pack_group_scales(_stored_scales(part, site), group)
+                for part, (site, _) in zip(tensors, linears, strict=True)
+            ]
+            return ir.Tensor(np.concatenate(packed).view(_E4M3.numpy()), dtype=_E4M3)
 
+        ids = [(id(node.inputs[CODES]), id(node.inputs[GROUP_SCALES])) for _, node in linears]
+        name = product_name(linears)
         return (
-            self._lazy(("codes", *weight), f"{site.name}/packed_codes", _INT4, shape, codes),
-            self._lazy(("scales", *weight), f"{site.name}/packed_scales", _E4M3, [scale_bytes], scales),
+            self._lazy(("codes", *ids), f"{name}/packed_codes", _INT4, shape, codes),
+            self._lazy(("scales", *ids), f"{name}/packed_scales", _E4M3, [scale_bytes], scales),
         )
 
-    def v(self, site: LinearSite, node: ir.Node) -> ir.Value:
-        """Return V [K, rank] in y's type, padded with columns of zeros."""
-        return self.side_by_side([(site, node)])
+    def row_scales(self, linears: Linears) -> ir.Value | None:
+        """Return the row scales of a product, FLOAT [N]."""
+        return self._below_each_other(linears, ROW_SCALES, ir.DataType.FLOAT)
 
-    def u(self, site: LinearSite, node: ir.Node) -> ir.Value:
-        """Return U [rank, N] in y's type, padded with rows of zeros."""
-        rank = lorc_rank(node)
-        stored = node.inputs[LORC_U]
-        if stored is not None and stored.dtype == site.dtype and rank == padded_rank(rank):
-            return stored
-        factor, pad = _factor(node, LORC_U, site.dtype), padded_rank(rank) - rank
+    def bias(self, linears: Linears) -> ir.Value | None:
+        """Return the bias of a product in y's type, [N], zeros for layers without; or ``None``."""
+        if all(node.inputs[BIAS] is None for _, node in linears):
+            return None
+        return self._below_each_other(linears, BIAS, linears[0][0].dtype)
+
+    def _below_each_other(self, linears: Linears, index: int, dtype: ir.DataType) -> ir.Value | None:
+        values = [node.inputs[index] for _, node in linears]
+        if len(linears) == 1:
+            return values[0]
+        factors = [
+            None if value is None else _factor(node, index, dtype)
+            for value, (_, node) in zip(values, linears, strict=True)
+        ]
 
         def compute() -> ir.TensorProtocol:
-            return ir.Tensor(np.pad(_read(factor), ((0, pad), (0, 0))), dtype=site.dtype)
+            parts = [
+                np.zeros(site.n, dtype.numpy()) if factor is None else _read(factor)
+                for factor, (site, _) in zip(factors, linears, strict=True)
+            ]
+            return ir.Tensor(np.concatenate(parts), dtype=dtype)
 
-        shape = [padded_rank(rank), site.n]
-        return self._lazy(("u", id(stored)), f"{site.name}/{INPUTS[LORC_U]}", site.dtype, shape, compute)
+        ids = [(id(value), site.n) for value, (site, _) in zip(values, linears, strict=True)]
+        name = f"{product_name(linears)}/{INPUTS[index]}"
+        return self._lazy((INPUTS[index], *ids), name, dtype, [_total_n(linears)], compute)
 
-    def side_by_side(self, linears: Sequence[tuple[LinearSite, ir.Node]]) -> ir.Value:
-        """Return the V of ``linears``, which share x, as one matrix [K, sum of padded ranks]."""
+    def u(self, linears: Linears) -> ir.Value:
+        """Return U [rank, N] of a product in y's type: block-diagonal, ranks padded with rows of zeros."""
+        (site, node), stored = linears[0], linears[0][1].inputs[LORC_U]
+        dtype, padded = site.dtype, padded_rank(lorc_rank(node)) != lorc_rank(node)
+        if len(linears) == 1 and stored is not None and stored.dtype == dtype and not padded:
+            return stored
+        factors = [_factor(other, LORC_U, dtype) for _, other in linears]
+        ranks = [lorc_rank(other) for _, other in linears]
+        shape = (total_rank(linears), _total_n(linears))
+
+        def compute() -> ir.TensorProtocol:
+            u, row, column = np.zeros(shape, dtype.numpy()), 0, 0
+            for factor, rank, (part, _) in zip(factors, ranks, linears, strict=True):
+                u[row : row + rank, column : column + part.n] = _read(factor)
+                row, column = row + padded_rank(rank), column + part.n
+            return ir.Tensor(u, dtype=dtype)
+
+        key = ("u", *(id(other.inputs[LORC_U]) for _, other in linears))
+        return self._lazy(key, f"{product_name(linears)}/{INPUTS[LORC_U]}", dtype, shape, compute)
+
+    def v(self, linears: Linears) -> ir.Value:
+        """Return the V of ``linears``, which share x, side by side in y's type, ranks padded with zeros."""
         site, node = linears[0]
         stored, rank = node.inputs[LORC_V], lorc_rank(node)
         fits = stored is not None and stored.dtype == site.dtype and rank == padded_rank(rank)
@@ -81,8 +128,8 @@ class PackedTensors:
             parts = [np.pad(_read(f), ((0, 0), (0, pad))) for f, pad in zip(factors, pads, strict=True)]
             return ir.Tensor(np.concatenate(parts, axis=1), dtype=site.dtype)
 
-        shape = [site.k, sum(padded_rank(lorc_rank(other)) for _, other in linears)]
         key = ("v", *(id(other.inputs[LORC_V]) for _, other in linears))
+        shape = [site.k, total_rank(linears)]
         return self._lazy(key, f"{site.name}/{INPUTS[LORC_V]}", site.dtype, shape, compute)
 
     def _lazy(
@@ -100,6 +147,15 @@ class PackedTensors:
         return self._known[key]
 
 
+def product_name(linears: Linears) -> str:
+    """Return the names of the layers of a product, joined."""
+    return "+".join(site.name for site, _ in linears)
+
+
+def _total_n(linears: Linears) -> int:
+    return sum(site.n for site, _ in linears)
+
+
 def _stored_codes(tensors: LinearTensors) -> npt.NDArray[np.int8]:
     codes: npt.NDArray[np.int8] = tensors.codes.numpy().astype(np.int8)
     release(tensors.codes)
@@ -115,12 +171,12 @@ def _stored_scales(tensors: LinearTensors, site: LinearSite) -> npt.NDArray[Any]
 
 
 def _factor(node: ir.Node, index: int, dtype: ir.DataType) -> ir.TensorProtocol:
-    """A LoRC factor in ``dtype``; one in FP8 is decoded."""
+    """An input of ``node`` in ``dtype``; a LoRC factor in FP8 is decoded."""
     value = node.inputs[index]
-    if node.inputs[LORC_V_SCALE] is not None:
+    if index in (LORC_V, LORC_U) and node.inputs[LORC_V_SCALE] is not None:
         return decoded_factor(node, index, dtype)
     if value is None or value.const_value is None:
-        raise PassError(f"layer {node.name!r}: its LoRC factors are no initializers; lower the artifact")
+        raise PassError(f"layer {node.name!r}: {INPUTS[index]} is no initializer; lower the artifact")
     return value.const_value
 
 

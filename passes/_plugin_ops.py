@@ -2,7 +2,7 @@
 
 ``zqfp::QuantizeActivation(x, a, v?) -> x8, xv?``             static scale
 ``zqfp::QuantizeTokens(x, v?) -> x8, a, xv?``                 one scale per token
-``zqfp::PackedW4A8Linear(x8, a, codes, group_scales, row_scales, [bias], [xv, u]) -> y``
+``zqfp::PackedW4A8Linear(x8, a, codes, group_scales, row_scales, [bias], [xv, u]) -> y, ...``
 
 The linear is no ``W4A8Linear``: a custom op beats a model-local function of its name, so a session that has
 the library could not run the artifact, whose codes are in another order. Optional inputs are left out, never
@@ -11,10 +11,13 @@ empty: their number tells which are there (TensorRT counts the inputs of a plugi
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import onnx_ir as ir
 
+from passes._emit import int_attribute
 from passes._w4a8_function import BIAS, DOMAIN, LORC_V, X8
-from zqfp_compile.kernels.packing import GROUP_SIZES
+from zqfp_compile.kernels.packing import BLOCK_ROWS, GROUP_SIZES
 from zqfp_compile.plan import LinearSite, QuantPlan
 
 LINEAR = "PackedW4A8Linear"
@@ -23,7 +26,10 @@ QUANTIZE_TOKENS = "QuantizeTokens"
 # TensorRT's parser takes a plugin only for nodes that name its namespace.
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "zqfp", "1"
 
-K_MULTIPLE, N_MULTIPLE, RANK_MULTIPLE, LARGEST_RANK = 16, 8, 8, 64
+K_MULTIPLE, N_MULTIPLE, RANK_MULTIPLE, LARGEST_RANK, MOST_OUTPUTS = 16, 8, 8, 64, 4
+
+# Layers with their nodes; those of one x8, or of one product.
+Linears = list[tuple[LinearSite, ir.Node]]
 
 
 def padded_rank(rank: int) -> int:
@@ -88,23 +94,64 @@ def _operand(value: ir.Value | None, op_type: str) -> ir.Value | None:
 
 
 def plugin_node(
-    op_type: str, inputs: list[ir.Value], attributes: dict[str, int], outputs: int, metadata: dict[str, str]
+    op_type: str,
+    inputs: list[ir.Value],
+    attributes: Mapping[str, int | Sequence[int]],
+    outputs: int,
+    metadata: dict[str, str],
 ) -> ir.Node:
     """Return a node of the hosts' domain, its values and itself without names."""
-    attrs = [ir.AttrInt64(name, value) for name, value in attributes.items()]
+    attrs = [int_attribute(name, value) for name, value in attributes.items()]
     attrs.append(ir.AttrString("plugin_namespace", PLUGIN_NAMESPACE))
     attrs.append(ir.AttrString("plugin_version", PLUGIN_VERSION))
     return ir.Node(DOMAIN, op_type, inputs, attrs, num_outputs=outputs, metadata_props=metadata)
 
 
-def linear_attributes(site: LinearSite, plan: QuantPlan, node: ir.Node) -> dict[str, int]:
-    """Return what a host needs to know of a linear besides its inputs."""
-    return {
-        "n": site.n,
-        "k": site.k,
+def linear_attributes(linears: Linears, plan: QuantPlan) -> dict[str, int | list[int]]:
+    """Return what a host needs to know of a product of ``linears`` besides its inputs."""
+    sizes = [site.n for site, _ in linears]
+    attributes: dict[str, int | list[int]] = {
+        "n": sum(sizes),
+        "k": linears[0][0].k,
         "group_size": plan.group_size,
-        "lorc_rank": padded_rank(lorc_rank(node)),
+        "lorc_rank": total_rank(linears),
         "per_token": int(plan.per_token),
-        "bias": int(node.inputs[BIAS] is not None),
-        "dtype": int(site.dtype),
+        "bias": int(any(node.inputs[BIAS] is not None for _, node in linears)),
+        "dtype": int(linears[0][0].dtype),
     }
+    return attributes if len(sizes) == 1 else {**attributes, "output_n": sizes}
+
+
+def total_rank(linears: Linears) -> int:
+    """Return the padded ranks of ``linears``, added up."""
+    return sum(padded_rank(lorc_rank(node)) for _, node in linears)
+
+
+def products(linears: Linears) -> list[Linears]:
+    """Divide the linears of one x8 into those that the kernel multiplies at once.
+
+    Their rows are put below each other, each output beginning with a block of 64 rows, so at most one, the
+    last, may have an N that blocks do not divide. Layers with LoRC go together while their ranks fit: U is
+    block-diagonal then, [sum of ranks, sum of N]. The kernel reads it in steps of 32 ranks, each as many
+    bytes as 128 columns of the weight: three of rank 16 take two steps instead of one, 3% more bytes at K =
+    4096, less than a launch costs. Layers without LoRC would pay for nothing and stay by themselves.
+    """
+    kinds: dict[tuple[ir.DataType, bool], Linears] = {}
+    for site, node in linears:
+        kinds.setdefault((site.dtype, lorc_rank(node) > 0), []).append((site, node))
+    return [product for kind in kinds.values() for product in _products(kind)]
+
+
+def _products(kind: Linears) -> list[Linears]:
+    made: list[Linears] = []
+    for item in sorted(kind, key=lambda item: item[0].n % BLOCK_ROWS > 0):
+        if made and _join([*made[-1], item]):
+            made[-1].append(item)
+        else:
+            made.append([item])
+    return made
+
+
+def _join(linears: Linears) -> bool:
+    blocks = all(site.n % BLOCK_ROWS == 0 for site, _ in linears[:-1])
+    return blocks and len(linears) <= MOST_OUTPUTS and total_rank(linears) <= LARGEST_RANK

@@ -8,28 +8,27 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from passes._emit import Emitter, Names, insert_after, replace_node
+from passes._emit import Emitter, Names, insert_after, replace_node, replace_nodes
 from passes._lowering import lower_linears
-from passes._packed_tensors import PackedTensors
+from passes._packed_tensors import PackedTensors, product_name
 from passes._plugin_ops import (
     LARGEST_RANK,
     LINEAR,
     QUANTIZE_STATIC,
     QUANTIZE_TOKENS,
+    Linears,
     activation_source,
     linear_attributes,
-    lorc_rank,
-    padded_rank,
     plugin_node,
+    products,
     refusal,
+    total_rank,
 )
 from passes._sites import is_w4a8, w4a8_nodes
-from passes._w4a8_function import BIAS, LORC_V, ROW_SCALES, X8, A
+from passes._w4a8_function import X8, A
 from passes.lower_weights_fp8 import DecodedWeights
 from zqfp_compile.pass_base import Declined, Pass, PassError, PassResult
-from zqfp_compile.plan import LinearSite, QuantPlan
-
-Linears = list[tuple[LinearSite, ir.Node]]
+from zqfp_compile.plan import QuantPlan
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,22 @@ class LowerWeightsPlugin(Pass):
 
         x -> QuantizeTokens(V) -> x8, a, xv
 
-    All linears of one x8 share the quantiser. When several of them have LoRC, V is their factors side by side
-    and a Split hands each its xv; beyond rank 64 in all, each gets ``MatMul(x, V)`` instead. Ranks are padded
-    with zeros to multiples of 8. x8 is bit for bit that of the standard nodes.
+    All linears of one x8 share the quantiser, and up to four of one type become one product with an output
+    each, their rows below each other (q/k/v, gate/up)::
+
+        PackedW4A8Linear(x8, a, codes, group_scales, row_scales, bias, xv, U) -> q, k, v
+
+    so that few tokens cost one launch that fills the GPU, and no Split copies outputs. Every number is that
+    of the layers apart. Missing biases are zeros, U is block-diagonal. N must be a multiple of 64 in all but
+    one of them, and the ranks 64 in all at most (``_plugin_ops.products``).
+
+    V of several layers is their factors side by side, and a Split hands each product its xv. The quantiser
+    takes rank 64; products beyond that get ``MatMul(x, V)`` instead. Ranks are padded with zeros to multiples
+    of 8. x8 is bit for bit that of the standard nodes.
 
     Not for layers whose weights, activations, scales or sizes the kernel does not have; the reason is
-    reported and they are lowered as ``lower-weights-fp8`` does. Layers with one input are not merged. No
-    weight is loaded before the model is written.
+    reported and they are lowered as ``lower-weights-fp8`` does. No weight is loaded before the model is
+    written.
 
     Attributes:
         plan: The plan the nodes were made from.
@@ -103,17 +111,18 @@ class _Lowering:
         x = activation_source(self._plan, *linears[0])
         if x is None:
             raise PassError(f"layer {linears[0][0].name!r}: its activation was replaced before it; a bug")
-        scale = linears[0][1].inputs[A]
-        low_rank = [item for item in linears if item[1].inputs[LORC_V] is not None]
-        fused = 0 < sum(padded_rank(lorc_rank(node)) for _, node in low_rank) <= LARGEST_RANK
-        v = self._tensors.side_by_side(low_rank) if fused else None
+        scale, parts = linears[0][1].inputs[A], products(linears)
+        fused: list[Linears] = []
+        for part in parts:
+            if 0 < total_rank(part) <= LARGEST_RANK - sum(map(total_rank, fused)):
+                fused.append(part)
+        v = self._tensors.v([item for part in fused for item in part]) if fused else None
         quantized, xv = self._quantize(x, x8, scale, v)
-        if xv is not None:
-            parts = self._split(xv, low_rank)
-        else:
-            parts = {site.name: self._project(x, site, node) for site, node in low_rank}
-        for site, node in linears:
-            self._linear(site, node, quantized, parts.get(site.name))
+        columns = {} if xv is None else self._split(xv, fused)
+        for part in parts:
+            if total_rank(part) > 0 and part not in fused:
+                columns[product_name(part)] = self._project(x, part)
+            self._linear(part, quantized, columns.get(product_name(part)))
 
     def _quantize(
         self, x: ir.Value, x8: ir.Value, scale: ir.Value | None, v: ir.Value | None
@@ -157,40 +166,43 @@ class _Lowering:
             value.shape = ir.Shape([*x.shape[:-1], width])
         return value
 
-    def _split(self, xv: ir.Value, low_rank: Linears) -> dict[str, ir.Value]:
-        """Hand each linear its columns of ``xv``."""
-        if len(low_rank) == 1:
-            return {low_rank[0][0].name: xv}
-        ranks = [padded_rank(lorc_rank(node)) for _, node in low_rank]
+    def _split(self, xv: ir.Value, parts: list[Linears]) -> dict[str, ir.Value]:
+        """Hand each product its columns of ``xv``."""
+        if len(parts) == 1:
+            return {product_name(parts[0]): xv}
+        ranks = [total_rank(part) for part in parts]
         emit = Emitter(self._graph, self._names)
         sizes = emit.constant("split_" + "_".join(map(str, ranks)), np.array(ranks))
         node = ir.Node("", "Split", [xv, sizes], [ir.AttrInt64("axis", -1)], num_outputs=len(ranks))
         self._names.claim_node(node, self._names.node(f"{xv.name}.split"))
-        parts = {}
-        for (site, _), value, rank in zip(low_rank, node.outputs, ranks, strict=True):
-            parts[site.name] = self._name(value, f"{site.name}/xv", xv, rank)
+        columns = {}
+        for part, value, rank in zip(parts, node.outputs, ranks, strict=True):
+            name = product_name(part)
+            columns[name] = self._name(value, f"{name}/xv", xv, rank)
         insert_after(self._graph, xv, [node])
-        return parts
+        return columns
 
-    def _project(self, x: ir.Value, site: LinearSite, node: ir.Node) -> ir.Value:
-        """Emit x @ V in front of the linear."""
-        emit = Emitter(self._graph, self._names, f"{site.name}/", node.metadata_props)
-        xv = emit.op("MatMul", [x, self._tensors.v(site, node)], "lorc_down", site.dtype)
+    def _project(self, x: ir.Value, linears: Linears) -> ir.Value:
+        """Emit x @ V in front of the product."""
+        site, node = linears[0]
+        emit = Emitter(self._graph, self._names, f"{product_name(linears)}/", node.metadata_props)
+        xv = emit.op("MatMul", [x, self._tensors.v(linears)], "lorc_down", site.dtype)
         self._graph.insert_before(node, emit.nodes)
         return xv
 
-    def _linear(self, site: LinearSite, node: ir.Node, x8: ir.Value, xv: ir.Value | None) -> None:
-        """Replace one linear; its node is called ``<layer>/MatMul`` as in every lowering."""
-        codes, scales = self._tensors.weight(site, node)
-        inputs = [x8, node.inputs[A], codes, scales, node.inputs[ROW_SCALES], node.inputs[BIAS]]
+    def _linear(self, linears: Linears, x8: ir.Value, xv: ir.Value | None) -> None:
+        """Replace a product by a node ``<layer>/MatMul`` as in every lowering; of several, joined by +."""
+        nodes, tensors = [node for _, node in linears], self._tensors
+        inputs = [x8, nodes[0].inputs[A], *tensors.weight(linears)]
+        inputs += [tensors.row_scales(linears), tensors.bias(linears)]
         if xv is not None:
-            inputs += [xv, self._tensors.u(site, node)]
+            inputs += [xv, tensors.u(linears)]
         new = plugin_node(
             LINEAR,
             [value for value in inputs if value is not None],
-            linear_attributes(site, self._plan, node),
-            1,
-            dict(node.metadata_props),
+            linear_attributes(linears, self._plan),
+            len(linears),
+            dict(nodes[0].metadata_props),
         )
-        replace_node(self._graph, node, [new], new.outputs[0])
-        self._names.claim_node(new, f"{site.name}/MatMul")
+        replace_nodes(self._graph, nodes, [new], new.outputs)
+        self._names.claim_node(new, "+".join(f"{site.name}/MatMul" for site, _ in linears))

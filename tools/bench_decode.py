@@ -35,10 +35,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from decode_model import PRESETS, Float16Linears, Linears, NBitsLinears, Shape, W4A8Linears, write_model
-from decode_session import Runner, Step, open_session
+from decode_session import DEVICES, Runner, Step, open_session
 
 from zqfp_compile.backends.host_libraries import host_library, kernel_library
-from zqfp_compile.errors import ZqfpError
 
 CONTENDERS: dict[str, Linears] = {
     item.name: item
@@ -59,6 +58,9 @@ def main() -> int:
     """Measure, print a table and publish the rows."""
     arguments = parse()
     shape = shape_of(arguments)
+    if (provider := DEVICES[arguments.device]) not in ort.get_available_providers():
+        print(f"onnxruntime here has no {provider}; install onnxruntime-gpu", file=sys.stderr)
+        return 6
     work = arguments.work or Path(tempfile.mkdtemp(prefix="zqfp-decode-"))
     work.mkdir(parents=True, exist_ok=True)
     if arguments.check:
@@ -71,7 +73,9 @@ def main() -> int:
                 rows.append(row)
                 print(show(row), flush=True)
                 publish(arguments.publish, [row])
-        except (ZqfpError, RuntimeError, ValueError) as error:
+        except (
+            Exception
+        ) as error:  # ONNX Runtime's have no common base; one contender must not cost the others
             failed = True
             print(f"{name}: {' '.join(str(error).split())[:400]}", file=sys.stderr)
     print(summary(rows))

@@ -3,9 +3,11 @@
     make kernels && python tools/bench_gemm.py                        # writes docs/results/gemm.json
     make kernels VARIANTS=1 && python tools/bench_gemm.py --variants  # every kernel, tiles whole and cut
 
-Every number is the median of single calls with the L2 cache flushed in between; times of the GEMM exclude the
-activation quantizer, which has its own column (FP8 contenders would need one as well). Each result of ours is
-compared with a float32 product of the host's decoding before it is timed.
+onnxruntime-gpu and CUTLASS (make -f tools/cutlass/contender.mk) compete where they are there. Every number is
+the median of single calls with the L2 cache flushed in between; times of the GEMM exclude the activation
+quantizer, which has its own column (FP8 contenders would need one as well). Each result of ours is compared
+with a float32 product of the host's decoding before it is timed; what is wrong is said and not timed, what
+fails costs its own column, and rows are written after each step.
 """
 
 from __future__ import annotations
@@ -13,12 +15,17 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gemm_cutlass
+import gemm_ort
+import numpy as np
 import torch
 from gemm_contenders import Case, TorchContenders, Zqfp
 from gemm_timing import Timer, copy_gbps, fp8_tflops
@@ -30,7 +37,10 @@ TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 2048, 4096, 8192)
 # What LoRC and a wider choice of scales cost: our kernel alone.
 EXTRA_TOKENS = (1, 16, 1024, 4096)
 EXTRAS = (("e4m3", 64, 32), ("m2", 64, 0), ("e4m3", 32, 0), ("e4m3", 128, 0))
-CONTENDERS = ("zqfp", "cublaslt_fp8", "cublaslt_fp8_rowwise", "fp16", "ort_nbits", "ort_fp4")
+OURS = "zqfp"
+CUTLASS = "cutlass_e2m1"
+OTHERS = ("cublaslt_fp8", "cublaslt_fp8_rowwise", "fp16", CUTLASS, "ort_nbits", "ort_fp4")
+ORT_LARGEST_M = 1024
 # The chain of --variants: more than L2 holds, and the tokens of decoding.
 CHAIN_BYTES = 200 << 20
 CHAIN_TOKENS = 32
@@ -40,78 +50,85 @@ Row = dict[str, Any]
 
 
 def zqfp_row(zqfp: Zqfp, case: Case, w8: torch.Tensor, timer: Timer) -> Row:
-    """Check one case, time it, and return its row."""
+    """Check one case, time it, and return its row; of a wrong result it has no times."""
     x = zqfp.inputs(case.m)
     error = zqfp.error(x, w8)
+    row = {**vars(case), "us": {}, "quantizer_us": 0.0, "gbps": 0.0, "tflops": 0.0}
+    row["relative_error"] = float(f"{error:.2e}")
     if not error < zqfp.linear.tolerance(case.m):
-        raise SystemExit(f"wrong result for {case}: relative error {error:.2e}")
+        print(f"WRONG: {case}, relative error {error:.2e}", flush=True)
+        return row
     us = timer.median_us(zqfp.gemm_call(x))
     moved = zqfp.weight_bytes + case.m * (case.k + 2 * case.n) + 2 * case.lorc_rank * (case.n + case.m)
-    return {
-        **vars(case),
-        "us": {"zqfp": round(us, 2)},
-        "quantizer_us": round(timer.median_us(zqfp.quantize_call(x)), 2),
-        "gbps": round(moved / us / 1000, 1),
-        "tflops": round(2 * case.m * case.n * case.k / us / 1e6, 2),
-        "relative_error": float(f"{error:.2e}"),
-    }
+    row["us"] = {OURS: round(us, 2)}
+    row["quantizer_us"] = round(timer.median_us(zqfp.quantize_call(x)), 2)
+    row["gbps"] = round(moved / us / 1000, 1)
+    row["tflops"] = round(2 * case.m * case.n * case.k / us / 1e6, 2)
+    return row
 
 
-def shape_rows(library: Library, n: int, k: int, tokens: tuple[int, ...], timer: Timer) -> list[Row]:
-    """Time our kernel and torch's contenders on one shape."""
-    zqfp = Zqfp(library, Case(n, k, 1), max(tokens))
+def zqfp_rows(library: Library, cases: list[Case], timer: Timer) -> list[Row]:
+    """Time our kernel on cases of one weight."""
+    zqfp = Zqfp(library, cases[0], max(case.m for case in cases))
     w8 = zqfp.decoded()
-    rows = [zqfp_row(zqfp, Case(n, k, m), w8, timer) for m in tokens]
-    del zqfp, w8
+    return [zqfp_row(zqfp, case, w8, timer) for case in cases]
+
+
+def add_time(row: Row, name: str, call: Callable[[], object], timer: Timer) -> None:
+    """Put a contender's time into a row, when it runs: ONNX Runtime and torch raise errors of many kinds."""
+    try:
+        us = timer.median_us(call)
+    except Exception as error:
+        print(f"{name} does not run for M = {row['m']}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return
+    row["us"][name] = min(round(us, 2), row["us"].get(name, math.inf))
+
+
+def add_torch(rows: list[Row], wanted: tuple[str, ...], timer: Timer) -> None:
+    """Time torch's contenders on the rows of one shape."""
+    n, k = rows[0]["n"], rows[0]["k"]
     others = TorchContenders(n, k)
     fast, promoted = others.fp8_errors(256)
     print(f"{n} x {k}: relative error of cuBLASLt FP8 {fast:.1e} fast, {promoted:.1e} promoted accumulation")
     for row in rows:
         for name, call in others.calls(row["m"]).items():
-            try:
-                row["us"][name] = round(timer.median_us(call), 2)
-            except RuntimeError as error:
-                print(
-                    f"{name} does not run for M = {row['m']}: {str(error).splitlines()[0]}", file=sys.stderr
-                )
-    return rows
+            if name in wanted:
+                add_time(row, name, call, timer)
 
 
-def extra_rows(library: Library, n: int, k: int, timer: Timer) -> list[Row]:
-    """Time our kernel with LoRC, powers of two, and other group sizes."""
-    rows = []
-    for constraint, group_size, rank in EXTRAS:
-        case = Case(n, k, 1, group_size, constraint, rank)
-        zqfp = Zqfp(library, case, max(EXTRA_TOKENS))
-        w8 = zqfp.decoded()
-        rows += [zqfp_row(zqfp, Case(n, k, m, group_size, constraint, rank), w8, timer) for m in EXTRA_TOKENS]
-    return rows
-
-
-def add_ort(rows: list[Row], timer: Timer) -> None:
-    """Time ONNX Runtime's contenders on the rows' shapes, where they can run."""
-    import numpy as np
-
-    try:
-        import gemm_ort
-    except ImportError as error:
-        print(f"without ONNX Runtime: {error}", file=sys.stderr)
+def add_cutlass(rows: list[Row], timer: Timer) -> None:
+    """Time CUTLASS on the rows of one shape, where it is built: the fastest of its kernels."""
+    path = gemm_cutlass.find()
+    if path is None:
+        print("without CUTLASS: run make -f tools/cutlass/contender.mk", file=sys.stderr)
         return
+    contender = gemm_cutlass.CutlassContender(gemm_cutlass.Library(path), rows[0]["n"], rows[0]["k"])
+    w8 = contender.decoded()
+    for row in rows:
+        for call in contender.right_calls(row["m"], w8).values():
+            add_time(row, CUTLASS, call, timer)
+
+
+def add_ort(rows: list[Row], wanted: tuple[str, ...], timer: Timer) -> None:
+    """Time ONNX Runtime's contenders on the rows of one shape, where they can run."""
     if (reason := gemm_ort.available()) is not None:
         print(f"without ONNX Runtime: {reason}", file=sys.stderr)
         return
-    for n, k in dict.fromkeys((row["n"], row["k"]) for row in rows):
-        for name, make in gemm_ort.MODELS.items():
-            session = gemm_ort.OrtContender(make(n, k, np.random.default_rng(0)))
-            for row in rows:
-                if (row["n"], row["k"]) == (n, k) and row["m"] <= 1024:
-                    row["us"][name] = round(timer.median_us(session.call(row["m"], k)), 2)
-            del session
+    n, k = rows[0]["n"], rows[0]["k"]
+    for name in (name for name in gemm_ort.MODELS if name in wanted):
+        try:
+            contender = gemm_ort.OrtContender(gemm_ort.MODELS[name](n, k, np.random.default_rng(0)))
+        except Exception as error:
+            print(f"{name} does not load: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        for row in rows:
+            if row["m"] <= ORT_LARGEST_M:
+                add_time(row, name, contender.call(row["m"], k), timer)
 
 
 def print_table(rows: list[Row], bandwidth: float, rate: float) -> None:
     """Print the rows; the last columns are shares of the measured ceilings."""
-    names = [name for name in CONTENDERS if any(name in row["us"] for row in rows)]
+    names = [name for name in (OURS, *OTHERS) if any(name in row["us"] for row in rows)]
     print(f"\nceilings: copy {bandwidth:.0f} GB/s, cuBLASLt FP8 {rate:.0f} TFLOP/s; times in microseconds")
     heads = ("N", "K", "M", "g", "scales", "rank", *names, "quantizer", "GB/s", "%", "TFLOP/s", "%", "error")
     lines = [[str(head) for head in heads]]
@@ -131,23 +148,18 @@ def print_table(rows: list[Row], bandwidth: float, rate: float) -> None:
 
 
 def write_rows(rows: list[Row], path: Path) -> None:
-    """Put the rows into the JSON list, in place of older ones of the same case and hardware."""
+    """Put the right rows into the JSON list, in place of older ones of the same case and hardware."""
+    rows = [row for row in rows if OURS in row["us"]]
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     merged = {tuple(row[key] for key in KEY): row for row in [*old, *rows]}
     ordered = [merged[key] for key in sorted(merged)]
     path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
 
 
-def bench(options: argparse.Namespace) -> None:
-    """The table of the issue."""
+def bench(options: argparse.Namespace) -> int:
+    """The table of the issue; 1 when a result of ours is wrong."""
     timer, library, started = Timer(), load_library(), time.monotonic()
     bandwidth, rate = copy_gbps(timer), fp8_tflops(timer)
-    extras: list[Row] = []
-    if not options.no_extras:
-        extras = [row for n, k in options.shapes for row in extra_rows(library, n, k, timer)]
-    rows = [row for n, k in options.shapes for row in shape_rows(library, n, k, options.tokens, timer)]
-    if not options.no_ort:
-        add_ort(rows, timer)
     stamp = {
         "hardware": torch.cuda.get_device_name(),
         "copy_gbps": round(bandwidth),
@@ -155,13 +167,38 @@ def bench(options: argparse.Namespace) -> None:
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "tools/bench_gemm.py", *sys.argv[1:]]),
     }
-    write_rows([{**row, **stamp} for row in (*extras, *rows)], options.output)
-    for table in (extras, rows):
+
+    def publish(rows: list[Row]) -> None:
+        write_rows([{**row, **stamp} for row in rows], options.output)
+
+    def compete(rows: list[Row], wanted: tuple[str, ...]) -> None:
+        add_torch(rows, wanted, timer)
+        publish(rows)
+        if CUTLASS in wanted:
+            add_cutlass(rows, timer)
+        add_ort(rows, wanted, timer)
+        publish(rows)
+
+    tables: dict[str, list[Row]] = {"rows": [], "extras": []}
+    for n, k in options.shapes:
+        rows = zqfp_rows(library, [Case(n, k, m) for m in options.tokens], timer)
+        publish(rows)
+        compete(rows, options.contenders)
+        tables["rows"] += rows
+    for n, k in () if options.no_extras else options.shapes:
+        for constraint, group, rank in EXTRAS:
+            cases = [Case(n, k, m, group, constraint, rank) for m in EXTRA_TOKENS]
+            tables["extras"] += zqfp_rows(library, cases, timer)
+        publish(tables["extras"])
+    for table in reversed(tables.values()):
         print_table(table, bandwidth, rate)
-    print(f"{len(extras) + len(rows)} rows in {options.output}, {time.monotonic() - started:.0f} s")
+    everything = [row for table in tables.values() for row in table]
+    wrong = sum(OURS not in row["us"] for row in everything)
+    print(f"{len(everything)} rows for {options.output}, {wrong} wrong, {time.monotonic() - started:.0f} s")
+    return int(wrong > 0)
 
 
-def bench_variants(options: argparse.Namespace) -> None:
+def bench_variants(options: argparse.Namespace) -> int:
     """Every kernel of the library on every case that it can compute without much waste, fastest first."""
     timer, library = Timer(), load_library()
     for n, k in options.shapes:
@@ -176,6 +213,7 @@ def bench_variants(options: argparse.Namespace) -> None:
             if m <= CHAIN_TOKENS:
                 apart, overlapping = (chain_us(library, n, k, m, overlap) for overlap in (0, 1))
                 print(f"quantizer and GEMM in a graph: {apart:.1f} us, overlapping {overlapping:.1f} us")
+    return 0
 
 
 def chain_us(library: Library, n: int, k: int, m: int, overlap: int) -> float:
@@ -231,23 +269,37 @@ def shapes(text: str) -> tuple[tuple[int, int], ...]:
     return tuple((int(n), int(k)) for n, k in pairs)
 
 
-def main() -> None:
-    """Parse the command line."""
+def names(text: str) -> tuple[str, ...]:
+    """Parse "fp16,ort_nbits".
+
+    Raises:
+        ArgumentTypeError: When one is unknown.
+    """
+    given = tuple(part for part in text.split(",") if part)
+    if unknown := set(given).difference(OTHERS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(OTHERS)}")
+    return given
+
+
+def main() -> int:
+    """Parse the command line and measure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", type=shapes, default=SHAPES, help="N x K, comma separated")
     parser.add_argument("--tokens", type=numbers, default=TOKENS, help="values of M, comma separated")
     parser.add_argument("--variants", action="store_true", help="time every kernel of ours and nothing else")
-    parser.add_argument("--no-ort", action="store_true", help="without ONNX Runtime")
+    parser.add_argument(
+        "--contenders", type=names, default=OTHERS, help=f"of {','.join(OTHERS)}; '': ours alone"
+    )
     parser.add_argument("--no-extras", action="store_true", help="without LoRC, m2 and other group sizes")
     parser.add_argument("--output", type=Path, default=Path("docs/results/gemm.json"))
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU")
     torch.backends.cuda.matmul.allow_tf32 = False
-    (bench_variants if options.variants else bench)(options)
+    return (bench_variants if options.variants else bench)(options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

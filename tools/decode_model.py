@@ -7,6 +7,7 @@ decoder differ between contenders: embedding and lm_head are float16 in all of t
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ F16, F32, U8, INT4 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.UINT8, 
 E4M3 = TensorProto.FLOAT8E4M3FN
 ALIGNMENT = 4096
 RANDOM_BYTES = 1 << 26
-MAX_FUSED_RANK = 64
 OPSETS = [
     helper.make_opsetid("", 21),
     helper.make_opsetid("com.microsoft", 1),
@@ -76,6 +76,7 @@ class Writer:
         largest = 2 * shape.hidden * max(shape.intermediate, shape.vocab)
         size = min(RANDOM_BYTES, largest)
         self.normal = rng.standard_normal(size // 2, dtype=np.float32).astype(np.float16)
+        self._scaled = {1.0: self.normal}
         self.bytes = rng.integers(0, 256, size, dtype=np.uint8)
 
     def op(
@@ -97,14 +98,10 @@ class Writer:
         """Add a tensor of ``size`` bytes, repeating ``source`` from a place of its own."""
         self.data.write(b"\0" * (-self.data.tell() % ALIGNMENT))
         offset = self.data.tell()
-        start = zlib.crc32(name.encode()) % len(source)
-        block = np.roll(source, -start).view(np.uint8) if size >= source.nbytes else None
-        if block is None:
-            block = np.concatenate([source[start:], source[:start]])[: -(-size // source.itemsize)].view(
-                np.uint8
-            )
-        for done in range(0, size, block.nbytes):
-            self.data.write(block[: size - done].data)
+        start, left = zlib.crc32(name.encode()) % len(source), size
+        while left > 0:
+            left -= self.data.write(source[start:].view(np.uint8)[:left].data)
+            start = 0
         tensor = TensorProto(name=name, dims=dims, data_type=kind, data_location=TensorProto.EXTERNAL)
         for key, value in {"location": self.location, "offset": offset, "length": size}.items():
             tensor.external_data.add(key=key, value=str(value))
@@ -113,8 +110,9 @@ class Writer:
 
     def half(self, name: str, *dims: int, scale: float = 1.0) -> str:
         """Add a random float16 tensor."""
-        source = self.normal if scale == 1.0 else (self.normal * np.float16(scale)).astype(np.float16)
-        return self.stored(name, dims, F16, source, 2 * math.prod(dims))
+        if scale not in self._scaled:
+            self._scaled[scale] = (self.normal * np.float32(scale)).astype(np.float16)
+        return self.stored(name, dims, F16, self._scaled[scale], 2 * math.prod(dims))
 
 
 class Float16Linears:
@@ -164,53 +162,39 @@ class W4A8Linears:
         return f"zqfp{rank}" + ("_token" if self.per_token else "")
 
     def emit(self, writer: Writer, x: str, k: int, outputs: dict[str, int]) -> None:
-        """Add the linears ``outputs`` (name -> N) of one input."""
-        x8, a, parts = self._quantize(writer, x, k, list(outputs))
-        for name, n in outputs.items():
-            codes, scales = packed_sizes(n, k, self.group_size)
-            weight = [
-                writer.stored(f"{name}.codes", padded_shape(n, k), INT4, writer.bytes, codes),
-                writer.stored(f"{name}.scales", (scales,), E4M3, _legal_scales(), scales),
-                # Codes have a root mean square of 2.6, scales are around 1.
-                writer.small(f"{name}.rows", np.full(n, k**-0.5 / 2.6, np.float32)),
-            ]
-            writer.linear_bytes += codes + scales + 4 * n
-            inputs = [x8, a, *weight]
-            if parts:
-                inputs += [parts[name], writer.half(f"{name}.u", self.lorc_rank, n, scale=0.01)]
-                writer.linear_bytes += 2 * self.lorc_rank * (n + k)
-            attributes = {"n": n, "k": k, "group_size": self.group_size, "lorc_rank": self.lorc_rank}
-            attributes |= {"per_token": int(self.per_token), "bias": 0, "dtype": F16}
-            writer.op("PackedW4A8Linear", inputs, [name], "zqfp", **attributes)
+        """Add the linears ``outputs`` (name -> N) of one input, as one product."""
+        n, rank, name = sum(outputs.values()), self.lorc_rank * len(outputs), "+".join(outputs)
+        codes, scales = packed_sizes(n, k, self.group_size)
+        inputs = [
+            *self._quantize(writer, x, k, rank),
+            writer.stored(f"{name}.codes", padded_shape(n, k), INT4, writer.bytes, codes),
+            writer.stored(f"{name}.scales", (scales,), E4M3, _legal_scales(), scales),
+            # Codes have a root mean square of 2.6, scales are around 1.
+            writer.small(f"{name}.rows", np.full(n, k**-0.5 / 2.6, np.float32)),
+        ]
+        writer.linear_bytes += codes + scales + 4 * n
+        if rank:
+            inputs += [f"{x}.xv", writer.half(f"{name}.u", rank, n, scale=0.01)]
+            writer.linear_bytes += 2 * rank * (n + k)
+        attributes: dict[str, Any] = {"n": n, "k": k, "group_size": self.group_size, "lorc_rank": rank}
+        attributes |= {"per_token": int(self.per_token), "bias": 0, "dtype": F16}
+        if len(outputs) > 1:
+            attributes["output_n"] = list(outputs.values())
+        writer.op("PackedW4A8Linear", inputs, list(outputs), "zqfp", **attributes)
 
-    def _quantize(self, writer: Writer, x: str, k: int, names: list[str]) -> tuple[str, str, dict[str, str]]:
-        """Add the quantiser of ``x``; return x8, a, and xv of each linear."""
-        rank = self.lorc_rank * len(names)
-        fused = 0 < rank <= MAX_FUSED_RANK
+    def _quantize(self, writer: Writer, x: str, k: int, rank: int) -> list[str]:
+        """Add the quantiser of ``x``, and x @ V where there is a rank; return x8 and a."""
         static = [] if self.per_token else [writer.small(f"{x}.a", np.float32(0.02))]
         inputs, outputs = [x, *static], [f"{x}.x8", *([f"{x}.a"] if self.per_token else [])]
-        if fused:
+        if rank:
             inputs.append(writer.half(f"{x}.v", k, rank, scale=k**-0.5))
             outputs.append(f"{x}.xv")
         kind = "QuantizeTokens" if self.per_token else "QuantizeActivation"
-        writer.op(kind, inputs, outputs, "zqfp", lorc_rank=rank if fused else 0)
-        return f"{x}.x8", f"{x}.a", self._parts(writer, x, k, names, fused)
-
-    def _parts(self, writer: Writer, x: str, k: int, names: list[str], fused: bool) -> dict[str, str]:
-        if self.lorc_rank == 0:
-            return {}
-        if fused and len(names) == 1:
-            return {names[0]: f"{x}.xv"}
-        parts = {name: f"{name}.xv" for name in names}
-        if fused:
-            sizes = writer.small(f"{x}.split", np.full(len(names), self.lorc_rank, np.int64))
-            writer.op("Split", [f"{x}.xv", sizes], list(parts.values()), axis=-1)
-            return parts
-        for name, xv in parts.items():
-            writer.op("MatMul", [x, writer.half(f"{name}.v", k, self.lorc_rank, scale=k**-0.5)], [xv])
-        return parts
+        writer.op(kind, inputs, outputs, "zqfp", lorc_rank=rank)
+        return [f"{x}.x8", f"{x}.a"]
 
 
+@functools.cache
 def _legal_scales() -> np.ndarray[Any, Any]:
     """Packed bytes of random group scales around 1."""
     values = np.random.default_rng(1).choice([0.75, 0.875, 1, 1.125, 1.25, 1.375], (4096, 256))

@@ -6,6 +6,7 @@ timing, and not whether the hardware agrees with the emulator.
 """
 
 import ctypes
+import dataclasses
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from zqfp_compile.kernels import reference
 from zqfp_compile.kernels.packing import pack_codes, pack_group_scales
 
 POINTERS = ("x8", "xv", "u", "codes", "group_scales", "bias", "row_scales", "a", "y", "workspace")
-INTEGERS = ("m", "n", "k", "rank", "per_token", "bfloat", "workers", "cut")
+INTEGERS = ("m", "n", "k", "rank", "per_token", "bfloat", "workers", "cut", "order")
 ZEROED_BYTES = 16384
 
 # emulate.cpp's kernels by number: tokens, rows, slices, cluster, promotion, head start; and their group size.
@@ -30,8 +31,10 @@ GROUP_SIZE = {T8: 64, T32: 32, T64: 128, T128_PAIR: 64, T256_PAIR: 64, T256: 32}
 
 
 class Problem(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in POINTERS) + tuple(
-        (name, ctypes.c_int) for name in INTEGERS
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int) for name in INTEGERS),
+        ("outputs", ctypes.c_int * 4),
     )
 
 
@@ -47,6 +50,8 @@ class Case:
     bfloat: bool = False
     per_token: bool = True
     bias: bool = True
+    outputs: tuple[int, ...] = ()
+    order: int = 0
 
 
 CASES = [
@@ -67,6 +72,11 @@ CASES = [
     Case(T32, m=20, n=264, k=1552, rank=8, workers=1),
     Case(T128_PAIR, m=128, n=136, k=1552, workers=1),
     Case(T256_PAIR, m=64, n=136, k=1040, rank=24, workers=1, cut=False),
+    # Several outputs: a tile may hold rows of more than one, and the last may end inside a block.
+    Case(T8, m=5, n=264, k=1040, rank=40, outputs=(128, 64, 72)),
+    Case(T32, m=33, n=456, k=272, workers=4, outputs=(64, 64, 320, 8)),
+    Case(T128_PAIR, m=150, n=328, k=400, bfloat=True, outputs=(64, 264)),
+    Case(T256_PAIR, m=40, n=192, k=272, cut=False, outputs=(64, 128)),
 ]
 
 
@@ -133,26 +143,67 @@ def expected(case, arrays):
     return reference.linear(arrays["x8"], arrays["a"], w8, arrays["row_scales"], **wide)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_source_computes_the_reference(emulator, case):
-    arrays, dtype = random_arrays(case)
+def written(case, y):
+    """The outputs, which lie one after the other, side by side: [M, N]."""
+    ends = case.m * np.cumsum(case.outputs or (case.n,))[:-1]
+    return np.concatenate([part.reshape(case.m, -1) for part in np.split(y, ends)], axis=1)
+
+
+def new_workspace():
+    """Zero where it must be; elsewhere NaN, which no sum may take in."""
+    workspace = np.full(ZEROED_BYTES + (16 << 20), 0xFF, np.uint8)
+    workspace[:ZEROED_BYTES] = 0
+    return workspace
+
+
+def emulate(emulator, case, arrays, dtype, workspace):
+    """Run the kernel on a poisoned output; return y [M, N], checked for what any call leaves behind."""
     memory = {name: aligned(array) for name, array in arrays.items() if array is not None}
     memory["x8"] = aligned(E4M3FN.encode(arrays["x8"]).view(np.uint8))
     memory["codes"] = aligned(pack_codes(arrays["codes"]))
     memory["group_scales"] = aligned(pack_group_scales(arrays["group_scales"], GROUP_SIZE[case.kernel]))
     memory["y"] = aligned(np.full((case.m, case.n), np.nan, dtype))
-    memory["workspace"] = np.zeros(ZEROED_BYTES + (16 << 20), np.uint8)
+    memory["workspace"] = workspace
     problem = Problem(
         **{name: array.ctypes.data for name, array in memory.items()},
         **{name: int(getattr(case, name)) for name in INTEGERS},
+        outputs=(ctypes.c_int * 4)(*(case.outputs or (case.n,))),
     )
     assert emulator.emulate(case.kernel, ctypes.byref(problem)) == GROUP_SIZE[case.kernel]
-    y = memory["y"].view(dtype).reshape(case.m, case.n).astype(np.float64)
-    wanted = expected(case, arrays)
-    assert np.isfinite(y).all(), "part of the output was not written"
+    y = written(case, memory["y"].view(dtype))
+    assert np.isfinite(y.astype(np.float32)).all(), "part of the output was not written"
+    assert not workspace[:ZEROED_BYTES].any(), "arrival counters were not left at zero"
+    return y
+
+
+def check(case, arrays, y):
+    wanted, y = expected(case, arrays), y.astype(np.float64)
     # float32 sums; rounding to float16 gives 2e-4, to bfloat16 1.7e-3.
     assert np.linalg.norm(y - wanted) < (3e-3 if case.bfloat else 4e-4) * np.linalg.norm(wanted)
-    assert not memory["workspace"][:ZEROED_BYTES].any(), "arrival counters were not left at zero"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_source_computes_the_reference(emulator, case):
+    arrays, dtype = random_arrays(case)
+    check(case, arrays, emulate(emulator, case, arrays, dtype, new_workspace()))
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[7], CASES[4]], ids=str)
+def test_the_order_of_the_workers_changes_no_bit(emulator, case):
+    arrays, dtype = random_arrays(case)
+    results = {
+        emulate(emulator, dataclasses.replace(case, order=order), arrays, dtype, new_workspace()).tobytes()
+        for order in (0, 1, 2)
+    }
+    assert len(results) == 1
+
+
+def test_a_workspace_serves_one_layer_after_the_other(emulator):
+    """As on a stream, or when a graph is replayed: partial sums of other layers lie where new ones will."""
+    workspace = new_workspace()
+    for case in (CASES[2], CASES[7], CASES[0], CASES[2]):
+        arrays, dtype = random_arrays(case)
+        check(case, arrays, emulate(emulator, case, arrays, dtype, workspace))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import re
+import shutil
 import subprocess
 
 import numpy as np
@@ -92,6 +93,10 @@ REFUSED = [
     ({"dtype": torch.float32}, binding.NotSupportedError, "float32"),
     ({"dtype": torch.int8}, binding.InvalidValueError, "dtype"),
     ({"per_token": 2}, binding.InvalidValueError, "per_token"),
+    ({"n": 136, "outputs": (72, 64)}, binding.NotSupportedError, r"outputs\[0\] = 72"),
+    ({"n": 128, "outputs": (64, 0, 64)}, binding.InvalidValueError, r"outputs\[1\] = 0"),
+    ({"n": 128, "outputs": (64, -64)}, binding.InvalidValueError, r"outputs\[1\] = -64"),
+    ({"n": 128, "outputs": (64, 72)}, binding.InvalidValueError, "have 136 features"),
 ]
 
 
@@ -109,7 +114,9 @@ def linear_call(library, layer=LAYER, m=4, **changes):
     pointers |= {"bias": None, "xv": None, "u": None, "workspace": 8192}
     workspace_bytes = changes.pop("workspace_bytes", 1 << 30)
     pointers |= changes
-    args = binding._Args(*(pointers[name] for name, _ in binding._Args._fields_))
+    y = pointers.pop("y")
+    outputs = binding._Pointers(*(y if isinstance(y, tuple) else (y,)))
+    args = binding._Args(*(pointers[name] for name in binding._ARGUMENTS), outputs)
     return library._c.zqfpLinear(
         binding._desc(layer),
         ctypes.byref(args),
@@ -140,6 +147,12 @@ def test_refuses_missing_lorc_factors(kernel_library):
     assert "u is null" in last_error(kernel_library)
     assert linear_call(kernel_library, bias=4104) == 1
     assert "bias" in last_error(kernel_library)
+
+
+def test_refuses_a_missing_output(kernel_library):
+    layer = dataclasses.replace(LAYER, n=192, outputs=(64, 64, 64))
+    assert linear_call(kernel_library, layer, y=(4096, None, 4096)) == 1
+    assert "y is null" in last_error(kernel_library)
 
 
 def test_refuses_wrong_counts_and_small_workspaces(kernel_library):
@@ -277,3 +290,20 @@ def test_make_kernels_without_nvcc_says_so(repo_root):
     )
     assert done.returncode != 0
     assert "install the CUDA toolkit" in done.stderr
+
+
+def test_an_overlapping_quantizer_reads_nothing_that_is_still_being_made(repo_root, tmp_path):
+    """ld.global.nc is for memory that nobody writes while the kernel runs; only LoRC's V is that."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    kernels = repo_root / "zqfp_compile" / "kernels"
+    source, target = kernels / "cuda/quantize.cu", tmp_path / "quantize.ptx"
+    options = ["-std=c++17", "-DNDEBUG", "-arch=compute_90a", "-ptx", f"-I{kernels / 'include'}"]
+    subprocess.run(["nvcc", *options, str(source), "-o", str(target)], check=True)
+    entries = target.read_text().split(".visible .entry ")[1:]
+    assert len(entries) == 5
+    for entry in entries:
+        before, after = entry.split("griddepcontrol.wait;")
+        assert "ld.global" not in before and "ld.global" in after
+        assert ("ld.global.nc" in after) == ("Lb1E" in entry.split("(")[0])
+        assert "ld.global.nc.v4" not in after  # x, and what a thread has of a row

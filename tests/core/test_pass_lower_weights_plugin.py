@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 import pytest
-from rewrite_models import Case, artifact, decoded, float_model, make_plan, mixed_plan, unreadable
+from rewrite_models import BETA, Case, artifact, decoded, float_model, make_plan, mixed_plan, unreadable
 
+from passes._plugin_ops import products
 from passes.lower_weights_plugin import LowerWeightsPlugin
 from passes.remove_unused import RemoveUnused
 from zqfp_compile.formats.minifloat import E4M3FN
@@ -38,6 +39,7 @@ def by_name(model: ir.Model) -> dict[str, ir.Node]:
         ("lower_weights_plugin", hosted(dtype=ir.DataType.FLOAT16)),
         ("lower_weights_plugin_lorc", hosted(dtype=ir.DataType.FLOAT16, lorc=True, rank=12)),
         ("lower_weights_plugin_token", hosted(per_token=True, lorc=True, lorc_fp8=True)),
+        ("lower_weights_plugin_merged", hosted(dtype=ir.DataType.FLOAT16, n=64, v_n=72, lorc=True, rank=12)),
     ],
 )
 def test_golden(name, case, run_pass, golden):
@@ -81,6 +83,82 @@ def test_factors_are_padded_with_zeros_and_side_by_side(dtype, fp8):
             assert np.array_equal(stored[:12], wanted) and not stored[12:].any()
 
 
+MERGED = hosted(n=128, v_n=72, dtype=ir.DataType.FLOAT16)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_layers_of_one_input_are_one_product(fp8):
+    """Their tensors below each other, in the order of the outputs; v alone has a bias."""
+    case = dataclasses.replace(MERGED, lorc=True, lorc_fp8=fp8, rank=12)
+    model, plan, result = lowered(case)
+    node = model.graph[1]
+    assert result.declined == () and [item.name for item in node.outputs] == ["q", "v"]
+    assert (node.name, node.op_type) == ("attn.q/MatMul+attn.v/MatMul", "PackedW4A8Linear")
+    assert (node.attributes["n"].as_int(), node.attributes["output_n"].as_ints()) == (200, (128, 72))
+    assert node.inputs[6] is model.graph[0].outputs[1] and node.attributes["lorc_rank"].as_int() == 32
+    weights = [decoded(plan, layer) for layer in ("attn.q", "attn.v")]
+    codes, scales, rows, bias, _, u = (value.const_value for value in node.inputs[2:])
+    packed = (np.frombuffer(tensor.tobytes(), np.uint8) for tensor in (codes, scales))
+    assert np.array_equal(unpack_codes(next(packed), 200, 64), np.concatenate([w.codes for w in weights]))
+    wanted = np.concatenate([weight.group_scales for weight in weights])
+    assert np.array_equal(unpack_group_scales(next(packed), 200, 64, 32), wanted)
+    assert np.array_equal(rows.numpy(), np.concatenate([weight.row_scales for weight in weights]))
+    own = float_model(case).graph.initializers["c"].const_value.numpy()[0] * np.float16(BETA)
+    assert not bias.numpy()[:128].any() and np.array_equal(bias.numpy()[128:], own)
+    blocks = [plan.low_rank(site(plan, layer))[1].astype(np.float16) for layer in ("attn.q", "attn.v")]
+    assert np.array_equal(u.numpy()[:12, :128], blocks[0]) and np.array_equal(
+        u.numpy()[16:28, 128:], blocks[1]
+    )
+    assert np.count_nonzero(u.numpy()) == sum(np.count_nonzero(block) for block in blocks)
+
+
+def test_an_output_that_does_not_end_a_block_goes_last():
+    model, _, _ = lowered(dataclasses.replace(MERGED, n=72, v_n=128))
+    assert [item.name for item in model.graph[1].outputs] == ["v", "q"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "precisions"),
+    [
+        ({"n": 72, "v_n": 136}, {}),
+        ({}, {"q": SitePrecision("e2m1", 60), "v": SitePrecision("e2m1", 5)}),
+        ({}, {"v": SitePrecision("e2m1", 5)}),
+        ({}, {"v": SitePrecision("fp8", 0)}),
+    ],
+    ids=["no blocks", "rank 72", "LoRC on one", "a weight of FP8"],
+)
+def test_what_makes_no_product_stays_apart(changes, precisions, run_pass):
+    case = dataclasses.replace(MERGED, **changes)
+    model, plan = artifact(case, mixed_plan(case, **precisions))
+    run_pass(LowerWeightsPlugin(plan), model)
+    names = [str(node.name) for node in model.graph if node.op_type == "PackedW4A8Linear"]
+    assert names == ["attn.q/MatMul", "attn.v/MatMul"][: len(names)] and all("+" not in n for n in names)
+
+
+def layers(*sizes, rank=0):
+    """Linears of one input, of so many rows."""
+    first = make_plan(HOSTED).linears[0]
+    factor = ir.Value(name="v", shape=ir.Shape([64, rank])) if rank else None
+    return [
+        (dataclasses.replace(first, name=f"l{i}", n=n), ir.Node("zqfp", "W4A8Linear", [None] * 7 + [factor]))
+        for i, n in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("linears", "wanted"),
+    [
+        (layers(576, 192, 192), [[576, 192, 192]]),
+        (layers(64, 72, 128, 136), [[64, 128, 72], [136]]),
+        (layers(*[64] * 5), [[64] * 4, [64]]),
+        (layers(64, 64, 64, rank=16), [[64] * 3]),
+        (layers(192, 64, 128, rank=28), [[192, 64], [128]]),
+    ],
+)
+def test_how_layers_are_divided_into_products(linears, wanted):
+    assert [[item.n for item, _ in product] for product in products(linears)] == wanted
+
+
 def site(plan, layer):
     return next(item for item in plan.linears if item.name == layer)
 
@@ -100,7 +178,7 @@ def test_more_than_rank_64_in_all_is_multiplied_by_standard_nodes():
     plan = mixed_plan(hosted(), q=SitePrecision("e2m1", 64), v=SitePrecision("e2m1", 5))
     model, _, result = lowered(hosted(), plan)
     nodes = by_name(model)
-    assert result.declined == () and len(nodes["x.quantize"].outputs) == 1
+    assert result.declined == () and len(nodes["x.quantize"].outputs) == 2  # q fills it
     assert nodes["attn.v/MatMul"].inputs[6].producer() is nodes["attn.v/lorc_down"]
     assert [nodes[f"attn.{key}/MatMul"].attributes["lorc_rank"].as_int() for key in "qv"] == [64, 8]
 

@@ -36,6 +36,9 @@ CASES = [
     Case(group_size=128, dtype=BF16, n=264, k=4112, lorc=True, rank=16),
     Case(group_size=64, dtype=F16, n=200, k=208, lorc=True, rank=12, per_token=True, constraint="m2"),
     Case(group_size=64, dtype=F16, n=576, k=1536, lorc=True, rank=60, per_token=True),
+    # One product with two outputs.
+    Case(group_size=64, dtype=F16, n=512, v_n=200, k=1024, lorc=True, rank=28, per_token=True),
+    Case(group_size=32, dtype=F16, n=4096, v_n=1024, k=4096),
 ]
 ROWS = (1, 3, 16, 17, 64, 130, 1000, 2, 0)
 
@@ -133,8 +136,8 @@ def test_cuda_graph(case, library):
     binding = session.io_binding()
     x = ort.OrtValue.ortvalue_from_numpy(inputs(case, 8), "cuda", 0)
     binding.bind_ortvalue_input("x", x)
-    empty = np.zeros((8, case.n), NUMPY[case.dtype])
-    outputs = [ort.OrtValue.ortvalue_from_numpy(empty, "cuda", 0) for _ in range(2)]
+    empty = [np.zeros((8, case.rows(key)), NUMPY[case.dtype]) for key in ("q", "v")]
+    outputs = [ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0) for array in empty]
     for name, output in zip(("q", "v"), outputs, strict=True):
         binding.bind_ortvalue_output(name, output)
     for seed in range(4):

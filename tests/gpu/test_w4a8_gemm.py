@@ -75,9 +75,12 @@ class Problem:
 
     def check(self, m):
         x8, a, xv = self.linear.quantize(self.input(m))
-        y = torch.full((m, self.layer.n), float("nan"), dtype=self.layer.dtype, device="cuda")
+        y = self.linear.empty(m)
+        for output in y if isinstance(y, tuple) else (y,):
+            output.fill_(float("nan"))
         self.linear.multiply(x8, a, xv, y)
         torch.cuda.synchronize()
+        y = torch.cat(y, dim=1) if isinstance(y, tuple) else y
         assert bool(torch.isfinite(y).all()), "part of the output was not written"
         error = relative_error(y, self.expected(x8, a, xv))
         assert error < self.linear.tolerance(m), f"relative error {error:.2e} for {self.layer}, m = {m}"
@@ -123,6 +126,13 @@ def test_constraints(kernel_library, constraint):
 )
 def test_the_issues_shapes(kernel_library, n, k, m):
     layer = Layer(n, k, 64, lorc_rank=32)
+    Problem(kernel_library, layer, max_rows=m).check(m)
+
+
+@pytest.mark.parametrize("m", [1, 16, 48, 200, 1000])
+@pytest.mark.parametrize("outputs", [(4096, 1024, 1024), (64, 64, 320, 8), (448, 1096)])
+def test_several_outputs(kernel_library, outputs, m):
+    layer = Layer(sum(outputs), 1040, 64, lorc_rank=24, outputs=outputs)
     Problem(kernel_library, layer, max_rows=m).check(m)
 
 

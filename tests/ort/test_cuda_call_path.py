@@ -131,6 +131,15 @@ def test_a_workspace_does_not_grow_inside_a_captured_graph(fakes, tmp_path):
     refused("run once with", fakes / "ops.so", lowered(HOST_CASES[0]), 80, tmp_path, **environment)
 
 
+def test_streams_that_may_run_at_once_share_no_workspace(fakes, repo_root, tmp_path):
+    hosts, program = repo_root / "zqfp_compile" / "kernels" / "hosts", tmp_path / "workspaces_test"
+    sources = [hosts / "workspaces.cpp", repo_root / "tests" / "support" / "workspaces_test.cpp"]
+    includes = [f"-I{hosts}", f"-I{hosts.parent / 'include'}"]
+    command = ["g++", "-std=c++17", *includes, *map(str, sources), "-o", str(program), "-ldl", "-pthread"]
+    subprocess.run(command, check=True)
+    subprocess.run([program], env={**os.environ, "LD_LIBRARY_PATH": str(fakes)}, check=True, timeout=60)
+
+
 def test_what_libzqfp_refuses_is_said_in_its_words(fakes, tmp_path):
     environment = {"LD_LIBRARY_PATH": str(fakes), "FAKE_REFUSAL": "not today"}
     says = "zqfp: PackedW4A8Linear: not today"

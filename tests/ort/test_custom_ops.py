@@ -115,6 +115,25 @@ def bytes_of(value: Any) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize(("n", "v_n"), [(192, 72), (64, 576), (72, 128)])
+def test_one_product_of_several_layers_gives_the_bits_of_each(n, v_n, number, dtype, library, monkeypatch):
+    case = hosted_case(n, 208, number, v_n=v_n, dtype=dtype)
+    merged, _, _ = lower(case)
+    monkeypatch.setattr("passes.lower_weights_plugin.products", lambda linears: [[item] for item in linears])
+    apart, _, _ = lower(case)
+    assert [sum(node.op_type == "PackedW4A8Linear" for node in model.graph) for model in (merged, apart)] == [
+        1,
+        2,
+    ]
+    for rows in (1, 7, 33, 0):
+        x = inputs(case, rows)
+        got, wanted = (open_session(model, library).run(None, {"x": x}) for model in (merged, apart))
+        for y, exact, width in zip(got, wanted, (n, v_n), strict=True):
+            assert y.shape == (rows, width) and y.tobytes() == exact.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_activations_are_quantised_bit_for_bit_as_by_the_standard_nodes(dtype, per_token, library):
     """Every float16 number, and per token rows of zeros, of tiny and of huge numbers."""
@@ -199,6 +218,10 @@ def set_attribute(node: ir.Node, name: str, value: int) -> None:
     node.attributes[name] = ir.AttrInt64(name, value)
 
 
+def set_outputs(node: ir.Node, *sizes: int) -> None:
+    node.attributes["output_n"] = ir.AttrInt64s("output_n", sizes)
+
+
 BAD = [
     ("n", lambda nodes, _: set_attribute(nodes["attn.q/MatMul"], "n", 128), "codes have 8192 elements"),
     ("n-small", lambda nodes, _: set_attribute(nodes["attn.q/MatMul"], "n", 64), "row_scales has shape"),
@@ -215,6 +238,9 @@ BAD = [
     ("token", lambda nodes, _: set_attribute(nodes["attn.q/MatMul"], "per_token", 1), "a has shape"),
     ("quantizer", lambda nodes, _: set_attribute(nodes["x.quantize"], "lorc_rank", 0), "a quantiser has 3"),
     ("v", lambda nodes, _: set_attribute(nodes["x.quantize"], "lorc_rank", 24), "Mismatch between the sum"),
+    ("outputs", lambda nodes, _: set_outputs(nodes["attn.q/MatMul"], 32, 24), "does not divide n = 56"),
+    ("missing", lambda nodes, _: set_outputs(nodes["attn.q/MatMul"], 56, 0), "does not divide n = 56"),
+    ("many", lambda nodes, _: set_outputs(nodes["attn.q/MatMul"], *[64] * 5), "at most 4 parts"),
 ]
 
 

@@ -58,8 +58,12 @@ zqfpStatus zqfpLinear(const zqfpLinearDesc* desc, const zqfpLinearArgs* args, in
   if ((desc->lorc_rank > 0) != (args->xv != nullptr && args->u != nullptr)) return fail("xv and u do not fit");
   std::vector<uint8_t> w8(desc->n * desc->k);
   zqfp::decodeWeights(*desc, args->codes, args->group_scales, w8.data());
+  const std::vector<int64_t> sizes = zqfp::outputSizes(*desc);
   for (int64_t row = 0; row < m; ++row) {
+    size_t output = 0;
+    int64_t first = 0;  // of that output's columns
     for (int64_t n = 0; n < desc->n; ++n) {
+      if (n == first + sizes[output]) first += sizes[output++];
       float sum = 0;
       for (int64_t k = 0; k < desc->k; ++k) {
         const uint8_t x8 = static_cast<const uint8_t*>(args->x8)[row * desc->k + k];
@@ -70,7 +74,7 @@ zqfpStatus zqfpLinear(const zqfpLinearDesc* desc, const zqfpLinearArgs* args, in
         y += number(args->xv, row * desc->lorc_rank + r) * number(args->u, r * desc->n + n);
       }
       if (args->bias != nullptr) y += number(args->bias, n);
-      static_cast<Half*>(args->y)[row * desc->n + n] = Half(y);
+      static_cast<Half*>(args->y[output])[row * sizes[output] + n - first] = Half(y);
     }
   }
   return ZQFP_SUCCESS;
@@ -116,6 +120,13 @@ int cuMemFree_v2(unsigned long long pointer) {
 }
 int cuMemsetD8Async(unsigned long long pointer, unsigned char value, size_t bytes, void*) {
   std::memset(reinterpret_cast<void*>(pointer), value, bytes);
+  return 0;
+}
+// The per-thread default stream has a number in each thread; other streams have that of their handle.
+int cuStreamGetId(void* stream, unsigned long long* id) {
+  static thread_local char own;
+  const bool each = stream == reinterpret_cast<void*>(2);
+  *id = reinterpret_cast<unsigned long long>(each ? static_cast<void*>(&own) : stream);
   return 0;
 }
 int cuStreamIsCapturing(void*, int* status) {

@@ -1,8 +1,9 @@
 // plugin_calls LIBRARY FOLDER: what TensorRT does with our plugins when it runs an engine, on host memory.
 //
-// Makes both plugins of one layer from the attributes in FOLDER/attributes (lines "name value"; m and tokens are the
+// Makes both plugins of one product from the attributes in FOLDER/attributes (lines "name value ..."; m is the
 // harness's own), serialises and makes them again for run time, attaches them to a context, and enqueues quantiser and
-// linear on the tensors FOLDER/*.bin. Writes FOLDER/y.bin. Prints a line and returns 1 when enqueue fails.
+// linear on the tensors FOLDER/*.bin. Writes FOLDER/y.bin, one output after the other. Prints a line and returns 1 when
+// enqueue fails.
 
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
@@ -13,11 +14,12 @@
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <sstream>
 #include <string>
 #include <vector>
 
 using namespace nvinfer1;
-using Attributes = std::map<std::string, int32_t>;
+using Attributes = std::map<std::string, std::vector<int32_t>>;
 using Bytes = std::vector<char>;
 
 std::string folder;
@@ -42,7 +44,9 @@ IPluginCreatorV3One* creator(void* library, const char* name) {
 // The plugin as it is after an engine was saved and loaded, attached to a context.
 IPluginV3OneRuntime* make(void* library, const char* name, const Attributes& attributes) {
   std::vector<PluginField> fields;
-  for (const auto& [key, value] : attributes) fields.emplace_back(key.c_str(), &value, PluginFieldType::kINT32, 1);
+  for (const auto& [key, values] : attributes) {
+    fields.emplace_back(key.c_str(), values.data(), PluginFieldType::kINT32, int32_t(values.size()));
+  }
   const PluginFieldCollection given{static_cast<int32_t>(fields.size()), fields.data()};
   IPluginCreatorV3One* maker = creator(library, name);
   IPluginV3* built = maker->createPlugin("p", &given, TensorRTPhase::kBUILD);
@@ -66,9 +70,15 @@ int main(int, char** arguments) {
   }
   Attributes attributes;
   std::ifstream lines(folder + "/attributes");
-  for (std::string name; lines >> name;) lines >> attributes[name];
-  const int64_t m = attributes["m"], n = attributes["n"], k = attributes["k"];
-  const int32_t tokens = attributes["per_token"], rank = attributes["lorc_rank"], bias = attributes["bias"];
+  for (std::string line; std::getline(lines, line);) {
+    std::istringstream words(line);
+    std::string name;
+    words >> name;
+    for (int32_t number; words >> number;) attributes[name].push_back(number);
+  }
+  const auto number = [&](const char* name) { return attributes.at(name).at(0); };
+  const int64_t m = number("m"), n = number("n"), k = number("k");
+  const int32_t tokens = number("per_token"), rank = number("lorc_rank"), bias = number("bias");
 
   const Bytes x = read("x"), v = read("v"), codes = read("codes"), scales = read("scales"), rows = read("rows");
   const Bytes b = read("bias"), u = read("u");
@@ -85,14 +95,19 @@ int main(int, char** arguments) {
   if (rank > 0) in.push_back(v.data());
   if (rank > 0) out.push_back(xv.data());
   const char* quantizer = tokens ? "QuantizeTokens" : "QuantizeActivation";
-  const Attributes own{{"lorc_rank", rank}};
+  const Attributes own{{"lorc_rank", {rank}}};
   if (make(library, quantizer, own)->enqueue(&activation, nullptr, in.data(), out.data(), nullptr, nullptr)) return 1;
 
   activation.type = DataType::kFP8;
   in = {x8.data(), a.data(), codes.data(), scales.data(), rows.data()};
   if (bias) in.push_back(b.data());
   if (rank > 0) in.insert(in.end(), {xv.data(), u.data()});
-  out = {y.data()};
+  out.clear();
+  char* next = y.data();
+  for (const int64_t size : attributes.count("output_n") ? attributes["output_n"] : std::vector<int32_t>{int32_t(n)}) {
+    out.push_back(next);
+    next += m * size * 2;
+  }
   IPluginV3OneRuntime* linear = make(library, "PackedW4A8Linear", attributes);
   for (int again = 0; again < 2; ++again) {
     if (linear->enqueue(&activation, nullptr, in.data(), out.data(), nullptr, nullptr)) return 1;

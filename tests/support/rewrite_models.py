@@ -45,6 +45,7 @@ class Case:
     seed: int = 0
     lorc_fp8: bool = False
     rank: int = 4
+    v_n: int = 0  # rows of v when they are not n
 
     def __str__(self) -> str:
         scale = "token" if self.per_token else "tensor"
@@ -55,6 +56,10 @@ class Case:
     def branch(self) -> str:
         return "plain" if not self.lorc else "lorc8" if self.lorc_fp8 else "lorc"
 
+    def rows(self, key: str) -> int:
+        """Rows of the weight of ``q`` or ``v``."""
+        return self.v_n if key == "v" and self.v_n else self.n
+
 
 # What the kernel's hosts are called with on the CPU: its group sizes, padded N and K, LoRC of any rank.
 HOST_CASES = [
@@ -62,6 +67,9 @@ HOST_CASES = [
     Case(group_size=32, dtype=ir.DataType.FLOAT16, n=96, k=144, per_token=True),
     Case(group_size=128, dtype=ir.DataType.FLOAT16, n=72, k=208, lorc=True, rank=16),
     Case(group_size=64, dtype=ir.DataType.FLOAT16, n=72, k=80, lorc=True, rank=12, per_token=True),
+    # Both in one product.
+    Case(group_size=64, dtype=ir.DataType.FLOAT16, n=64, v_n=136, k=80),
+    Case(group_size=32, dtype=ir.DataType.FLOAT16, n=128, v_n=72, k=80, lorc=True, rank=12, per_token=True),
 ]
 
 
@@ -79,13 +87,14 @@ def float_model(case: Case) -> ir.Model:
         return ir.Value(name=name, type=ir.TensorType(case.dtype), shape=ir.Shape(shape))
 
     x = value("x", "batch", case.k)
-    wq, wv, bias = const("wq", case.k, case.n), const("wv", case.n, case.k), const("c", 1, case.n)
+    rows = case.rows("v")
+    wq, wv, bias = const("wq", case.k, case.n), const("wv", rows, case.k), const("c", 1, rows)
     scopes = {"pkg.torch.onnx.name_scopes": "['', 'attn.q']"}
     q = ir.Node(
         "", "MatMul", [x, wq], name="node_q", outputs=[value("q", "batch", case.n)], metadata_props=scopes
     )
     attrs = [ir.AttrInt64("transB", 1), ir.AttrFloat32("beta", BETA)]
-    v = ir.Node("", "Gemm", [x, wv, bias], attrs, name="node_v", outputs=[value("v", "batch", case.n)])
+    v = ir.Node("", "Gemm", [x, wv, bias], attrs, name="node_v", outputs=[value("v", "batch", rows)])
     graph = ir.Graph(
         [x],
         [*q.outputs, *v.outputs],
@@ -111,7 +120,7 @@ def make_plan(case: Case) -> QuantPlan:
             bias="c" if key == "v" else None,
             bias_scale=BETA if key == "v" else 1.0,
             k=case.k,
-            n=case.n,
+            n=case.rows(key),
             dtype=case.dtype,
         )
         for key, source in sources.items()
@@ -124,7 +133,7 @@ def make_plan(case: Case) -> QuantPlan:
         group_size=case.group_size,
         scale_constraint=case.constraint,
         activation_scales={} if case.per_token or case.activation == "none" else {"x": static_scale(case)},
-        tensors={site.name: layer_tensors(case, rng) for site in linears},
+        tensors={site.name: layer_tensors(dataclasses.replace(case, n=site.n), rng) for site in linears},
     )
 
 
@@ -219,6 +228,7 @@ def mixed_plan(case: Case, **precisions: SitePrecision) -> QuantPlan:
     for name, precision in named.items():
         lorc = precision.lorc_rank > 0
         wanted = {"weight_format": precision.weight_format, "lorc": lorc, "rank": precision.lorc_rank}
+        wanted["n"] = case.rows(name.removeprefix("attn."))
         del tensors[name]
         if precision.weight_format != "none":
             tensors[name] = layer_tensors(dataclasses.replace(case, **wanted), rng)

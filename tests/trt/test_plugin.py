@@ -68,6 +68,17 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("lorc", [False, True])
+def test_one_plugin_covers_the_linears_of_one_input(lorc, build):
+    case = Case(group_size=64, dtype=F16, n=128, v_n=72, k=128, lorc=lorc, rank=12)
+    result = build(lowered(case), case.k)
+    assert result.lint.ok, result.lint.problems
+    assert [(p.fp8_linears, p.fp8_gemms) for p in result.lint.profiles] == [(2, 1), (2, 1)]
+    for layers in result.layers:
+        (kernel,) = [layer for layer in layers if layer.is_kernel]
+        assert [tensor.dims for tensor in kernel.outputs] == [(-1, 128), (-1, 72)]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_linear_is_our_kernel_in_every_profile(case, build):
     result = build(lowered(case), case.k)
@@ -156,10 +167,10 @@ def test_compile(scale, models_folder, library, tmp_path):
     report = compiled(source, tmp_path / "out", activation_scale=scale, emit=["engine-onnx"])
     engine = report["engine"]
     assert engine["lint"] == {"ok": True, "problems": []}
-    assert (engine["fp8_linears"], engine["fp8_gemms"]) == (14, 14)  # of which q/k/v are not merged
+    assert (engine["fp8_linears"], engine["fp8_gemms"]) == (14, 8)  # q/k/v and gate/up are one each
     assert (tmp_path / "out" / library.name).read_bytes() == library.read_bytes()
     nodes = onnx.load(tmp_path / "out" / "engine.onnx", load_external_data=False).graph.node
-    assert sum(node.op_type == "PackedW4A8Linear" for node in nodes) == 14
+    assert sum(node.op_type == "PackedW4A8Linear" for node in nodes) == 8
     assert not any("not computed by the kernel" in text for text in report["warnings"])
 
 
@@ -189,7 +200,8 @@ import numpy as np
 
 def make(name, phase, **fields):
     creator = registry.get_creator(name, "1", "zqfp")
-    values = [trt.PluginField(key, np.array([value], np.int32), INT) for key, value in fields.items()]
+    arrays = {key: np.array(value, np.int32).reshape(-1) for key, value in fields.items()}
+    values = [trt.PluginField(key, array, INT) for key, array in arrays.items()]
     return creator.create_plugin("p", trt.PluginFieldCollection(values), phase) is not None
 
 linear = {"n": 64, "k": 128, "group_size": 64, "lorc_rank": 0, "per_token": 0, "bias": 0, "dtype": 10}
@@ -198,6 +210,8 @@ for phase in (trt.TensorRTPhase.BUILD, trt.TensorRTPhase.RUNTIME):
         make("PackedW4A8Linear", phase, **linear),
         make("QuantizeActivation", phase, lorc_rank=8),
         make("QuantizeTokens", phase, lorc_rank=0),
+        make("PackedW4A8Linear", phase, **{**linear, "n": 136, "output_n": [64, 72]}),
+        make("PackedW4A8Linear", phase, **{**linear, "n": 136, "output_n": [72, 64]}),
         make("PackedW4A8Linear", phase, **{**linear, "n": 0}),
         make("PackedW4A8Linear", phase, n=64),
         make("QuantizeTokens", phase),
@@ -234,8 +248,10 @@ def test_creators_and_plugins_to_serialize(library, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout.splitlines()[-1])
-    made = [True, True, True, False, False, False]
+    made = [True, True, True, True, False, False, False, False]
     assert [facts[key] for key in facts if "TensorRTPhase" in key] == [made, made]
+    assert "does not divide n = 136" in result.stderr
     assert "must be positive" in result.stderr and "no attribute k" in result.stderr
-    assert set(facts["fields"]) == {"n", "k", "group_size", "lorc_rank", "per_token", "bias", "dtype"}
+    attributes = {"n", "k", "group_size", "lorc_rank", "per_token", "bias", "dtype", "output_n"}
+    assert set(facts["fields"]) == attributes
     assert facts["with_plugin"] - facts["plain"] > 0.9 * library.stat().st_size

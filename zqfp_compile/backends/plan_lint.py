@@ -12,7 +12,8 @@ needs a GPU, the log does not. How the list reads (TensorRT-RTX 1.7, measured):
 * A GEMM that multiplies in FP8 has the type ``gemm`` and two FP8 operands. A ``runtime_fusion`` with FP8
   inputs may decode them and multiply in float (seen with a weight scale along K), so it never counts.
 * A plugin is a ``custom_layer`` named after its node. Ours multiplies FP8 activations by INT4 codes, decoded
-  to FP8 inside, and scales in float32: it covers its linear, and has no accumulator in memory to check.
+  to FP8 inside, and scales in float32: it covers its linear, and has no accumulator in memory to check. The
+  node of several linears has their names, joined with ``+``.
 * The per-channel scale a*R is a constant ``..._folded_matmul`` of the layer that reads the GEMM's output; a
   per-tensor one replaces the GEMM's constant ``..._alpha``.
 """
@@ -226,8 +227,9 @@ def _coverage(layers: Sequence[Layer], linears: Sequence[str]) -> ProfileLint:
 def _multiplied(gemm: Layer, planned: set[str]) -> Iterator[str]:
     """The planned linears in a GEMM's joined name; its node list, where there is one, must agree."""
     joined = _SUBGRAPH.sub("", gemm.name)
-    for name in planned.intersection(gemm.nodes) if gemm.nodes else planned:
-        if re.search(rf"(?:^|\+){re.escape(name)}(?:_U\d+)?(?:\+|$)", joined):
+    for name in (name for name in planned if name in joined):
+        part = rf"(?:^|\+){re.escape(name)}(?:_U\d+)?(?:\+|$)"
+        if re.search(part, joined) and (not gemm.nodes or any(re.search(part, node) for node in gemm.nodes)):
             yield name
 
 

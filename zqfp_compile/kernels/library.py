@@ -20,10 +20,12 @@ import torch
 from zqfp_compile.errors import MissingDependencyError, ZqfpError
 
 NAME = "libzqfp.so"
-ABI_VERSION = 1
+ABI_VERSION = 2
 VARIABLE = "ZQFP_KERNELS"
 # ZQFP_WORKSPACE_ZEROED_BYTES: where a workspace must be zero before a call, and is zero after it.
 WORKSPACE_ZEROED_BYTES = 16384
+
+MAX_OUTPUTS = 4
 
 _DTYPES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 
@@ -72,6 +74,8 @@ class Layer:
         lorc_rank: 0, or a multiple of 8 up to 64.
         dtype: torch.float16 or torch.bfloat16, of y, bias, xv and u.
         per_token: Whether a is [M] or [1].
+        outputs: n of each of up to MAX_OUTPUTS layers that are one, all but the last multiples of 64; empty:
+            one output of n.
     """
 
     n: int
@@ -80,6 +84,7 @@ class Layer:
     lorc_rank: int = 0
     dtype: torch.dtype = torch.float16
     per_token: bool = True
+    outputs: tuple[int, ...] = ()
 
 
 class _Desc(ctypes.Structure):
@@ -90,15 +95,17 @@ class _Desc(ctypes.Structure):
         ("lorc_rank", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
         ("per_token", ctypes.c_int32),
+        ("outputs", ctypes.c_int64 * MAX_OUTPUTS),
     )
 
 
-# Of zqfpLinearArgs, in order.
-_ARGUMENTS = ("x8", "a", "codes", "group_scales", "row_scales", "bias", "xv", "u", "y")
+# Of zqfpLinearArgs, in order; then y.
+_ARGUMENTS = ("x8", "a", "codes", "group_scales", "row_scales", "bias", "xv", "u")
+_Pointers = ctypes.c_void_p * MAX_OUTPUTS
 
 
 class _Args(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in _ARGUMENTS)
+    _fields_ = (*((name, ctypes.c_void_p) for name in _ARGUMENTS), ("y", _Pointers))
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ class LinearTensors:
         codes: uint8, ``packing.pack_codes``.
         group_scales: uint8, ``packing.pack_group_scales``.
         row_scales: float32 [N].
-        y: The layer's dtype [M, N]; written.
+        y: The layer's dtype [M, N], or one such tensor for each of its ``outputs``; written.
         bias: The layer's dtype [N], or ``None``.
         xv: The layer's dtype [M, r], or ``None``.
         u: The layer's dtype [r, N], or ``None``.
@@ -122,10 +129,15 @@ class LinearTensors:
     codes: torch.Tensor
     group_scales: torch.Tensor
     row_scales: torch.Tensor
-    y: torch.Tensor
+    y: torch.Tensor | tuple[torch.Tensor, ...]
     bias: torch.Tensor | None = None
     xv: torch.Tensor | None = None
     u: torch.Tensor | None = None
+
+    @property
+    def outputs(self) -> tuple[torch.Tensor, ...]:
+        """All of y."""
+        return self.y if isinstance(self.y, tuple) else (self.y,)
 
 
 class Library:
@@ -203,9 +215,10 @@ class Library:
             ValueError: When a tensor is not what :class:`LinearTensors` says.
             KernelError: When libzqfp refuses the call.
         """
-        m = tensors.y.shape[0]
+        m = tensors.x8.shape[0]
         _check_linear(layer, tensors, self.packed_sizes(layer))
-        args = _Args(*(_pointer(getattr(tensors, name)) for name in _ARGUMENTS))
+        y = _Pointers(*map(_pointer, tensors.outputs))
+        args = _Args(*(_pointer(getattr(tensors, name)) for name in _ARGUMENTS), y)
         status = self._c.zqfpLinear(
             _desc(layer),
             ctypes.byref(args),
@@ -327,8 +340,8 @@ def load_library() -> Library:
 
 def _desc(layer: Layer) -> ctypes._CArgObject:
     dtype = _DTYPES.get(layer.dtype, 0)
-    fields = (layer.n, layer.k, layer.group_size, layer.lorc_rank, dtype, int(layer.per_token))
-    return ctypes.byref(_Desc(*fields))
+    numbers = (layer.n, layer.k, layer.group_size, layer.lorc_rank, dtype, int(layer.per_token))
+    return ctypes.byref(_Desc(*numbers, (ctypes.c_int64 * MAX_OUTPUTS)(*layer.outputs)))
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
@@ -358,13 +371,14 @@ def _require_optional(
 
 
 def _check_linear(layer: Layer, tensors: LinearTensors, packed: tuple[int, int]) -> None:
-    m, rank = tensors.y.shape[0], layer.lorc_rank
+    m, rank = tensors.x8.shape[0], layer.lorc_rank
     _require(tensors.x8, "x8", (m, layer.k), (torch.float8_e4m3fn, torch.uint8))
     _require(tensors.a, "a", (m if layer.per_token else 1,), (torch.float32,))
     _require(tensors.codes, "codes", (packed[0],), (torch.uint8,))
     _require(tensors.group_scales, "group_scales", (packed[1],), (torch.uint8,))
     _require(tensors.row_scales, "row_scales", (layer.n,), (torch.float32,))
-    _require(tensors.y, "y", (m, layer.n), (layer.dtype,))
+    for y, n in zip(tensors.outputs, layer.outputs or (layer.n,), strict=True):
+        _require(y, "y", (m, n), (layer.dtype,))
     _require_optional(tensors.bias, "bias", (layer.n,), layer.dtype)
     _require_optional(tensors.xv, "xv", (m, rank), layer.dtype)
     _require_optional(tensors.u, "u", (rank, layer.n), layer.dtype)

@@ -20,6 +20,9 @@ _ROUNDING_ERROR = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 _STEP_ERROR = 2.0**-14
 
 
+Output = torch.Tensor | tuple[torch.Tensor, ...]
+
+
 @dataclass(frozen=True)
 class PackedWeight:
     """A weight in the kernel's order, on the GPU.
@@ -93,11 +96,14 @@ class TorchLinear:
         return self.library.quantize_activation(x, self.scale, self.v)
 
     def multiply(
-        self, x8: torch.Tensor, a: torch.Tensor, xv: torch.Tensor | None, y: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return y [M, N] of what :meth:`quantize` gives; it is written into ``y`` when given."""
+        self, x8: torch.Tensor, a: torch.Tensor, xv: torch.Tensor | None, y: Output | None = None
+    ) -> Output:
+        """Return y [M, N] of what :meth:`quantize` gives, or one such tensor for each of the layer's outputs.
+
+        It is written into ``y`` when given.
+        """
         if y is None:
-            y = torch.empty((x8.shape[0], self.layer.n), dtype=self.layer.dtype, device=x8.device)
+            y = self.empty(x8.shape[0])
         tensors = LinearTensors(
             x8=x8,
             a=a,
@@ -112,8 +118,16 @@ class TorchLinear:
         self.library.linear(self.layer, tensors, self.workspace)
         return y
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return y [M, N] for x [M, K], both of the layer's dtype."""
+    def empty(self, m: int) -> Output:
+        """Return uninitialised outputs of M rows."""
+        made = tuple(
+            torch.empty((m, n), dtype=self.layer.dtype, device="cuda")
+            for n in self.layer.outputs or (self.layer.n,)
+        )
+        return made if self.layer.outputs else made[0]
+
+    def __call__(self, x: torch.Tensor) -> Output:
+        """Return :meth:`multiply` of x [M, K], both of the layer's dtype."""
         return self.multiply(*self.quantize(x))
 
     def tolerance(self, m: int) -> float:

@@ -13,6 +13,8 @@ struct Problem {
   void* y;
   void* workspace;
   int m, n, k, rank, per_token, bfloat, workers, cut;
+  int order;           // of the workers: 0 the last first, 1 the first first, 2 all at once
+  int outputs[kMaxOutputs];  // n of each; y has one after the other
 };
 
 namespace {
@@ -67,12 +69,18 @@ void run(const Problem& problem) {
   p.row_scales = problem.row_scales;
   p.a = problem.a;
   p.bias = problem.bias;
-  p.y = problem.y;
   p.arrivals = static_cast<uint32_t*>(problem.workspace);
   p.partials = static_cast<float*>(problem.workspace) + 4096;
   p.m = problem.m;
   p.n = problem.n;
   p.row_blocks = divide_up(problem.n, kBlockRows);
+  int row = 0;
+  for (int i = 0; i < kMaxOutputs; ++i) {
+    const int n = problem.outputs[i];
+    void* y = static_cast<uint16_t*>(problem.y) + int64_t(problem.m) * row;
+    p.outputs[i] = {y, n == 0 ? p.row_blocks : row / kBlockRows, n};
+    row += n;
+  }
   p.k_blocks = divide_up(problem.k, kBlockColumns);
   p.lorc_steps = divide_up(problem.rank, kLorcStep);
   p.per_token = problem.per_token;
@@ -85,10 +93,15 @@ void run(const Problem& problem) {
   s.workers = problem.workers;
   s.whole_tiles = problem.cut ? 0 : s.tiles();
   if (problem.cut && s.workers > s.cut_units()) s.workers = s.cut_units();
-  // The last worker first: the order must not matter.
-  for (int worker = s.workers - 1; worker >= 0; --worker) {
+  const auto run_worker = [&](int worker) {
     run_cluster(worker, C::kCluster, C::kBlockThreads, C::kSharedBytes, [&](char* raw) { run_block<C>(p, raw); });
+  };
+  std::vector<std::thread> together;
+  for (int i = 0; i < s.workers; ++i) {
+    const int worker = problem.order == 0 ? s.workers - 1 - i : i;
+    problem.order == 2 ? (void)together.emplace_back(run_worker, worker) : run_worker(worker);
   }
+  for (std::thread& thread : together) thread.join();
 }
 
 }  // namespace

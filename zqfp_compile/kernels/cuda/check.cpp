@@ -3,6 +3,32 @@
 #include <cstdint>
 
 namespace zqfp {
+namespace {
+
+zqfpStatus check_outputs(const zqfpLinearDesc& d) {
+  int64_t sum = 0;
+  for (int i = 0; i < ZQFP_MAX_OUTPUTS; ++i) {
+    const int64_t n = d.outputs[i];
+    const bool last = i + 1 == ZQFP_MAX_OUTPUTS || d.outputs[i + 1] == 0;
+    if (n < 0 || n > d.n || (n == 0 && !last)) {
+      return fail(ZQFP_INVALID_VALUE, "outputs[%d] = %lld is no part of n = %lld", i, (long long)n, (long long)d.n);
+    }
+    if (!last && n % kOutputRows != 0) {
+      return fail(ZQFP_NOT_SUPPORTED, "outputs[%d] = %lld is not a multiple of 64", i, (long long)n);
+    }
+    sum += n;
+  }
+  if (sum == 0 || sum == d.n) return ZQFP_SUCCESS;
+  return fail(ZQFP_INVALID_VALUE, "the outputs have %lld features, n is %lld", (long long)sum, (long long)d.n);
+}
+
+}  // namespace
+
+int count_outputs(const zqfpLinearDesc& desc) {
+  int count = 1;
+  while (count < ZQFP_MAX_OUTPUTS && desc.outputs[count] != 0) ++count;
+  return count;
+}
 
 zqfpStatus check_desc(const zqfpLinearDesc* desc) {
   if (desc == nullptr) return fail(ZQFP_INVALID_VALUE, "the layer description is null");
@@ -29,7 +55,7 @@ zqfpStatus check_desc(const zqfpLinearDesc* desc) {
     return fail(ZQFP_NOT_SUPPORTED, "no kernel for LoRC rank %d: multiples of 8 up to 64", d.lorc_rank);
   }
   if (d.dtype == ZQFP_FLOAT32) return fail(ZQFP_NOT_SUPPORTED, "no kernel for float32 outputs: float16 or bfloat16");
-  return ZQFP_SUCCESS;
+  return check_outputs(d);
 }
 
 zqfpStatus check_tokens(int64_t m) {
@@ -54,7 +80,7 @@ zqfpStatus check_args(const zqfpLinearDesc& desc, const zqfpLinearArgs* args) {
   ZQFP_RETURN_IF_FAILED(check_pointer(args->codes, "codes"));
   ZQFP_RETURN_IF_FAILED(check_pointer(args->group_scales, "group_scales"));
   ZQFP_RETURN_IF_FAILED(check_pointer(args->row_scales, "row_scales"));
-  ZQFP_RETURN_IF_FAILED(check_pointer(args->y, "y"));
+  for (int i = 0; i < count_outputs(desc); ++i) ZQFP_RETURN_IF_FAILED(check_pointer(args->y[i], "y"));
   ZQFP_RETURN_IF_FAILED(check_alignment(args->bias, "bias"));
   if (desc.lorc_rank == 0) return ZQFP_SUCCESS;
   ZQFP_RETURN_IF_FAILED(check_pointer(args->xv, "xv"));

@@ -9,8 +9,15 @@ constexpr int64_t kMaxColumns = 1 << 20;
 constexpr int64_t kMaxRows = 1 << 24;
 constexpr int64_t kMaxTokens = 1 << 24;
 
+// Rows of the weight that one warpgroup multiplies: an output begins with a block of them.
+constexpr int64_t kOutputRows = 64;
+
 zqfpStatus check_desc(const zqfpLinearDesc* desc);
 zqfpStatus check_tokens(int64_t m);
+
+// How many matrices the layer writes.
+int count_outputs(const zqfpLinearDesc& desc);
+
 zqfpStatus check_args(const zqfpLinearDesc& desc, const zqfpLinearArgs* args);
 
 // Device pointers: not null, aligned to 16 bytes.

@@ -127,7 +127,7 @@ class Consumer {
     for (int i = 0; i < EdgeScales::kTokenScales; ++i) {
       const int token = tile.token + thread_ + i * kThreads;
       const bool inside = token < p_.m && thread_ + i * kThreads < C::kTokens;
-      edge.token[i] = inside ? __ldg(p_.a + (p_.per_token ? token : 0)) : 0.f;
+      edge.token[i] = inside ? p_.a[p_.per_token ? token : 0] : 0.f;  // not __ldg: see load_eight
     }
     return edge;
   }
@@ -399,14 +399,23 @@ class Consumer {
     }
   }
 
+  __device__ __forceinline__ const Output& output_of(int row_block) const {
+    int index = 0;
+#pragma unroll
+    for (int i = 1; i < kMaxOutputs; ++i) index += row_block >= p_.outputs[i].first_block;
+    return p_.outputs[index];
+  }
+
   __device__ __forceinline__ void store_rows(const char* staging, const Tile& tile, int part) const {
+    const int row_block = tile.row_block + row_;
+    const Output& output = output_of(row_block);
 #pragma unroll
     for (int i = thread_; i < C::kOutTokens * 8; i += kThreads) {
       const int token = tile.token + part + i / 8;
-      const int column = (tile.row_block + row_) * kBlockRows + i % 8 * 8;
-      if (token >= p_.m || column >= p_.n) continue;
+      const int column = (row_block - output.first_block) * kBlockRows + i % 8 * 8;
+      if (token >= p_.m || column >= output.n) continue;
       const uint4 eight = *reinterpret_cast<const uint4*>(staging + i / 8 * C::kOutPitch + i % 8 * 16);
-      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p_.y) + int64_t(token) * p_.n + column) = eight;
+      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(output.y) + int64_t(token) * output.n + column) = eight;
     }
   }
 };

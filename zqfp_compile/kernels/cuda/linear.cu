@@ -32,6 +32,17 @@ zqfpStatus fill_maps(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int
   return make_map(&p->u, type, 2, args.u, desc.lorc_rank, desc.n, kLorcStep);
 }
 
+static_assert(kMaxOutputs == ZQFP_MAX_OUTPUTS && kOutputRows == kBlockRows, "kernel and interface");
+
+void fill_outputs(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, GemmParams* p) {
+  int row = 0;
+  for (int i = 0; i < kMaxOutputs; ++i) {
+    const int64_t n = i == 0 && desc.outputs[0] == 0 ? desc.n : desc.outputs[i];
+    p->outputs[i] = {args.y[i], n == 0 ? p->row_blocks : row / kBlockRows, int(n)};
+    row += int(n);
+  }
+}
+
 void fill_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Schedule& schedule,
                  void* workspace, GemmParams* p) {
   p->codes = static_cast<const uint8_t*>(args.codes);
@@ -39,7 +50,6 @@ void fill_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t
   p->row_scales = args.row_scales;
   p->a = args.a;
   p->bias = args.bias;
-  p->y = args.y;
   p->arrivals = static_cast<uint32_t*>(workspace);
   p->partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + ZQFP_WORKSPACE_ZEROED_BYTES);
   p->schedule = schedule;
@@ -50,6 +60,7 @@ void fill_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t
   p->lorc_steps = (desc.lorc_rank + kLorcStep - 1) / kLorcStep;
   p->per_token = desc.per_token != 0;
   p->bfloat = desc.dtype == ZQFP_BFLOAT16;
+  fill_outputs(desc, args, p);
 }
 
 zqfpStatus check_plan(const zqfpLinearDesc& desc, int64_t m) {

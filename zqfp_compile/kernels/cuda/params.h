@@ -9,6 +9,14 @@
 
 namespace zqfp {
 
+// Several layers of one input are one weight, their rows below each other, each beginning with a block of 64 rows.
+constexpr int kMaxOutputs = 4;
+struct Output {
+  void* y;          // [m, n]
+  int first_block;  // of 64 rows
+  int n;
+};
+
 struct GemmParams {
   CUtensorMap x8;  // E4M3 [m, k]
   CUtensorMap xv;  // 16 bit [m, rank]
@@ -18,10 +26,10 @@ struct GemmParams {
   const float* row_scales;
   const float* a;
   const void* bias;  // or null
-  void* y;
   float* partials;     // of tiles that several workers share
   uint32_t* arrivals;  // how many of them are done; 0 between launches
   Schedule schedule;
+  Output outputs[kMaxOutputs];  // unused ones begin after the last block
   int m, n;
   int row_blocks;  // of 64 rows
   int k_blocks;    // of 128 columns

@@ -47,16 +47,18 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t word, __nv_bfloat16) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word));
 }
 
+// Not __ldg: that may be read from before the kernel began, and an overlapping kernel begins while x is made.
 template <typename T>
 __device__ __forceinline__ Eight<T> load_eight(const T* from, bool inside) {
   Eight<T> eight{};
   if (!inside) return eight;
   if constexpr (sizeof(T) == 4) {
-    const float4 low = __ldg(reinterpret_cast<const float4*>(from));
-    const float4 high = __ldg(reinterpret_cast<const float4*>(from) + 1);
-    eight = {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}, {}};
+    const float4* four = reinterpret_cast<const float4*>(from);
+    const float4 part[2] = {four[0], four[1]};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) eight.value[i] = reinterpret_cast<const float*>(part)[i];
   } else {
-    const uint4 words = __ldg(reinterpret_cast<const uint4*>(from));
+    const uint4 words = *reinterpret_cast<const uint4*>(from);
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -174,7 +176,7 @@ class Quantizer {
   __device__ __forceinline__ void run() {
     ptx::release_kernel_after();
     ptx::wait_for_kernel_before();
-    if (!per_token()) scale_[0] = scale_[1] = __ldg(p_.scale);
+    if (!per_token()) scale_[0] = scale_[1] = *p_.scale;
     read();
     if (per_token()) share_ranges();
     if constexpr (kLorc) projection_.add_warps(shared_.parts);

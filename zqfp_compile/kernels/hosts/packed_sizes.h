@@ -1,10 +1,11 @@
-// How large packed weights are, without libzqfp: the blocks of zqfp_compile/kernels/packing.py.
+// How large packed weights and outputs are, without libzqfp: the blocks of zqfp_compile/kernels/packing.py.
 #ifndef ZQFP_HOSTS_PACKED_SIZES_H
 #define ZQFP_HOSTS_PACKED_SIZES_H
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "zqfp.h"
 
@@ -15,6 +16,31 @@ constexpr int64_t kBlockRows = 64, kBlockColumns = 128;
 struct PackedSizes {
   int64_t codes = 0, scales = 0;  // bytes
 };
+
+// Gives `desc` the outputs of a node's attribute output_n. Throws std::runtime_error when they do not make up n.
+template <typename Integer>
+void setOutputs(zqfpLinearDesc& desc, const std::vector<Integer>& outputs) {
+  int64_t sum = 0;
+  bool whole = outputs.size() <= ZQFP_MAX_OUTPUTS;
+  for (size_t i = 0; whole && i < outputs.size(); ++i) {
+    const bool last = i + 1 == outputs.size();
+    whole = outputs[i] > 0 && (last || outputs[i] % kBlockRows == 0);
+    desc.outputs[i] = outputs[i];
+    sum += outputs[i];
+  }
+  if (!whole || (!outputs.empty() && sum != desc.n)) {
+    throw std::runtime_error("zqfp: attribute output_n does not divide n = " + std::to_string(desc.n) + " into at most " +
+                             std::to_string(ZQFP_MAX_OUTPUTS) + " parts, all but the last multiples of 64");
+  }
+}
+
+// n of each output.
+inline std::vector<int64_t> outputSizes(const zqfpLinearDesc& desc) {
+  if (desc.outputs[0] == 0) return {desc.n};
+  std::vector<int64_t> sizes;
+  for (int i = 0; i < ZQFP_MAX_OUTPUTS && desc.outputs[i] > 0; ++i) sizes.push_back(desc.outputs[i]);
+  return sizes;
+}
 
 // Throws std::runtime_error for a group size there is no order for.
 inline PackedSizes packedSizes(const zqfpLinearDesc& desc) {

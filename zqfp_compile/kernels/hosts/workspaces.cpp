@@ -21,6 +21,7 @@ struct Driver {
   int (*release)(DevicePointer pointer) = nullptr;
   int (*fill)(DevicePointer pointer, unsigned char value, std::size_t bytes, void* stream) = nullptr;
   int (*captureStatus)(void* stream, int* status) = nullptr;
+  int (*streamId)(void* stream, unsigned long long* id) = nullptr;
 };
 
 template <typename Function>
@@ -40,6 +41,7 @@ Driver load() {
   resolve(handle, "cuMemFree_v2", driver.release);
   resolve(handle, "cuMemsetD8Async", driver.fill);
   resolve(handle, "cuStreamIsCapturing", driver.captureStatus);
+  resolve(handle, "cuStreamGetId", driver.streamId);
   return driver;
 }
 
@@ -84,7 +86,9 @@ Buffer Workspaces::get(void* stream, std::size_t bytes) {
   if (bytes == 0) return {};
   const std::lock_guard<std::mutex> lock(mutex_);
   void* context = currentContext();
-  Buffer& buffer = current_[{context, stream}];
+  unsigned long long id = 0;
+  check(driver().streamId(stream, &id), "asking for a stream's number");
+  Buffer& buffer = current_[{context, id}];
   if (buffer.bytes >= bytes) return buffer;
   int capturing = 0;
   check(driver().captureStatus(stream, &capturing), "looking at the stream");

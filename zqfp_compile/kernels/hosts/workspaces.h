@@ -36,7 +36,9 @@ class Workspaces {
 
  private:
   std::mutex mutex_;
-  std::map<std::pair<void*, void*>, Buffer> current_;  // by context and stream
+  // By context and number of the stream: a handle serves another stream after the first is destroyed, and the handle
+  // of the per-thread default stream serves one in each thread.
+  std::map<std::pair<void*, unsigned long long>, Buffer> current_;
   // All memory by context, outgrown buffers too: a captured graph may still use them.
   std::vector<std::pair<void*, void*>> owned_;
 };

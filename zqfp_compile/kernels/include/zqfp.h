@@ -20,7 +20,7 @@
 #define ZQFP_API
 #endif
 
-#define ZQFP_ABI_VERSION 1
+#define ZQFP_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -37,7 +37,8 @@ typedef enum zqfpStatus {
 
 typedef enum zqfpDataType { ZQFP_FLOAT16 = 1, ZQFP_BFLOAT16 = 2, ZQFP_FLOAT32 = 3 } zqfpDataType;
 
-/* One linear layer. */
+/* One linear layer, or several of one input as one: their rows below each other. */
+#define ZQFP_MAX_OUTPUTS 4
 typedef struct zqfpLinearDesc {
   int64_t n;           /* output features, a multiple of 8 */
   int64_t k;           /* input features, a multiple of 16; codes are padded to whole groups and tiles */
@@ -45,6 +46,7 @@ typedef struct zqfpLinearDesc {
   int32_t lorc_rank;   /* 0 (no LoRC) or a multiple of 8, at most 64 */
   int32_t dtype;       /* zqfpDataType of y, bias, xv and u: FLOAT16 or BFLOAT16 */
   int32_t per_token;   /* 1: a is [m]; 0: a is one number */
+  int64_t outputs[ZQFP_MAX_OUTPUTS]; /* n of each layer, all but the last multiples of 64, then 0; all 0: one, of n */
 } zqfpLinearDesc;
 
 /* The activations and outputs of one call. */
@@ -57,7 +59,7 @@ typedef struct zqfpLinearArgs {
   const void* bias;          /* [n] or null */
   const void* xv;            /* x @ V [m, lorc_rank] or null */
   const void* u;             /* [lorc_rank, n] or null */
-  void* y;                   /* [m, n] */
+  void* y[ZQFP_MAX_OUTPUTS]; /* [m, n], or [m, outputs[i]] for each output */
 } zqfpLinearArgs;
 
 /* The ABI version of the library; compare with ZQFP_ABI_VERSION. */

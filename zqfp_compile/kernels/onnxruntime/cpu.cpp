@@ -55,16 +55,32 @@ float quantizeRow(const float* x, int64_t k, const float* scale, uint8_t* x8) {
   return a;
 }
 
-// y of one panel of columns from its sums.
+// The output that a column is in.
+struct Target {
+  void* y = nullptr;  // [m, n]
+  int64_t first = 0, n = 0;
+};
+
+Target targetOf(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t column) {
+  Target target;
+  const std::vector<int64_t> sizes = outputSizes(desc);
+  for (size_t i = 0; i < sizes.size() && column >= target.first + target.n; ++i) {
+    target = {args.y[i], target.first + target.n, sizes[i]};
+  }
+  return target;
+}
+
+// y of one panel of columns from its sums; outputs begin with a panel.
 template <typename T>
 void writePanel(const LinearNode& node, const LinearCall& call, int64_t panel, const float* sums, const float* low,
                 const float* up, const float* bias) {
   const zqfpLinearDesc& desc = node.desc;
   const int64_t first = panel * Fp8Matrix::kWidth, rank = desc.lorc_rank;
   const int64_t width = std::min(Fp8Matrix::kWidth, desc.n - first);
+  const Target target = targetOf(desc, call.args, first);
   for (int64_t row = 0; row < call.m; ++row) {
     const float a = call.args.a[desc.per_token ? row : 0];
-    T* y = static_cast<T*>(call.args.y) + row * desc.n + first;
+    T* y = static_cast<T*>(target.y) + row * target.n + first - target.first;
     for (int64_t j = 0; j < width; ++j) {
       float value = a * call.args.row_scales[first + j] * sums[row * Fp8Matrix::kWidth + j];
       for (int64_t r = 0; r < rank; ++r) value += low[row * rank + r] * up[r * desc.n + first + j];

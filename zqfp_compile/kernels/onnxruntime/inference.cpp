@@ -32,6 +32,19 @@ int64_t Inference::attribute(const char* name) const {
   return value;
 }
 
+std::vector<int64_t> Inference::attributes(const char* name, size_t most) const {
+  const OrtApi& api = Ort::GetApi();
+  const OrtOpAttr* attribute = nullptr;
+  const Ort::Status missing(api.ShapeInferContext_GetAttribute(context_, name, &attribute));
+  if (!missing.IsOK()) return {};
+  std::vector<int64_t> values(most);
+  size_t bytes = 0;
+  const Ort::Status failed(
+      api.ReadOpAttr(attribute, ORT_OP_ATTR_INTS, values.data(), most * sizeof(int64_t), &bytes));
+  values.resize(failed.IsOK() ? bytes / sizeof(int64_t) : 0);
+  return values;
+}
+
 void Inference::setOutput(size_t index, int64_t last, ONNXTensorElementDataType type) const {
   if (dims_.empty()) return;
   const OrtApi& api = Ort::GetApi();

@@ -13,6 +13,9 @@ class Inference {
 
   int64_t attribute(const char* name) const;
 
+  // At most `most` integers; none where the node has no such attribute or a longer one.
+  std::vector<int64_t> attributes(const char* name, size_t most) const;
+
   // Element type of the first input.
   ONNXTensorElementDataType type() const { return type_; }
 

@@ -1,5 +1,7 @@
 #include "linear.h"
 
+#include "packed_sizes.h"
+
 namespace zqfp {
 namespace {
 
@@ -7,6 +9,16 @@ constexpr size_t kX8 = 0, kScale = 1, kCodes = 2, kGroupScales = 3, kRowScales =
 
 int32_t attribute(const Ort::ConstKernelInfo& info, const char* name) {
   return static_cast<int32_t>(info.GetAttribute<int64_t>(name));
+}
+
+// Empty where the node has no such attribute: one output.
+std::vector<int64_t> outputsAttribute(const Ort::ConstKernelInfo& info) {
+  std::vector<int64_t> outputs(ZQFP_MAX_OUTPUTS + 1);
+  size_t count = outputs.size();
+  OrtStatus* status = Ort::GetApi().KernelInfoGetAttributeArray_int64(info, "output_n", outputs.data(), &count);
+  const Ort::Status owner(status);
+  outputs.resize(status == nullptr ? count : 0);
+  return outputs;
 }
 
 Shape shapeOf(const Ort::ConstValue& value) { return value.GetTensorTypeAndShapeInfo().GetShape(); }
@@ -38,6 +50,10 @@ LinearNode::LinearNode(const Ort::ConstKernelInfo& info) {
   desc.dtype = dataType(static_cast<ONNXTensorElementDataType>(attribute(info, "dtype")), "attribute dtype");
   bias = attribute(info, "bias") != 0;
   require(desc.n > 0 && desc.k > 0, "attributes n and k must be positive");
+  setOutputs(desc, outputsAttribute(info));
+  const size_t outputs = outputSizes(desc).size();
+  require(info.GetOutputCount() == outputs, "PackedW4A8Linear has " + std::to_string(info.GetOutputCount()) +
+                                                " outputs, its attributes say " + std::to_string(outputs));
   require(info.GetInputCount() == inputCount(), "PackedW4A8Linear has " + std::to_string(info.GetInputCount()) +
                                                     " inputs, its attributes say " + std::to_string(inputCount()));
 }
@@ -58,8 +74,11 @@ LinearCall::LinearCall(const LinearNode& node, Ort::KernelContext& context) {
     args.xv = own(context, next++, m * desc.lorc_rank, desc.dtype, "xv");
     args.u = own(context, next++, desc.lorc_rank * desc.n, desc.dtype, "lorc_u");
   }
-  shape.back() = desc.n;
-  args.y = context.GetOutput(0, shape).GetTensorMutableRawData();
+  const std::vector<int64_t> sizes = outputSizes(desc);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    shape.back() = sizes[i];
+    args.y[i] = context.GetOutput(i, shape).GetTensorMutableRawData();
+  }
 }
 
 }  // namespace zqfp

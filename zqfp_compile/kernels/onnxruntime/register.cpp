@@ -47,15 +47,20 @@ struct LinearOp : Ort::CustomOpBase<LinearOp<Implementation, cuda>, Kernel<Imple
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
     return index < 5 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   }
-  size_t GetOutputTypeCount() const { return 1; }
+  size_t GetOutputTypeCount() const { return ZQFP_MAX_OUTPUTS; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return kAny; }
+  OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
+    return index == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  }
 
   LinearOp() {
     OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
       return guarded([&] {
         const Inference inference(context);
         const auto type = static_cast<ONNXTensorElementDataType>(inference.attribute("dtype"));
-        inference.setOutput(0, inference.attribute("n"), type);
+        std::vector<int64_t> sizes = inference.attributes("output_n", ZQFP_MAX_OUTPUTS);
+        if (sizes.empty()) sizes = {inference.attribute("n")};
+        for (size_t i = 0; i < sizes.size(); ++i) inference.setOutput(i, sizes[i], type);
       });
     };
   }

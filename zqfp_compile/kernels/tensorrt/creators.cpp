@@ -19,11 +19,13 @@ Attributes read(const nvinfer1::PluginFieldCollection& fields) {
   Attributes attributes;
   for (int32_t i = 0; i < fields.nbFields; ++i) {
     const PluginField& field = fields.fields[i];
-    if (field.data == nullptr || field.length != 1) continue;
+    if (field.data == nullptr || field.length < 1) continue;
     if (field.type == PluginFieldType::kINT32) {
-      attributes[field.name] = *static_cast<const int32_t*>(field.data);
+      const auto* values = static_cast<const int32_t*>(field.data);
+      attributes[field.name] = {values, values + field.length};
     } else if (field.type == PluginFieldType::kINT64) {
-      attributes[field.name] = static_cast<int32_t>(*static_cast<const int64_t*>(field.data));
+      const auto* values = static_cast<const int64_t*>(field.data);
+      attributes[field.name] = {values, values + field.length};
     }
   }
   return attributes;

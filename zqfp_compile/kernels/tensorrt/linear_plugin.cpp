@@ -33,26 +33,31 @@ LinearPlugin::LinearPlugin(const Attributes& attributes) : Plugin(kName, attribu
   type_ = outputType(attribute("dtype"));
   desc_.dtype = dataType(type_);
   if (desc_.n <= 0 || desc_.k <= 0) throw std::runtime_error("attributes n and k must be positive");
+  setOutputs(desc_, list("output_n"));
+  outputs_ = outputSizes(desc_);
 }
 
 LinearPlugin* LinearPlugin::clone() noexcept { return new (std::nothrow) LinearPlugin(*this); }
 
 int32_t LinearPlugin::getOutputDataTypes(DataType* outputTypes, int32_t outputs, const DataType*,
                                          int32_t inputs) const noexcept {
-  if (outputs != 1 || inputs != inputCount()) {
-    report(kName, "the number of inputs does not fit the attributes bias and lorc_rank");
+  if (outputs != getNbOutputs() || inputs != inputCount()) {
+    report(kName, "the number of inputs or outputs does not fit the attributes bias, lorc_rank and output_n");
     return 1;
   }
-  outputTypes[0] = type_;
+  for (int32_t i = 0; i < outputs; ++i) outputTypes[i] = type_;
   return 0;
 }
 
 int32_t LinearPlugin::getOutputShapes(const nvinfer1::DimsExprs* inputShapes, int32_t, const nvinfer1::DimsExprs*,
-                                      int32_t, nvinfer1::DimsExprs* outputShapes, int32_t,
+                                      int32_t, nvinfer1::DimsExprs* outputShapes, int32_t outputs,
                                       nvinfer1::IExprBuilder& builder) noexcept {
-  outputShapes[0] = inputShapes[0];
-  if (outputShapes[0].nbDims < 1) return 1;
-  outputShapes[0].d[outputShapes[0].nbDims - 1] = builder.constant(desc_.n);
+  const int32_t last = inputShapes[0].nbDims - 1;
+  if (last < 0 || outputs != getNbOutputs()) return 1;
+  for (int32_t i = 0; i < outputs; ++i) {
+    outputShapes[i] = inputShapes[0];
+    outputShapes[i].d[last] = builder.constant(outputs_[i]);
+  }
   return 0;
 }
 
@@ -76,7 +81,7 @@ bool LinearPlugin::supportsType(int32_t position, DataType type, DataType, int32
   return type == (position < 5 && position < inputs ? kFixed[position] : type_);
 }
 
-void LinearPlugin::run(int64_t m, const void* const* inputs, void* output, cudaStream_t stream) {
+void LinearPlugin::run(int64_t m, const void* const* inputs, void* const* outputs, cudaStream_t stream) {
   if (workspaces_ == nullptr) workspaces_ = Workspaces::shared();
   zqfpLinearArgs args{};
   args.x8 = inputs[0];
@@ -90,7 +95,7 @@ void LinearPlugin::run(int64_t m, const void* const* inputs, void* output, cudaS
     args.xv = inputs[next];
     args.u = inputs[next + 1];
   }
-  args.y = output;
+  for (size_t i = 0; i < outputs_.size(); ++i) args.y[i] = outputs[i];
   size_t bytes = 0;
   check(library().workspaceSize(&desc_, m, &bytes), "workspace");
   const Buffer workspace = workspaces_->get(stream, bytes);
@@ -101,7 +106,7 @@ int32_t LinearPlugin::enqueue(const nvinfer1::PluginTensorDesc* inputDescs, cons
                               const void* const* inputs, void* const* outputs, void*, cudaStream_t stream) noexcept {
   return guarded(kName, [&] {
     const int64_t m = rowCount(inputDescs[0].dims);
-    if (m > 0) run(m, inputs, outputs[0], stream);
+    if (m > 0) run(m, inputs, outputs, stream);
   });
 }
 

@@ -14,13 +14,14 @@ namespace zqfp {
 class LinearPlugin : public Plugin {
  public:
   static constexpr char kName[] = "PackedW4A8Linear";
-  static constexpr const char* kAttributes[] = {"n", "k", "group_size", "lorc_rank", "per_token", "bias", "dtype"};
+  static constexpr const char* kAttributes[] = {"n", "k", "group_size", "lorc_rank",
+                                                "per_token", "bias", "dtype", "output_n"};
 
   // Throws std::runtime_error when the attributes describe no layer of the kernel's.
   explicit LinearPlugin(const Attributes& attributes);
 
   LinearPlugin* clone() noexcept override;
-  int32_t getNbOutputs() const noexcept override { return 1; }
+  int32_t getNbOutputs() const noexcept override { return static_cast<int32_t>(outputs_.size()); }
   int32_t getOutputDataTypes(nvinfer1::DataType* outputTypes, int32_t outputs, const nvinfer1::DataType* inputTypes,
                              int32_t inputs) const noexcept override;
   int32_t getOutputShapes(const nvinfer1::DimsExprs* inputShapes, int32_t inputs, const nvinfer1::DimsExprs*, int32_t,
@@ -36,10 +37,11 @@ class LinearPlugin : public Plugin {
                     int32_t inputs) const override;
 
  private:
-  void run(int64_t m, const void* const* inputs, void* output, cudaStream_t stream);
+  void run(int64_t m, const void* const* inputs, void* const* outputs, cudaStream_t stream);
   int32_t inputCount() const { return 5 + bias_ + (desc_.lorc_rank > 0 ? 2 : 0); }
 
   zqfpLinearDesc desc_{};
+  std::vector<int64_t> outputs_;  // n of each
   bool bias_;
   nvinfer1::DataType type_;
   std::shared_ptr<Workspaces> workspaces_;

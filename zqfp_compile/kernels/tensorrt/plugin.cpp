@@ -23,8 +23,9 @@ Plugin::Plugin(const Plugin& other)
 }
 
 void Plugin::makeFields() {
-  for (const auto& [name, value] : attributes_) {
-    list_.emplace_back(name.c_str(), &value, nvinfer1::PluginFieldType::kINT32, 1);
+  for (const auto& [name, values] : attributes_) {
+    list_.emplace_back(name.c_str(), values.data(), nvinfer1::PluginFieldType::kINT32,
+                       static_cast<int32_t>(values.size()));
   }
   fields_.nbFields = static_cast<int32_t>(list_.size());
   fields_.fields = list_.data();
@@ -68,9 +69,14 @@ bool Plugin::supportsFormatCombination(int32_t position, const nvinfer1::Dynamic
 }
 
 int32_t Plugin::attribute(const char* name) const {
+  const std::vector<int32_t> values = list(name);
+  if (values.size() != 1) throw std::runtime_error(std::string("the node has no attribute ") + name);
+  return values[0];
+}
+
+std::vector<int32_t> Plugin::list(const char* name) const {
   const auto found = attributes_.find(name);
-  if (found == attributes_.end()) throw std::runtime_error(std::string("the node has no attribute ") + name);
-  return found->second;
+  return found == attributes_.end() ? std::vector<int32_t>() : found->second;
 }
 
 void report(const char* name, const char* message) noexcept { std::fprintf(stderr, "%s: %s\n", name, message); }

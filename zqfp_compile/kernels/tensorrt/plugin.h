@@ -17,8 +17,8 @@ namespace zqfp {
 inline constexpr char kNamespace[] = "zqfp";
 inline constexpr char kVersion[] = "1";
 
-// Integer attributes of a node, by name.
-using Attributes = std::map<std::string, int32_t>;
+// Integer attributes of a node, by name: one number, or a list.
+using Attributes = std::map<std::string, std::vector<int32_t>>;
 
 class Plugin : public nvinfer1::IPluginV3,
                public nvinfer1::IPluginV3OneCore,
@@ -49,8 +49,11 @@ class Plugin : public nvinfer1::IPluginV3,
   // Whether tensor `position` (inputs, then outputs) may have `type`, given the first input's.
   virtual bool supportsType(int32_t position, nvinfer1::DataType type, nvinfer1::DataType first, int32_t inputs) const = 0;
 
-  // Throws std::runtime_error when the node has no such attribute.
+  // Throws std::runtime_error when the node has no such attribute, or it is a list.
   int32_t attribute(const char* name) const;
+
+  // Empty when the node has no such attribute.
+  std::vector<int32_t> list(const char* name) const;
 
  private:
   void makeFields();
