@@ -1,4 +1,4 @@
-# build/kernels/libcutlass_w4a8.so, a contender of bench_gemm.py: needs nvcc (13.0; 2 GB and minutes), no GPU.
+# build/kernels/libcutlass_w4a8.so, a contender of bench_gemm.py: needs nvcc (13.0; it takes minutes), no GPU.
 #   make -f tools/cutlass/contender.mk
 # CUTLASS's headers come from PyPI's nvidia-cutlass, pinned, into build/headers; CUTLASS_INCLUDE=FOLDER names others.
 
