@@ -328,8 +328,8 @@ def _check_domains(
     for node in _all_nodes(nodes):
         if _domain(node.domain) not in known:
             raise ModelError(
-                f"node {_show_node(node)} is of the domain {show(node.domain)}, of which {where} imports no opset; "
-                "export the model again"
+                f"node {_show_node(node)} is of the domain {show(node.domain)}, of which {where} imports no "
+                "opset; export the model again"
             )
 
 

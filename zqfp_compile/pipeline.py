@@ -8,6 +8,7 @@ from pathlib import Path
 from zqfp_compile import engines
 from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.backends.target import resolve_target
+from zqfp_compile.companions import find_companions
 from zqfp_compile.compilation import Compilation
 from zqfp_compile.device import torch_device
 from zqfp_compile.memory import MemoryWatch
@@ -126,6 +127,7 @@ def compile_model(
     timer = StepTimer(reporter or SilentReporter())
     with timer.step("load"):
         model = load_model(source)
+        find_companions(source.parent)  # checked before they are read or copied
     key = work_key(source, model, recipe, device)
     with (
         OutputFolder(final) as folder,

@@ -185,7 +185,9 @@ class Recipe:
             raise UsageError("recipe: an option is given twice, with '-' and with '_'; keep one")
         unknown = sorted(set(normal) - known)
         if unknown:
-            raise UsageError(f"recipe: unknown option {_show(unknown[0])}; {_options_like(unknown[0], known)}")
+            raise UsageError(
+                f"recipe: unknown option {_show(unknown[0])}; {_options_like(unknown[0], known)}"
+            )
         if normal.get("group_size") == "row":
             normal["group_size"] = 0
         return cls(**normal)
@@ -228,7 +230,11 @@ def _show(value: Any) -> str:
     try:
         text = repr(value)
     except ValueError:  # Python writes no more than 4300 digits
-        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+        return (
+            f"a number of {value.bit_length()} bits"
+            if isinstance(value, int)
+            else f"a {type(value).__name__}"
+        )
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
@@ -294,7 +300,9 @@ def _coerce_shapes(flag: str, value: Any) -> dict[str, tuple[int, ...]]:
         raise UsageError(f"--{flag}: {_show(value)} is not of the form NAME:1x128,OTHER:1x64")
     result = {}
     for name, dims in value.items():
-        if not isinstance(dims, (list, tuple)) or not all(type(d) is int and 0 <= d <= _MAX_COUNT for d in dims):
+        if not isinstance(dims, (list, tuple)) or not all(
+            type(d) is int and 0 <= d <= _MAX_COUNT for d in dims
+        ):
             raise UsageError(
                 f"--{flag}: dimensions of {_show(name)} are {_show(dims)}; write a list such as [1, 128]"
             )
@@ -332,7 +340,9 @@ def _check_ranges(recipe: Recipe) -> None:
             try:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:
-                raise UsageError(f"--{flag}: {_show(pattern)} is not a regular expression ({error})") from error
+                raise UsageError(
+                    f"--{flag}: {_show(pattern)} is not a regular expression ({error})"
+                ) from error
 
 
 def _check_combinations(recipe: Recipe) -> None:

@@ -110,7 +110,7 @@ class TensorChecker:
             self._check_overlap(location, (offset, offset + nbytes), label)
 
     def _check_overlap(self, location: str, region: tuple[int, int], label: str) -> None:
-        """Check that a region is a tensor's own; exporters store equal tensors once, so all of it may be shared."""
+        """Check that a region is a tensor's own, or all of another's: equal tensors may be stored once."""
         regions = self._regions.setdefault(location, [])
         place = bisect.bisect_left(regions, region)
         if place < len(regions) and regions[place] == region:
@@ -118,8 +118,8 @@ class TensorChecker:
         beside = regions[max(place - 1, 0) : place + 1]
         if any(begin < region[1] and region[0] < end for begin, end in beside):
             raise ModelError(
-                f"{label}: its bytes {region[0]} to {region[1]} of {show(location)} overlap another tensor's; "
-                "its offset or length is wrong, export the model again"
+                f"{label}: its bytes {region[0]} to {region[1]} of {show(location)} overlap another "
+                "tensor's; its offset or length is wrong, export the model again"
             )
         regions.insert(place, region)
 

@@ -28,7 +28,7 @@ def read_text(path: Path, limit: int, *, regular: bool = True) -> str:
     """
     never_wait = os.O_NONBLOCK if regular else 0
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | never_wait)) as file:  # noqa: PTH123
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | never_wait)) as file:
             if regular and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise UnreadableError("not a regular file")
             content = file.read(limit + 1)

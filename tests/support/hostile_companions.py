@@ -22,7 +22,13 @@ def _recipe(wrong: str, content: str | bytes, *says: str) -> HostileCase:
     raw = content if isinstance(content, bytes) else content.encode()
     flags = ("--recipe", "recipe.yaml")
     return on_model(
-        "recipe", wrong, lambda place: (place / "recipe.yaml").write_bytes(raw), "recipe.yaml", *says, code=2, flags=flags
+        "recipe",
+        wrong,
+        lambda place: (place / "recipe.yaml").write_bytes(raw),
+        "recipe.yaml",
+        *says,
+        code=2,
+        flags=flags,
     )
 
 
@@ -33,7 +39,10 @@ def _bomb(last: str) -> str:
 
 
 def _merge_bomb() -> str:
-    levels = ["a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 10))]
+    levels = [
+        "a0: &a0 {x: 1}",
+        *(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 10)),
+    ]
     return "\n".join(levels)
 
 
@@ -55,13 +64,17 @@ RECIPES = (
     _recipe("a value of 60000 letters", "weights: " + "w" * 60_000, "--weights: 'www"),
     _recipe("a list of 20000 values", f"group_size: [{'1, ' * 20_000}]", "--group-size: [1, 1"),
     _recipe("a number of 10000 digits", "seed: " + "9" * 10_000, "cannot be read"),
-    _recipe("a hexadecimal number of 10000 digits", f"group_size: 0x{'f' * 10_000}", "--group-size: a number"),
+    _recipe(
+        "a hexadecimal number of 10000 digits", f"group_size: 0x{'f' * 10_000}", "--group-size: a number"
+    ),
     _recipe("a seed above 64 bits", "seed: 99999999999999999999", "--seed: 99999999999999999999"),
     _recipe("endless calibration", f"calibration_samples: {10**30}", "--calibration-samples"),
     _recipe("endless memory", "builder_memory_gb: .inf", "--builder-memory-gb: inf"),
     _recipe("no number for a gate", "max_perplexity_increase: .nan", "--max-perplexity-increase: nan"),
     _recipe("an impossible date", "seed: 2024-13-45", "cannot be read"),
-    _recipe("a regular expression that is none", "exclude: '('", "--exclude: '(' is not a regular expression"),
+    _recipe(
+        "a regular expression that is none", "exclude: '('", "--exclude: '(' is not a regular expression"
+    ),
     _recipe("100 MiB", b"#" * (100 << 20), "larger than"),
     _recipe("a shape of 1000 digits", f"max_shapes: {{input_ids: [{'9' * 1000}]}}", "--max-shapes"),
 )
@@ -101,6 +114,24 @@ def _pipe(name: str) -> Callable[[Path], None]:
     return make
 
 
+def _folder(name: str) -> Callable[[Path], None]:
+    def make(place: Path) -> None:
+        (place / "m" / name).unlink(missing_ok=True)
+        (place / "m" / name).mkdir()
+
+    return make
+
+
+def _link_out(name: str, target: str = "/etc/passwd") -> Callable[[Path], None]:
+    """A private file that the output would hold."""
+
+    def make(place: Path) -> None:
+        (place / "m" / name).unlink()
+        (place / "m" / name).symlink_to(target)
+
+    return make
+
+
 def _huge(name: str, size: int) -> Callable[[Path], None]:
     def make(place: Path) -> None:
         with (place / "m" / name).open("wb") as file:
@@ -119,8 +150,10 @@ TOKENIZERS = (
     _tokenizer("with merges of nothing", _bpe(_LETTERS, model={"merges": ["x yz"]}), "not a tokenizer.json"),
     _tokenizer("with a negative number", _bpe({"a": -1}), "not a tokenizer.json"),
     _tokenizer("with a number of 5 billion", _bpe({"a": 5 * 10**9}), "not a tokenizer.json"),
-    _tokenizer("of another model", _bpe({letter: 10**6 for letter in _LETTERS}), "makes token 1000000"),
-    on_model("tokenizer", "that makes no tokens", _write("m/tokenizer.json", _bpe({})), "text has 0 tokens", code=2),
+    _tokenizer("of another model", _bpe(dict.fromkeys(_LETTERS, 10**6)), "makes token 1000000"),
+    on_model(
+        "tokenizer", "that makes no tokens", _write("m/tokenizer.json", _bpe({})), "text has 0 tokens", code=2
+    ),
     _tokenizer("without the unknown token", _NO_UNKNOWN, "cannot read the text"),
     _tokenizer("without the unknown piece", _UNIGRAM, "cannot read the text"),
     _tokenizer(
@@ -128,12 +161,21 @@ TOKENIZERS = (
         _bpe(_LETTERS, normalizer={"type": "Replace", "pattern": {"Regex": "("}, "content": ""}),
         "not a tokenizer.json",
     ),
-    on_model("tokenizer", "of 10 GiB", _huge("tokenizer.json", 10 << 30), "m/tokenizer.json", "larger than", code=2),
-    on_model("tokenizer", "a pipe", _pipe("tokenizer.json"), "tokenizer.json beside the model", code=2),
+    on_model("tokenizer", "of 10 GiB", _huge("tokenizer.json", 10 << 30), "m/tokenizer.json", "larger than"),
+    on_model("tokenizer", "a pipe", _pipe("tokenizer.json"), "m/tokenizer.json", "not a regular file"),
+    on_model("tokenizer", "a folder", _folder("tokenizer.json"), "m/tokenizer.json", "not a regular file"),
+    on_model(
+        "config", "a link out", _link_out("config.json"), "m/config.json", "symbolic link out", "cp -rL"
+    ),
+    on_model(
+        "config", "a dangling link", _link_out("config.json", "../no"), "m/config.json", "symbolic link out"
+    ),
 )
 
 
-def _beside(wrong: str, name: str, content: bytes, *says: str, code: int = 3, more: tuple[str, ...] = ()) -> HostileCase:
+def _beside(
+    wrong: str, name: str, content: bytes, *says: str, code: int = 3, more: tuple[str, ...] = ()
+) -> HostileCase:
     """A companion of a plain model from which text is generated."""
     return HostileCase(
         name.replace(".", " "),
@@ -147,18 +189,30 @@ def _beside(wrong: str, name: str, content: bytes, *says: str, code: int = 3, mo
 
 
 def _template(wrong: str, text: str, *says: str) -> HostileCase:
-    return _beside(wrong, "chat_template.jinja", text.encode(), "chat template fails", *says, more=("--chat",))
+    return _beside(
+        wrong, "chat_template.jinja", text.encode(), "chat template fails", *says, more=("--chat",)
+    )
 
 
 CONFIGURATIONS = (
     _beside("100000 brackets", "config.json", b"[" * 100_000, "config.json: is no JSON"),
     _beside("a list", "config.json", b"[]", "config.json: holds no JSON object"),
-    _beside("a number of 10000 digits", "config.json", b'{"a": ' + b"9" * 10_000 + b"}", "config.json: is no JSON"),
+    _beside(
+        "a number of 10000 digits", "config.json", b'{"a": ' + b"9" * 10_000 + b"}", "config.json: is no JSON"
+    ),
     _beside("no UTF-8", "config.json", b"\xff", "config.json: cannot be read (not UTF-8 text)"),
     _beside("cut off", "generation_config.json", b'{"eos', "generation_config.json: is no JSON"),
-    HostileCase("config json", "a pipe", _pipe("config.json"), ("config.json", "regular file"), 3, GENERATED, "model"),
     HostileCase(
-        "config json", "of 10 GiB", _huge("config.json", 10 << 30), ("config.json", "larger than"), 3, GENERATED, "model"
+        "config json", "a pipe", _pipe("config.json"), ("config.json", "regular file"), 3, GENERATED, "model"
+    ),
+    HostileCase(
+        "config json",
+        "of 10 GiB",
+        _huge("config.json", 10 << 30),
+        ("config.json", "larger than"),
+        3,
+        GENERATED,
+        "model",
     ),
     _beside(
         "no object",
@@ -235,8 +289,16 @@ ARRAYS = (
     _npz("of unknown compression", _member(b"x", method=99), UNREADABLE),
     _npz("encrypted", _member(b"x", flags=1), UNREADABLE),
     _npz("with an array of text", _member(b"no array"), UNREADABLE),
-    _npz("of 10^15 values", _member(_npy(f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({10**15},)}}")), UNREADABLE),
-    _npz("of negative dimensions", _member(_npy("{'descr': '<i8', 'fortran_order': False, 'shape': (-4,)}")), UNREADABLE),
+    _npz(
+        "of 10^15 values",
+        _member(_npy(f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({10**15},)}}")),
+        UNREADABLE,
+    ),
+    _npz(
+        "of negative dimensions",
+        _member(_npy("{'descr': '<i8', 'fortran_order': False, 'shape': (-4,)}")),
+        UNREADABLE,
+    ),
     _npz("with a program for a header", _member(_npy("__import__('os').system('true')")), UNREADABLE),
     _npz("of texts", _array(input_ids=np.array([["a"]])), "the model takes int64"),
     _npz("of records", _array(input_ids=np.zeros(3, [("a", np.int64)])), "the model takes int64"),
@@ -265,10 +327,17 @@ def _text(wrong: str, make: Callable[[Path], object], *says: str) -> HostileCase
 
 
 TEXTS = (
-    _text("no UTF-8", lambda place: (place / "text").write_bytes(b"\xff"), "--calibration text", "not UTF-8 text"),
+    _text(
+        "no UTF-8",
+        lambda place: (place / "text").write_bytes(b"\xff"),
+        "--calibration text",
+        "not UTF-8 text",
+    ),
     _text("empty", lambda place: (place / "text").write_bytes(b""), "text has 0 tokens"),
     _text("a folder", lambda place: (place / "text").mkdir(), "--calibration text", "Is a directory"),
-    _text("endless", lambda place: (place / "text").symlink_to("/dev/zero"), "--calibration text", "larger than"),
+    _text(
+        "endless", lambda place: (place / "text").symlink_to("/dev/zero"), "--calibration text", "larger than"
+    ),
 )
 
 COMPANIONS = (*RECIPES, *TOKENIZERS, *CONFIGURATIONS, *ARRAYS, *TEXTS)

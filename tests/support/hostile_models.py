@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 from hostile_case import HostileCase
 from hostile_protos import (
-    FLOAT,
     WEIGHT,
     branching,
     calling,
@@ -65,7 +64,9 @@ NO_MODEL = (
     _file("a pickle", b"\x80\x02" + bytes(64), "is a Python pickle"),
     _file("gzip", b"\x1f\x8b" + bytes(64), "is gzip-compressed"),
     _file("GGUF", b"GGUF" + bytes(64), "is a GGUF file"),
-    _file("safetensors", b"\x40\0\0\0\0\0\0\0" + b'{"w":{"dtype":"F32","shape":[1]}}', "is a safetensors file"),
+    _file(
+        "safetensors", b"\x40\0\0\0\0\0\0\0" + b'{"w":{"dtype":"F32","shape":[1]}}', "is a safetensors file"
+    ),
     _file("ONNX Runtime's format", b"\x18\0\0\0ORTM" + bytes(64), ".ort"),
     _file("noise", bytes(range(255, 0, -1)) * 4, "is not a readable ONNX model"),
     _file("zeros", bytes(1 << 20), "is not a readable ONNX model"),
@@ -296,7 +297,11 @@ GRAPHS = (
     _model("graph", "without outputs", _relu(lambda it: it.graph.ClearField("output")), "no outputs"),
     _model("graph", "with an output twice", _relu(_duplicate_output), "output 'y' of the graph", "twice"),
     _model(
-        "graph", "with an undefined input", proto([node("Add", ["x", "ghost"], "y")]), "'node_y' (Add)", "'ghost'"
+        "graph",
+        "with an undefined input",
+        proto([node("Add", ["x", "ghost"], "y")]),
+        "'node_y' (Add)",
+        "'ghost'",
     ),
     _model("graph", "with an undefined output", proto([node("Relu", ["x"], "z")]), "output 'y' of the graph"),
     _model(
@@ -312,10 +317,15 @@ GRAPHS = (
         proto(branching([], "x")),
         "output 'x' of a subgraph",
     ),
-    _model("graph", "with an initializer twice", proto([_RELU], (_WEIGHT, _WEIGHT)), "initializer 'w'", "twice"),
+    _model(
+        "graph", "with an initializer twice", proto([_RELU], (_WEIGHT, _WEIGHT)), "initializer 'w'", "twice"
+    ),
     _model("graph", "with a value twice", proto([_RELU, _RELU]), "node 'node_y' (Relu)", "defines 'y'"),
     _model(
-        "graph", "with an output over an initializer", proto([_RELU, node("Relu", ["x"], "w")], (_WEIGHT,)), "defines 'w'"
+        "graph",
+        "with an output over an initializer",
+        proto([_RELU, node("Relu", ["x"], "w")], (_WEIGHT,)),
+        "defines 'w'",
     ),
     _model(
         "graph",
@@ -332,7 +342,12 @@ GRAPHS = (
     ),
     _model("graph", "with a cycle of 5000 nodes", _ring(5000), "has a cycle", "..."),
     _model(
-        "graph", "with a cycle through a subgraph", _captured(), "cycle", "'node_y' (If)", "'node_later' (Relu)"
+        "graph",
+        "with a cycle through a subgraph",
+        _captured(),
+        "cycle",
+        "'node_y' (If)",
+        "'node_later' (Relu)",
     ),
     _model("graph", "nested 20 levels", _nested(20), "levels deep"),
     _file("a subgraph nested 1000 levels", _nested_bytes(1000), "nested too deep"),
@@ -411,14 +426,12 @@ def _mutual() -> list[onnx.FunctionProto]:
 FUNCTIONS = (
     _model("function", "recursive", calling("F", [function("F", ["Relu", "F"])]), "'f::F' calls itself"),
     _model("function", "mutually recursive", calling("F", _mutual()), "'f::G' -> 'f::H' -> 'f::G'"),
-    _model(
-        "function", "recursive in a subgraph", calling("F", [_hidden_recursion()]), "'f::F' calls itself"
-    ),
-    _model(
-        "function", "of 2^40 nodes", calling("F0", _doubling(40)), "'f::F0'", "more than 5000000 nodes"
-    ),
+    _model("function", "recursive in a subgraph", calling("F", [_hidden_recursion()]), "'f::F' calls itself"),
+    _model("function", "of 2^40 nodes", calling("F0", _doubling(40)), "'f::F0'", "more than 5000000 nodes"),
     _model("function", "150 calls deep", calling("F0", _chain(150)), "more than 100 levels"),
-    _model("function", "defined twice", calling("F", [function("F", ["Relu"])] * 2), "'f::F' is defined twice"),
+    _model(
+        "function", "defined twice", calling("F", [function("F", ["Relu"])] * 2), "'f::F' is defined twice"
+    ),
     _model("function", "cyclic", calling("F", [_function_cycle()]), "function 'f::F' has a cycle"),
 )
 
@@ -437,7 +450,12 @@ def _lm(wrong: str, change: Callable[[onnx.ModelProto], object], *says: str, cod
 
 
 def on_model(
-    group: str, wrong: str, make: Callable[[Path], object], *says: str, code: int = 3, flags: tuple[str, ...] = ()
+    group: str,
+    wrong: str,
+    make: Callable[[Path], object],
+    *says: str,
+    code: int = 3,
+    flags: tuple[str, ...] = (),
 ) -> HostileCase:
     """A compile of the small language model after ``make``."""
     from hostile_case import COMPILE, QUICK, TEXT
@@ -456,7 +474,9 @@ def _poison(value: float) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
-def _reshape(index: int, shape: tuple[int, ...], dtype: type = np.float32) -> Callable[[onnx.ModelProto], None]:
+def _reshape(
+    index: int, shape: tuple[int, ...], dtype: type = np.float32
+) -> Callable[[onnx.ModelProto], None]:
     def change(model: onnx.ModelProto) -> None:
         tensor = model.graph.initializer[index]
         tensor.CopyFrom(onnx.numpy_helper.from_array(np.ones(shape, dtype), tensor.name))
@@ -500,7 +520,12 @@ COMPILED = (
     _lm("with infinity", _poison(np.inf), "'model.layers.0.proj'", "infinite", "--exclude"),
     _lm("with a linear of no output", _reshape(1, (64, 0)), NO_LINEAR, code=2),
     _lm("with a linear of no input", _reshape(1, (0, 64)), NO_LINEAR, code=2),
-    _lm("with a linear of another width", _reshape(1, (32, 64)), "layers.0.proj takes 32 features", "'e' has 64"),
+    _lm(
+        "with a linear of another width",
+        _reshape(1, (32, 64)),
+        "layers.0.proj takes 32 features",
+        "'e' has 64",
+    ),
     _lm("with weights of rank 0", _reshape(1, ()), NO_LINEAR, code=2),
     _lm("with bools for weights", _reshape(1, (64, 64), np.bool_), NO_LINEAR, code=2),
     _lm("with complex weights", _reshape(1, (64, 64), np.complex64), NO_LINEAR, code=2),

@@ -1,7 +1,7 @@
 """Runs hostile cases through the real commands, each in a process of its own, and says what went wrong.
 
-A fresh server process imports the package once and forks per case, so that a crash, a hang or a memory bomb ends
-one case only.
+A fresh server process imports the package once and forks per case, so that a crash, a hang or a memory bomb
+ends one case only.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Outcome:
         hung: Whether it was still running at the limit.
         out, err: What it printed.
         left: Files that were not there before.
+        gone: Files that were.
         seconds: Wall time.
     """
 
@@ -49,6 +50,7 @@ class Outcome:
     out: str
     err: str
     left: tuple[str, ...]
+    gone: tuple[str, ...]
     seconds: float
 
     @property
@@ -79,6 +81,7 @@ class Outcome:
             f"does not say {missing}": bool(missing),
             f"printed {self.out[:80]!r}": bool(self.out),
             f"left {', '.join(self.left)}": bool(self.left),
+            f"removed {', '.join(self.gone)}": bool(self.gone),
         }
         return [fault for fault, is_so in found.items() if is_so]
 
@@ -115,9 +118,19 @@ class HostileRunner:
         code = self._wait(_run_command, self._limit, case.command, place, aside)
         seconds = time.monotonic() - begin
         out, err = ((aside / name).read_text("utf-8", "replace") for name in ("out", "err"))
-        left = sorted({*_listing(place), *_listing(aside / "tmp")} - set(before))
+        after = _listing(place)
+        left, gone = sorted({*after, *_listing(aside / "tmp")} - before), sorted(before - after)
         shutil.rmtree(aside)
-        return Outcome(case, -signal.SIGKILL if code is None else code, code is None, out, err, tuple(left), seconds)
+        return Outcome(
+            case,
+            -signal.SIGKILL if code is None else code,
+            code is None,
+            out,
+            err,
+            tuple(left),
+            tuple(gone),
+            seconds,
+        )
 
     def _wait(self, function: object, limit: float, *arguments: object) -> int | None:
         """Return the exit code of a function in a process of its own, ``None`` at the limit."""
@@ -143,8 +156,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     )
 
 
-def _listing(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+def _listing(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def _make_bases(folder: Path) -> None:

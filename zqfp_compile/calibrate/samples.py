@@ -218,7 +218,7 @@ def tokenizer_errors(path: Path, what: str = "cannot read the text") -> Iterator
     try:
         yield
     except BaseException as error:
-        # It raises bare Exception; a panic of its Rust code is a BaseException whose class has no public name.
+        # It raises bare Exception; a panic of its Rust code is a BaseException without a public name.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:300]

@@ -158,9 +158,10 @@ class Engine:
             UsageError: When the model has no tokenizer or chat template, or the tokenizer fails on the text.
         """
         text = chat_prompt(self._folder, prompt) if chat else prompt
+        tokenizer = self.tokenizer
         with tokenizer_errors(self._folder.path / TOKENIZER):
             # A template writes its special tokens out.
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=not chat).ids
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=not chat).ids
         return ids
 
     @cached_property
