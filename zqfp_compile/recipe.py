@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import types
@@ -44,7 +45,8 @@ CALIBRATION_WINDOWS = {"rtn": (8, 512), "gptq": (48, 1024)}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 MAX_BYTES = 1 << 16
 _MAX_SHOWN = 80
-_MAX_COUNT, _MAX_SEED = 10**9, (1 << 63) - 1  # torch's and the system calls' integers
+_MAX_COUNT, _MAX_INT64 = 10**9, (1 << 63) - 1
+_AT_MOST = {"seed": _MAX_INT64, "lorc_budget": math.inf, "max_perplexity_increase": math.inf}
 GROUP_SIZES = (16, 32, 64, 128, 256, 0)  # 0 is written "row": one group per row
 
 
@@ -301,7 +303,7 @@ def _coerce_shapes(flag: str, value: Any) -> dict[str, tuple[int, ...]]:
     result = {}
     for name, dims in value.items():
         if not isinstance(dims, (list, tuple)) or not all(
-            type(d) is int and 0 <= d <= _MAX_COUNT for d in dims
+            type(d) is int and 0 <= d <= _MAX_INT64 for d in dims
         ):
             raise UsageError(
                 f"--{flag}: dimensions of {_show(name)} are {_show(dims)}; write a list such as [1, 128]"
@@ -331,7 +333,7 @@ def _check_ranges(recipe: Recipe) -> None:
     }
     for name, low in at_least.items():
         value = getattr(recipe, name)
-        high = _MAX_SEED if name == "seed" else _MAX_COUNT
+        high = _AT_MOST.get(name, _MAX_COUNT)
         if value is not None and not low <= value <= high:
             fault = f"above {high}" if value > high else f"below {low}"
             raise UsageError(f"--{name.replace('_', '-')}: {_show(value)} is {fault}")

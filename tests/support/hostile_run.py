@@ -113,6 +113,8 @@ class HostileRunner:
         place = self.make(case)
         aside = Path(tempfile.mkdtemp(dir=self._folder))
         (aside / "tmp").mkdir()
+        for name in ("out", "err"):
+            (aside / name).touch()
         before = _listing(place)
         begin = time.monotonic()
         code = self._wait(_run_command, self._limit, case.command, place, aside)
@@ -176,7 +178,7 @@ def _run_command(command: tuple[str, ...], place: Path, aside: Path) -> None:
     from zqfp_compile import cli, cli_generate, cli_validate
 
     for number, name in ((1, "out"), (2, "err")):
-        descriptor = os.open(aside / name, os.O_WRONLY | os.O_CREAT)
+        descriptor = os.open(aside / name, os.O_WRONLY)
         os.dup2(descriptor, number)
         os.close(descriptor)
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
