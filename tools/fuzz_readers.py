@@ -4,8 +4,8 @@
     python tools/fuzz_readers.py recipe --runs 100000
 
 Starts from the good and the hostile files of the target's kind. A diagnosed error of one line is what should
-come out; any other exception, a crash or ten seconds for one file is a finding: its bytes stay in ``--output``.
-docs/robustness.md has the figures.
+come out; any other exception, a crash or ten seconds for one file is a finding, and its bytes stay in
+``--output``. docs/robustness.md has the figures.
 """
 
 from __future__ import annotations

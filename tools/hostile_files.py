@@ -1,10 +1,10 @@
 """Makes every hostile input, runs the command that meets it, and prints how that ended.
 
-    python tools/hostile_files.py                      # a table, then the figures
-    python tools/hostile_files.py --make build/hostile # only writes the files, a folder for each
+    python tools/hostile_files.py                       # a line for each, then the figures
+    python tools/hostile_files.py --make build/hostile  # only writes the files, a folder for each
 
 Exit code 1 when one is not diagnosed: one line with the expected words and exit code, nothing left behind,
-within ten seconds. ``tests/ort/test_hostile_files.py`` runs the same list; docs/robustness.md says what is in it.
+within ten seconds. ``tests/ort/test_hostile_files.py`` runs the same list; docs/robustness.md has more.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from hostile_cases import CASES
 from hostile_run import HostileRunner, summary

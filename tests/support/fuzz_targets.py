@@ -30,16 +30,6 @@ from zqfp_compile.runtime.folder import ModelFolder
 _MAX_SEED_BYTES = 1 << 14
 _LONGEST_LINE = 2000
 _INTERESTING = (b"\x00", b"\xff", b"\x80", b"\xff\xff\xff\xff\x0f", b"-1", b"99999999999", b'"', b"[{")
-    b"\x00",
-    b"\xff",
-    b"\x7f",
-    b"\x80",
-    b"\xff\xff\xff\xff\x0f",
-    b"-1",
-    b"99999999999",
-    b'"',
-    b"[{",
-)
 
 
 @dataclass(frozen=True)
