@@ -11,6 +11,7 @@ come out; any other exception, a crash or ten seconds for one file is a finding,
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -47,7 +48,18 @@ def main() -> None:
     (place / "w.data").write_bytes(WEIGHT.tobytes())
     flags = [f"-artifact_prefix={arguments.output}/{target.name}-", f"-runs={arguments.runs}"]
     flags += [f"-max_total_time={arguments.seconds}", "-timeout=10", "-rss_limit_mb=4096", "-max_len=32768"]
-    atheris.Setup([sys.argv[0], *flags, str(corpus)], lambda data: target.check(data, place) and None)
+
+    def check(data: bytes) -> None:
+        target.check(data, place)
+
+    def mutate(data: bytes, max_size: int, seed: int) -> bytes:
+        rng = random.Random(seed)
+        if rng.random() < 0.5:
+            return target.mutate(data, rng)[:max_size]
+        made: bytes = atheris.Mutate(data, len(data))
+        return made
+
+    atheris.Setup([sys.argv[0], *flags, str(corpus)], check, custom_mutator=mutate)
     atheris.Fuzz()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fuzz_targets import TARGETS, FuzzTarget, mutations
+from fuzz_targets import TARGETS, FuzzTarget
 from hostile_protos import WEIGHT
 
 RUNS = 150
@@ -21,5 +21,5 @@ def test_damaged_files_are_taken_or_diagnosed(target: FuzzTarget, tmp_path: Path
     good, seeds = target.good(), target.seeds()
     assert all(target.check(data, tmp_path) for data in good)
     assert len(seeds) > len(good), "no hostile file of this kind was found"
-    taken = [target.check(data, tmp_path) for data in mutations(seeds, RUNS)]
+    taken = [target.check(data, tmp_path) for data in target.mutations(RUNS)]
     assert not all(taken)

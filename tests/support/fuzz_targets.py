@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
-import os
 import random
-import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from fuzz_mutators import mutate_bytes, mutate_json, mutate_model
 from hostile_cases import CASES
 from hostile_protos import branching, calling, external, function, linear, node, proto
 from small_lm import WORDS, write_model_folder
@@ -29,7 +29,6 @@ from zqfp_compile.runtime.folder import ModelFolder
 # Larger seeds slow libFuzzer down and teach it nothing.
 _MAX_SEED_BYTES = 1 << 14
 _LONGEST_LINE = 2000
-_INTERESTING = (b"\x00", b"\xff", b"\x80", b"\xff\xff\xff\xff\x0f", b"-1", b"99999999999", b'"', b"[{")
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,14 @@ class FuzzTarget:
         file: Where hostile cases have such a file.
         read: Reads the file at a path in a folder where nothing else is but ``w.data``.
         good: Makes files that it takes.
+        mutate: Damages a file in a way that suits its form.
     """
 
     name: str
     file: str
     read: Callable[[Path], object]
     good: Callable[[], tuple[bytes, ...]]
+    mutate: Callable[[bytes, random.Random], bytes] = mutate_bytes
 
     def check(self, data: bytes, folder: Path) -> bool:
         """Give the reader ``data``; return whether it took it.
@@ -66,49 +67,34 @@ class FuzzTarget:
 
     def seeds(self) -> list[bytes]:
         """Return what to start from: good files and the hostile ones of this kind."""
-        found = list(self.good())
+        return list(dict.fromkeys((*self.good(), *_hostile_files()[self.file])))
+
+    def mutations(self, count: int) -> Iterator[bytes]:
+        """Yield damaged seeds, the same ones every time: half of them of their form, half as bytes."""
+        rng = random.Random(0)
+        good, seeds = self.good(), self.seeds()
+        for _ in range(count):
+            mutate = rng.choice((self.mutate, mutate_bytes))
+            yield mutate(rng.choice(rng.choice((good, seeds))), rng)
+
+
+@functools.cache
+def _hostile_files() -> dict[str, list[bytes]]:
+    """Return the files of all hostile cases, by where the targets have theirs."""
+    found: dict[str, list[bytes]] = {target.file: [] for target in TARGETS}
+    for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
-            for index, case in enumerate(CASES):
-                place = Path(folder) / str(index)
-                place.mkdir()
-                if case.base:
-                    write_model_folder(place / "m")
-                # A compiled folder is not there: cases that damage its files are not of this kind.
-                with contextlib.suppress(OSError):
-                    case.make(place)
-                    found.extend(_small_file(place / self.file))
-        return list(dict.fromkeys(found))
-
-
-def _small_file(path: Path) -> Iterator[bytes]:
-    if not os.path.lexists(path):
-        return
-    status = path.lstat()
-    if stat.S_ISREG(status.st_mode) and status.st_size <= _MAX_SEED_BYTES:
-        yield path.read_bytes()
-
-
-def mutations(seeds: list[bytes], count: int, seed: int = 0) -> Iterator[bytes]:
-    """Yield damaged seeds, the same ones every time."""
-    rng = random.Random(seed)
-    for _ in range(count):
-        data = bytearray(rng.choice(seeds))
-        for _ in range(rng.randint(1, 4)):
-            place = rng.randrange(len(data) + 1)
-            end = min(len(data), place + rng.randint(1, 16))
-            piece = bytes(data[place:end])
-            other = rng.choice(seeds)
-            start = rng.randrange(len(other) + 1)
-            data[place:end] = rng.choice(
-                (
-                    b"",
-                    piece * 2,
-                    bytes(rng.randrange(256) for _ in piece),
-                    rng.choice(_INTERESTING),
-                    other[start : start + 32],
-                )
-            )
-        yield bytes(data)
+            place = Path(folder)
+            if case.base:
+                write_model_folder(place / "m")
+            # A compiled folder is not there: cases that damage its files are not of these kinds.
+            with contextlib.suppress(OSError):
+                case.make(place)
+            for name, contents in found.items():
+                path = place / name
+                if path.is_file() and not path.is_symlink() and path.stat().st_size <= _MAX_SEED_BYTES:
+                    contents.append(path.read_bytes())
+    return found
 
 
 def _read_recipe(path: Path) -> None:
@@ -165,11 +151,17 @@ _CONFIG = b'{"max_position_embeddings": 256, "eos_token_id": [1, 2], "rope_scali
 _RECIPE = b"auto: bits=4.5\nmax_shapes: {input_ids: [1, 8]}\nexclude: [lm_head]\nseed: 3\n"
 
 
+def _good_manifest() -> tuple[bytes, ...]:
+    return (_MANIFEST % _EMPTY_SHA256,)
+
+
 TARGETS = (
-    FuzzTarget("model", "model.onnx", load_model, _good_models),
+    FuzzTarget("model", "model.onnx", load_model, _good_models, mutate_model),
     FuzzTarget("recipe", "recipe.yaml", _read_recipe, lambda: (Recipe().to_yaml().encode(), _RECIPE)),
-    FuzzTarget("manifest", "m/manifest.json", _read_manifest, lambda: (_MANIFEST % _EMPTY_SHA256,)),
-    FuzzTarget("config", "m/config.json", _read_config, lambda: (_CONFIG,)),
-    FuzzTarget("tokenizer", "m/tokenizer.json", _read_tokenizer, _good_tokenizer),
+    FuzzTarget(
+        "manifest", "m/manifest.json", _read_manifest, lambda: (_MANIFEST % _EMPTY_SHA256,), mutate_json
+    ),
+    FuzzTarget("config", "m/config.json", _read_config, lambda: (_CONFIG,), mutate_json),
+    FuzzTarget("tokenizer", "m/tokenizer.json", _read_tokenizer, _good_tokenizer, mutate_json),
     FuzzTarget("npz", "a.npz", _read_npz, _good_npz),
 )
