@@ -98,6 +98,10 @@ def _bpe(vocabulary: dict[str, int], **more: Any) -> dict[str, Any]:
 
 
 _LETTERS = {chr(97 + index): index for index in range(26)}
+# Found by tools/fuzz_readers.py: a slice past the end of a token.
+_PANICS = _bpe(
+    {"a": 0, "b": 1, "ab": 2}, model={"merges": ["a b"], "continuing_subword_prefix": "longer"}
+)
 _NO_UNKNOWN = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}
 _UNIGRAM = {"version": "1.0", "model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}}
 
@@ -148,6 +152,7 @@ TOKENIZERS = (
     _tokenizer("null", None, "not a tokenizer.json"),
     _tokenizer("of an unknown model", {"version": "1.0", "model": {"type": "Magic"}}, "not a tokenizer.json"),
     _tokenizer("with merges of nothing", _bpe(_LETTERS, model={"merges": ["x yz"]}), "not a tokenizer.json"),
+    _tokenizer("that panics", _PANICS, "not a tokenizer.json"),
     _tokenizer("with a negative number", _bpe({"a": -1}), "not a tokenizer.json"),
     _tokenizer("with a number of 5 billion", _bpe({"a": 5 * 10**9}), "not a tokenizer.json"),
     _tokenizer("of another model", _bpe(dict.fromkeys(_LETTERS, 10**6)), "makes token 1000000"),

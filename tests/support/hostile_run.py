@@ -56,7 +56,7 @@ class Outcome:
     @property
     def traceback(self) -> bool:
         """Whether the user saw a traceback, or was told of a bug of ours."""
-        return "Traceback" in self.err or "internal error" in self.err
+        return any(word in self.err for word in ("Traceback", "panicked at", "internal error"))
 
     @property
     def line(self) -> str:

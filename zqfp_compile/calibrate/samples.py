@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -200,12 +201,26 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if path.exists() and path.stat().st_size > _MAX_TOKENIZER_BYTES:
         limit = format_bytes(_MAX_TOKENIZER_BYTES)
         raise UsageError(f"{path}: is larger than {limit}, so no tokenizer.json; export it again")
-    with tokenizer_errors(path, "not a tokenizer.json"):
+    with tokenizer_errors(path, "not a tokenizer.json"), _silent_panics():
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     # Some tokenizer.json files cut at 512 tokens or pad to a fixed length.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+@contextmanager
+def _silent_panics() -> Iterator[None]:
+    """Keep what native code writes off standard error: Rust prints a panic before it is an exception."""
+    stderr = os.dup(2)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(sink)
 
 
 @contextmanager
