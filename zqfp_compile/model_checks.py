@@ -182,7 +182,7 @@ class _StructureChecker:
                     "the file is damaged, export it again"
                 )
         for attribute in node.attribute:
-            _check_attribute_value(node, attribute, where)
+            _check_attribute_value(node, attribute, body)
             self._check_attribute_tensors(attribute, f"node {_show_node(node)} in {where}", body.in_function)
         for graph in _subgraphs(node):
             inner = f"a subgraph of node {_show_node(node)}"
@@ -211,9 +211,14 @@ class _StructureChecker:
             )
 
 
-def _check_attribute_value(node: onnx.NodeProto, attribute: onnx.AttributeProto, where: str) -> None:
+def _check_attribute_value(node: onnx.NodeProto, attribute: onnx.AttributeProto, body: _Body) -> None:
     """Check that an attribute has the value its type announces; readers take it for granted."""
     if attribute.ref_attr_name:
+        if not body.in_function or attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
+            raise ModelError(
+                f"attribute {show(attribute.name)} of node {_show_node(node)} in {body.where} refers to one of "
+                "a function's call, which only a function's own plain attributes may; export the model again"
+            )
         return
     field = {onnx.AttributeProto.TENSOR: "t", onnx.AttributeProto.GRAPH: "g"}.get(attribute.type)
     constant = node.op_type == "Constant" and _domain(node.domain) == "" and attribute.name == "value"
@@ -223,7 +228,7 @@ def _check_attribute_value(node: onnx.NodeProto, attribute: onnx.AttributeProto,
         or (constant and attribute.type != onnx.AttributeProto.TENSOR)
     ):
         raise ModelError(
-            f"attribute {show(attribute.name)} of node {_show_node(node)} in {where} lacks its value; "
+            f"attribute {show(attribute.name)} of node {_show_node(node)} in {body.where} lacks its value; "
             "the file is damaged, export it again"
         )
 

@@ -271,6 +271,14 @@ def _constant(change: Callable[[onnx.AttributeProto], object]) -> onnx.ModelProt
     return proto(nodes)
 
 
+def _by_reference() -> list[onnx.NodeProto]:
+    """A branch that is an attribute of the call; found by tools/fuzz_readers.py."""
+    nodes = branching([node("Relu", ["x"], "b")], "b")
+    nodes[1].attribute[0].ClearField("g")
+    nodes[1].attribute[0].ref_attr_name = "branch"
+    return nodes
+
+
 def _negative_input(model: onnx.ModelProto) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
 
@@ -365,6 +373,7 @@ GRAPHS = (
         _constant(lambda it: setattr(it, "type", onnx.AttributeProto.INT)),
         "attribute 'value'",
     ),
+    _model("graph", "with an attribute of a call", proto(_by_reference()), "'node_y' (If)", "refers to"),
     _model("graph", "sparse", _relu(lambda it: it.graph.sparse_initializer.add()), "sparse"),
     _model("graph", "of IR version 99", _relu(lambda it: setattr(it, "ir_version", 99)), "IR version 99"),
     _model("graph", "of IR version 3", _relu(lambda it: setattr(it, "ir_version", 3)), "IR version 3"),
@@ -406,11 +415,15 @@ def _chain(count: int) -> list[onnx.FunctionProto]:
     return [*(function(f"F{i}", [f"F{i + 1}"]) for i in range(count)), function(f"F{count}", ["Relu"])]
 
 
+def _function_of(nodes: list[onnx.NodeProto]) -> onnx.FunctionProto:
+    """``f::F``: ``x`` -> ``y``."""
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("f", 1)]
+    return helper.make_function("f", "F", ["x"], ["y"], nodes, imports)
+
+
 def _hidden_recursion() -> onnx.FunctionProto:
     """A function that calls itself in a subgraph."""
-    imports = [helper.make_opsetid("", 18), helper.make_opsetid("f", 1)]
-    nodes = branching([helper.make_node("F", ["x"], ["b"], domain="f")], "b")
-    return helper.make_function("f", "F", ["x"], ["y"], nodes, imports)
+    return _function_of(branching([helper.make_node("F", ["x"], ["b"], domain="f")], "b"))
 
 
 def _function_cycle() -> onnx.FunctionProto:
@@ -431,6 +444,12 @@ FUNCTIONS = (
     _model("function", "150 calls deep", calling("F0", _chain(150)), "more than 100 levels"),
     _model(
         "function", "defined twice", calling("F", [function("F", ["Relu"])] * 2), "'f::F' is defined twice"
+    ),
+    _model(
+        "function",
+        "with a subgraph of its call",
+        calling("F", [_function_of(_by_reference())]),
+        "in function 'f::F' refers to",
     ),
     _model("function", "cyclic", calling("F", [_function_cycle()]), "function 'f::F' has a cycle"),
 )
