@@ -181,6 +181,8 @@ class _StructureChecker:
                     f"node {_show_node(node)} in {where} reads {show(name)}, which nothing defines; "
                     "the file is damaged, export it again"
                 )
+        if _is_constant(node) and [bool(name) for name in node.output] != [True]:
+            raise ModelError(f"node {_show_node(node)} in {where} has not one output; export the model again")
         for attribute in node.attribute:
             _check_attribute_value(node, attribute, body)
             self._check_attribute_tensors(attribute, f"node {_show_node(node)} in {where}", body.in_function)
@@ -221,7 +223,7 @@ def _check_attribute_value(node: onnx.NodeProto, attribute: onnx.AttributeProto,
             )
         return
     field = {onnx.AttributeProto.TENSOR: "t", onnx.AttributeProto.GRAPH: "g"}.get(attribute.type)
-    constant = node.op_type == "Constant" and _domain(node.domain) == "" and attribute.name == "value"
+    constant = _is_constant(node) and attribute.name == "value"
     if (
         attribute.type == onnx.AttributeProto.UNDEFINED
         or (field is not None and not attribute.HasField(field))
@@ -231,6 +233,10 @@ def _check_attribute_value(node: onnx.NodeProto, attribute: onnx.AttributeProto,
             f"attribute {show(attribute.name)} of node {_show_node(node)} in {body.where} lacks its value; "
             "the file is damaged, export it again"
         )
+
+
+def _is_constant(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Constant" and _domain(node.domain) == ""
 
 
 def _producers(body: _Body) -> dict[str, int]:

@@ -99,9 +99,7 @@ def _bpe(vocabulary: dict[str, int], **more: Any) -> dict[str, Any]:
 
 _LETTERS = {chr(97 + index): index for index in range(26)}
 # Found by tools/fuzz_readers.py: a slice past the end of a token.
-_PANICS = _bpe(
-    {"a": 0, "b": 1, "ab": 2}, model={"merges": ["a b"], "continuing_subword_prefix": "longer"}
-)
+_PANICS = _bpe({"a": 0, "b": 1, "ab": 2}, model={"merges": ["a b"], "continuing_subword_prefix": "longer"})
 _NO_UNKNOWN = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}
 _UNIGRAM = {"version": "1.0", "model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}}
 

@@ -104,6 +104,7 @@ ENGINE_FOLDERS = (
     _manifest("of a list of files", _files([ORT])),
     _manifest("without digests", _files({ORT: {"bytes": 1}})),
     _manifest("of digests that are numbers", _files({ORT: {"sha256": 1}})),
+    _manifest("of digests with line breaks", _files({ORT: {"sha256": "a\nerror: b"}})),
     _manifest("of 100000 brackets", "[" * 100_000),
     _manifest("of a number of 10000 digits", '{"files": ' + "9" * 10_000 + "}"),
     _manifest("no UTF-8", b"\xff\xfe", "not UTF-8 text"),

@@ -279,6 +279,13 @@ def _by_reference() -> list[onnx.NodeProto]:
     return nodes
 
 
+def _unnamed_constant() -> list[onnx.NodeProto]:
+    """Found by tools/fuzz_readers.py."""
+    made = branching([], "x")[0]
+    made.ClearField("output")
+    return [made, node("Relu", ["x"], "y")]
+
+
 def _negative_input(model: onnx.ModelProto) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
 
@@ -374,6 +381,9 @@ GRAPHS = (
         "attribute 'value'",
     ),
     _model("graph", "with an attribute of a call", proto(_by_reference()), "'node_y' (If)", "refers to"),
+    _model(
+        "graph", "with a constant without output", proto(_unnamed_constant()), "(Constant)", "not one output"
+    ),
     _model("graph", "sparse", _relu(lambda it: it.graph.sparse_initializer.add()), "sparse"),
     _model("graph", "of IR version 99", _relu(lambda it: setattr(it, "ir_version", 99)), "IR version 99"),
     _model("graph", "of IR version 3", _relu(lambda it: setattr(it, "ir_version", 3)), "IR version 3"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,8 +158,8 @@ def _read_digests(path: Path) -> dict[str, str]:
     try:
         manifest: Any = json.loads(read_text(path, COMPANION_BYTES))
         digests = {str(name): facts["sha256"] for name, facts in manifest["files"].items()}
-        if not all(isinstance(digest, str) for digest in digests.values()):
-            raise TypeError("a sha256 is no text")
+        if not all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in digests.values()):
+            raise ValueError("a sha256 is none")
     except UnreadableError as error:
         raise ModelError(f"{path}: cannot be read ({error}); copy the folder or compile again") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
