@@ -182,7 +182,7 @@ class _StructureChecker:
                     "the file is damaged, export it again"
                 )
         if _is_constant(node) and [bool(name) for name in node.output] != [True]:
-            raise ModelError(f"node {_show_node(node)} in {where} has not one output; export the model again")
+            raise ModelError(f"{_show_node(node)} in {where} has no single output; export the file again")
         for attribute in node.attribute:
             _check_attribute_value(node, attribute, body)
             self._check_attribute_tensors(attribute, f"node {_show_node(node)} in {where}", body.in_function)
@@ -218,8 +218,8 @@ def _check_attribute_value(node: onnx.NodeProto, attribute: onnx.AttributeProto,
     if attribute.ref_attr_name:
         if not body.in_function or attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
             raise ModelError(
-                f"attribute {show(attribute.name)} of node {_show_node(node)} in {body.where} refers to one of "
-                "a function's call, which only a function's own plain attributes may; export the model again"
+                f"attribute {show(attribute.name)} of node {_show_node(node)} in {body.where} refers to a "
+                "function call's, which only plain attributes inside the function may; export the model again"
             )
         return
     field = {onnx.AttributeProto.TENSOR: "t", onnx.AttributeProto.GRAPH: "g"}.get(attribute.type)

@@ -224,8 +224,9 @@ class OutputFolder:
             self._removal.detach()
             self._work = None
         if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+            # Forgotten first: a signal in between must not make a second call close it again.
+            lock, self._lock = self._lock, -1
+            os.close(lock)
 
 
 def _remove_work(work: Path) -> None:

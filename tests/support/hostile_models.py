@@ -380,9 +380,13 @@ GRAPHS = (
         _constant(lambda it: setattr(it, "type", onnx.AttributeProto.INT)),
         "attribute 'value'",
     ),
-    _model("graph", "with an attribute of a call", proto(_by_reference()), "'node_y' (If)", "refers to"),
+    _model("graph", "with an attribute of a call", proto(_by_reference()), "'node_y' (If)", "refers to a function call's"),
     _model(
-        "graph", "with a constant without output", proto(_unnamed_constant()), "(Constant)", "not one output"
+        "graph",
+        "with a constant without output",
+        proto(_unnamed_constant()),
+        "(Constant)",
+        "no single output",
     ),
     _model("graph", "sparse", _relu(lambda it: it.graph.sparse_initializer.add()), "sparse"),
     _model("graph", "of IR version 99", _relu(lambda it: setattr(it, "ir_version", 99)), "IR version 99"),
@@ -562,7 +566,9 @@ COMPILED = (
     _lm("with an unknown operator of a known domain", _operator("Frobnicate", "com.microsoft"), "Frobnicate"),
     _lm("with an operator of too few inputs", lambda it: it.graph.node[1].input.pop(), "has 1 inputs"),
     _lm("with 10^18 values from a shape", _expanded([10**9, 10**9, 1, 64]), "ONNX Runtime"),
-    _lm("with 10^12 values from a shape", _expanded([10**8, 1, 64]), "ONNX Runtime"),
+    _lm(
+        "with 10^12 values from a shape", _expanded([10**8, 1, 64]), "memory ran out in ONNX Runtime", code=6
+    ),
     _lm("compiled already", _quantised, "was compiled by zqfp-compile already"),
 )
 
