@@ -380,7 +380,13 @@ GRAPHS = (
         _constant(lambda it: setattr(it, "type", onnx.AttributeProto.INT)),
         "attribute 'value'",
     ),
-    _model("graph", "with an attribute of a call", proto(_by_reference()), "'node_y' (If)", "refers to a function call's"),
+    _model(
+        "graph",
+        "with an attribute of a call",
+        proto(_by_reference()),
+        "'node_y' (If)",
+        "refers to a function call's",
+    ),
     _model(
         "graph",
         "with a constant without output",
