@@ -465,9 +465,9 @@ def run(command: Callable[..., Any], program: str) -> None:
         text = f"a library cannot be loaded ({detail}); run zqfp-doctor, or install zqfp-compile again"
         _fail(program, text, MissingDependencyError.exit_code, verbosity > 0)
     except Exception as error:
-        stopped = _signal_before(error)
-        if stopped is not None:
-            _fail(program, _stopped_text(stopped), 128 + stopped.signal)
+        before = _signal_before(error)
+        if before is not None:
+            _fail(program, _stopped_text(before), 128 + before.signal)
         detail = " ".join(str(error).split())[:300]
         _fail(
             program,

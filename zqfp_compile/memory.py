@@ -60,11 +60,11 @@ def available_memory() -> int | None:
     limits = []
     with suppress(OSError, ValueError, IndexError):
         limits += _kilobytes(Path("/proc/meminfo"), "MemAvailable:")
-    for limit, used in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
-        most, _ = resource.getrlimit(limit)
+    for kind, field in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
+        most, _ = resource.getrlimit(kind)
         if most != resource.RLIM_INFINITY:
             with suppress(OSError, ValueError, IndexError):
-                limits += [max(0, most - size) for size in _kilobytes(Path("/proc/self/status"), used)]
+                limits += [max(0, most - size) for size in _kilobytes(Path("/proc/self/status"), field)]
     with suppress(OSError, ValueError):
         limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))
         stat = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()

@@ -55,7 +55,8 @@ class WorkFolder:
         """
         note = self.path / _KEY
         link = self.path.is_symlink()
-        if link or (self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir()))):
+        is_free = not link and (not self.path.exists() or _is_empty_folder(self.path))
+        if not is_free:
             key = None if link else _read_key(note)
             if key is None:
                 raise UsageError(
@@ -116,6 +117,10 @@ class WorkFolder:
                 return [file[f"arr_{index}"] for index in range(len(file.files))]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # zip files have checksums
             return None
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _read_key(note: Path) -> str | None:

@@ -41,13 +41,12 @@ def place(tmp_path: Path, tiny_model: TinyModel) -> Path:
 
 @pytest.fixture
 def refused(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Refused]:
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], signal_handlers: None
+) -> Refused:
     """``refused(code, *arguments, says=(...))``: the error line of a run in ``place`` that must fail.
 
     It leaves nothing; with ``keeps`` the finished work, which is then removed.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.chdir(place)
 
     def run(code: int, *arguments: object, says: tuple[str, ...] = (), keeps: bool = False) -> str:
@@ -65,9 +64,7 @@ def refused(
         assert listing(place) == before
         return line
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 # usage: exit 2
