@@ -1,10 +1,11 @@
 """Hostile model files at the loader: each is one clear line, quickly, before any data is touched.
 
-The files are those of ``hostile_models``; ``tests/ort/test_hostile_files.py`` runs them through the commands.
+The files are those of ``hostile_cases``; ``tests/ort/test_hostile_files.py`` runs them through the commands.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from hostile_case import HostileCase
-from hostile_models import AT_LOAD
+from hostile_cases import AT_LOAD
 from hostile_protos import WEIGHT, calling, external, function, linear, write_model
 
 from zqfp_compile.errors import ModelError
@@ -28,7 +29,8 @@ def _refused(path: Path, *wanted: str) -> str:
     message = str(caught.value)
     assert time.process_time() - start < 1.0
     assert caught.value.exit_code == 3
-    assert "\n" not in message and message.startswith(f"{path}: ") and len(message) < 1000
+    assert not re.search(r"[\x00-\x1f]", message)
+    assert message.startswith(f"{path}: ") and len(message) < 1000
     assert ";" in message or message.endswith("?"), f"says no remedy: {message}"
     for text in wanted:
         assert text in message, message

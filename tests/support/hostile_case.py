@@ -39,3 +39,21 @@ class HostileCase:
     def name(self) -> str:
         """A name for a folder and for a test."""
         return re.sub(r"[^a-z0-9]+", "-", f"{self.group} {self.wrong}".lower()).strip("-")
+
+
+def on_model(
+    group: str,
+    wrong: str,
+    make: Callable[[Path], object],
+    *says: str,
+    code: int = 3,
+    flags: tuple[str, ...] = (),
+) -> HostileCase:
+    """A compile of the small language model after ``make``."""
+    command = (COMPILE, "m/model.onnx", *QUICK, *TEXT, *flags, "-o", "out")
+    return HostileCase(group, wrong, make, says, code, command, "model")
+
+
+def raw_file(wrong: str, content: bytes, *says: str) -> HostileCase:
+    """``model.onnx`` of these bytes."""
+    return HostileCase("file", wrong, lambda place: (place / "model.onnx").write_bytes(content), says)

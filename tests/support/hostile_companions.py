@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hostile_case import COMPILE, GENERATE, QUICK, VALIDATE, HostileCase
-from hostile_models import on_model
+from hostile_case import COMPILE, GENERATE, QUICK, VALIDATE, HostileCase, on_model
 
 GENERATED = (GENERATE, "m", "-p", "the", "--max-new-tokens", "3", "--device", "cpu", "-q")
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from hostile_case import GENERATE, VALIDATE, HostileCase
+from hostile_case import GENERATE, VALIDATE, HostileCase, on_model
 from hostile_companions import GENERATED
-from hostile_models import on_model
 from hostile_protos import external, node, proto, write_model
 
 ORT = "onnxruntime.onnx"

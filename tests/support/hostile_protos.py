@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from hostile_case import HostileCase
 from onnx import TensorProto, helper
 
 FLOAT = TensorProto.FLOAT
@@ -95,3 +96,8 @@ def write_model(folder: Path, model: onnx.ModelProto, data: bytes | None = WEIGH
     if data is not None:
         (folder / "w.data").write_bytes(data)
     return path
+
+
+def model_file(group: str, wrong: str, model: onnx.ModelProto, *says: str) -> HostileCase:
+    """A model without a data file."""
+    return HostileCase(group, wrong, lambda place: write_model(place, model, None), says)
