@@ -7,9 +7,10 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,15 @@ def make() -> Callable[[str], Path]:
         return folder
 
     return build
+
+
+@pytest.fixture
+def signal_handlers() -> Iterator[None]:
+    """Puts back the handlers that a command run in this process sets."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

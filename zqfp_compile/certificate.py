@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from zqfp_compile.backends.ort import create_session
+from zqfp_compile.backends.ort import check_memory, create_session
 from zqfp_compile.calibrate.widen import widen_bfloat16
 from zqfp_compile.errors import AccuracyError
 from zqfp_compile.formats.minifloat import MINI_FLOATS
@@ -274,6 +274,7 @@ def _gather(model: ir.Model, site: EmbeddingSite, ids: npt.NDArray[np.int64]) ->
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
+        check_memory(error)
         reason = " ".join(str(error).split())
         raise AccuracyError(f"certificate: embedding {site.name!r} does not run ({reason})") from error
     found: Float32 = rows.astype(np.float32)
@@ -369,6 +370,7 @@ def _run(model: ir.Model, site: LinearSite, x: npt.NDArray[Any]) -> tuple[Float3
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
+        check_memory(error)
         reason = " ".join(str(error).split())
         raise AccuracyError(f"certificate: layer {site.name!r} does not run ({reason})") from error
     y = outputs[0].reshape(-1, site.n).astype(np.float32)

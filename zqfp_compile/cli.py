@@ -455,6 +455,26 @@ def _catch_signals() -> None:
             signal.signal(signum, stop)
 
 
+def _stopped_text(stopped: _Stopped) -> str:
+    name = "Ctrl-C" if stopped.signal == signal.SIGINT else stopped.signal.name
+    return "; ".join([f"stopped by {name}", *(notes(stopped) or ["what was unfinished is removed"])])
+
+
+def _signal_before(error: BaseException | None) -> _Stopped | None:
+    """Return the signal that a library turned into ``error``: it may come in the middle of anything."""
+    while error is not None and not isinstance(error, _Stopped):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _let_go_of_signals() -> None:
+    """The work is done or undone: Python must end without another exception from :func:`_catch_signals`."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            # People press Ctrl-C twice; whoever sends another signal means it.
+            signal.signal(signum, signal.SIG_IGN if signum == signal.SIGINT else signal.SIG_DFL)
+
+
 def run(command: Callable[..., Any], program: str) -> None:
     """Run a typer app to its exit code; every diagnosed error becomes one line."""
     flags = sys.argv[1:]
@@ -472,13 +492,18 @@ def run(command: Callable[..., Any], program: str) -> None:
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         _fail(program, f"{text.rstrip('.')}; see {program} --help", UsageError.exit_code)
     except _Stopped as stopped:
-        name = "Ctrl-C" if stopped.signal == signal.SIGINT else stopped.signal.name
-        text = "; ".join([f"stopped by {name}", *(notes(stopped) or ["what was unfinished is removed"])])
-        _fail(program, text, 128 + stopped.signal)
+        _fail(program, _stopped_text(stopped), 128 + stopped.signal)
     except MemoryError as error:
         text = "memory ran out; close other programs, or lower --calibration-length, --eval-length or --jobs"
         _fail(program, "; ".join([text, *notes(error)]), MissingDependencyError.exit_code, verbosity > 1)
+    except ImportError as error:
+        detail = " ".join(str(error).split())[:300]
+        text = f"a library cannot be loaded ({detail}); run zqfp-doctor, or install zqfp-compile again"
+        _fail(program, text, MissingDependencyError.exit_code, verbosity > 0)
     except Exception as error:
+        before = _signal_before(error)
+        if before is not None:
+            _fail(program, _stopped_text(before), 128 + before.signal)
         detail = " ".join(str(error).split())[:300]
         _fail(
             program,
@@ -487,6 +512,8 @@ def run(command: Callable[..., Any], program: str) -> None:
             1,
             verbosity > 0,
         )
+    finally:
+        _let_go_of_signals()
 
 
 def _fail(program: str, text: str, code: int, show_traceback: bool = False) -> NoReturn:

@@ -14,11 +14,12 @@ from zqfp_compile import engines
 from zqfp_compile.backends.target import TargetChoice
 from zqfp_compile.calibrate.samples import EvalTokens, Samples
 from zqfp_compile.certificate import Certificate
+from zqfp_compile.companions import find_companions
 from zqfp_compile.distill.train import Distillation
 from zqfp_compile.estimate import Estimate
 from zqfp_compile.evaluate import Evaluation
 from zqfp_compile.memory import MemoryWatch
-from zqfp_compile.output_folder import ARTIFACT, COMPANIONS, TOKENIZER, OutputFolder
+from zqfp_compile.output_folder import ARTIFACT, TOKENIZER, OutputFolder
 from zqfp_compile.parallel.choice import Workers
 from zqfp_compile.pass_runner import PassRunner
 from zqfp_compile.plan import QuantPlan
@@ -90,7 +91,7 @@ class Compilation:
     @property
     def companions(self) -> tuple[Path, ...]:
         """The files beside the source that whoever generates text needs as well."""
-        return tuple(path for name in COMPANIONS if (path := self.source.parent / name).is_file())
+        return find_companions(self.source.parent)
 
     @property
     def place(self) -> engines.Workplace:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 
 from zqfp_compile.backends.host_libraries import host_library, needs_host
-from zqfp_compile.backends.ort import create_session, is_large, run_session
+from zqfp_compile.backends.ort import check_memory, create_session, is_large, run_session
 from zqfp_compile.calibrate.causal_lm import CausalLm
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.errors import ModelError, UsageError
@@ -235,5 +235,6 @@ def _ort_error(path: Path, action: str, error: Exception) -> Exception:
     """Turn ONNX Runtime's exceptions into one line; let everything else through."""
     if not type(error).__module__.startswith("onnxruntime"):
         return error
+    check_memory(error)
     reason = " ".join(str(error).split())
     return ModelError(f"{path.name}: ONNX Runtime cannot {action} it ({reason}); check it with onnx.checker")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -52,17 +53,30 @@ def _family(process: str) -> Iterator[Path]:
 
 
 def available_memory() -> int | None:
-    """Return the bytes that can still be allocated here, by the machine and its control group, if known."""
+    """Return the bytes that can still be allocated here, if known.
+
+    The least of what the machine, its control group and the process's limits (``ulimit -v``, ``-d``) leave.
+    """
     limits = []
     with suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        limits += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        limits += _kilobytes(Path("/proc/meminfo"), "MemAvailable:")
+    for kind, field in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
+        most, _ = resource.getrlimit(kind)
+        if most != resource.RLIM_INFINITY:
+            with suppress(OSError, ValueError, IndexError):
+                limits += [max(0, most - size) for size in _kilobytes(Path("/proc/self/status"), field)]
     with suppress(OSError, ValueError):
         limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))
         stat = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
         used = next(int(line.split()[1]) for line in stat if line.startswith("anon "))
         limits.append(limit - used)
     return min(limits, default=None)
+
+
+def _kilobytes(path: Path, field: str) -> list[int]:
+    """Return the bytes that a file of /proc gives for ``field``, if it does."""
+    lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    return [1024 * int(line.split()[1]) for line in lines if line.startswith(field)]
 
 
 def return_large_blocks() -> None:

@@ -53,6 +53,9 @@ def check_model(model: onnx.ModelProto, folder: Path) -> bool:
         body = _Body(where, list(function.input), [], function.node, list(function.output), None, True)
         checker.check(body, [])
     _check_functions(model)
+    _check_domains(model.graph.node, model.opset_import, "the model")
+    for function in model.functions:
+        _check_domains(function.node, function.opset_import, f"function {_show_id(_function_id(function))}")
     return checker.ordered
 
 
@@ -92,10 +95,13 @@ def _check_versions(model: onnx.ModelProto) -> None:
         *(entry for function in model.functions for entry in function.opset_import),
     ]
     versions = [entry.version for entry in imports if entry.domain in _ONNX_DOMAINS]
-    if not any(entry.domain in _ONNX_DOMAINS for entry in model.opset_import):
+    own = [entry.version for entry in model.opset_import if entry.domain in _ONNX_DOMAINS]
+    if not own:
         raise ModelError(
             "declares no ONNX opset: the file was cut off or holds custom operators only; export it again"
         )
+    if len(set(own)) > 1:
+        raise ModelError(f"declares two opsets of ONNX, {own[0]} and {own[1]}; export the model again")
     for version in versions:
         if not MIN_OPSET <= version <= MAX_OPSET:
             raise ModelError(
@@ -175,8 +181,10 @@ class _StructureChecker:
                     f"node {_show_node(node)} in {where} reads {show(name)}, which nothing defines; "
                     "the file is damaged, export it again"
                 )
+        if _is_constant(node) and [bool(name) for name in node.output] != [True]:
+            raise ModelError(f"{_show_node(node)} in {where} has no single output; export the file again")
         for attribute in node.attribute:
-            _check_attribute_value(node, attribute, where)
+            _check_attribute_value(node, attribute, body)
             self._check_attribute_tensors(attribute, f"node {_show_node(node)} in {where}", body.in_function)
         for graph in _subgraphs(node):
             inner = f"a subgraph of node {_show_node(node)}"
@@ -205,21 +213,30 @@ class _StructureChecker:
             )
 
 
-def _check_attribute_value(node: onnx.NodeProto, attribute: onnx.AttributeProto, where: str) -> None:
+def _check_attribute_value(node: onnx.NodeProto, attribute: onnx.AttributeProto, body: _Body) -> None:
     """Check that an attribute has the value its type announces; readers take it for granted."""
     if attribute.ref_attr_name:
+        if not body.in_function or attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
+            raise ModelError(
+                f"attribute {show(attribute.name)} of node {_show_node(node)} in {body.where} refers to a "
+                "function call's, which only plain attributes inside the function may; export the model again"
+            )
         return
     field = {onnx.AttributeProto.TENSOR: "t", onnx.AttributeProto.GRAPH: "g"}.get(attribute.type)
-    constant = node.op_type == "Constant" and _domain(node.domain) == "" and attribute.name == "value"
+    constant = _is_constant(node) and attribute.name == "value"
     if (
         attribute.type == onnx.AttributeProto.UNDEFINED
         or (field is not None and not attribute.HasField(field))
         or (constant and attribute.type != onnx.AttributeProto.TENSOR)
     ):
         raise ModelError(
-            f"attribute {show(attribute.name)} of node {_show_node(node)} in {where} lacks its value; "
+            f"attribute {show(attribute.name)} of node {_show_node(node)} in {body.where} lacks its value; "
             "the file is damaged, export it again"
         )
+
+
+def _is_constant(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Constant" and _domain(node.domain) == ""
 
 
 def _producers(body: _Body) -> dict[str, int]:
@@ -245,7 +262,9 @@ def _producers(body: _Body) -> dict[str, int]:
 
 def _check_outputs(body: _Body, own: set[str]) -> None:
     # An output straight from an outer scope is no output in ONNX: runtimes and the IR look no further.
-    for name in body.outputs:
+    for name, times in Counter(body.outputs).items():
+        if times > 1:
+            raise ModelError(f"output {show(name)} of {body.where} is listed twice; export the model again")
         if name not in own:
             raise ModelError(
                 f"output {show(name)} of {body.where} is not produced by any node; "
@@ -312,6 +331,19 @@ def _check_functions(model: onnx.ModelProto) -> None:
         )
 
 
+def _check_domains(
+    nodes: Iterable[onnx.NodeProto], imports: Iterable[onnx.OperatorSetIdProto], where: str
+) -> None:
+    """Check that the version of every operator is known."""
+    known = {_domain(entry.domain) for entry in imports}
+    for node in _all_nodes(nodes):
+        if _domain(node.domain) not in known:
+            raise ModelError(
+                f"node {_show_node(node)} is of the domain {show(node.domain)}, of which {where} imports no "
+                "opset; export the model again"
+            )
+
+
 def _callees_first(calls: dict[FunctionId, Counter[FunctionId]]) -> list[FunctionId]:
     """Order functions so that each comes after those it calls."""
     names = list(calls)
@@ -376,4 +408,4 @@ def _show_id(name: FunctionId) -> str:
 
 def _show_node(node: onnx.NodeProto) -> str:
     output = next((name for name in node.output if name), "")
-    return f"{show(node.name or output)} ({node.op_type[:40]})"
+    return f"{show(node.name or output)} ({show(node.op_type)[1:-1]})"

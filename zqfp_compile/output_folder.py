@@ -29,6 +29,7 @@ from zqfp_compile.disk import (
     full_disk_errors,
 )
 from zqfp_compile.errors import MissingDependencyError, UsageError, ZqfpError, add_note, notes
+from zqfp_compile.text_file import COMPANION_BYTES, UnreadableError, read_text
 
 __all__ = [
     "ARTIFACT",
@@ -223,8 +224,9 @@ class OutputFolder:
             self._removal.detach()
             self._work = None
         if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+            # Forgotten first: a signal in between must not make a second call close it again.
+            lock, self._lock = self._lock, -1
+            os.close(lock)
 
 
 def _remove_work(work: Path) -> None:
@@ -273,10 +275,10 @@ def _foreign_file(folder: Path) -> str | None:
     """Return a file in ``folder`` that its manifest does not list, or ``None`` when all of it is ours."""
     known: set[str] = set()
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(folder / MANIFEST, COMPANION_BYTES))
         if manifest["tool"] == _TOOL:
             known = {MANIFEST, *manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UnreadableError, ValueError, KeyError, TypeError, RecursionError):
         pass
     names = (
         path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not _is_folder(path)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from zqfp_compile import engines
 from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.backends.target import resolve_target
+from zqfp_compile.companions import find_companions
 from zqfp_compile.compilation import Compilation
 from zqfp_compile.device import torch_device
 from zqfp_compile.graphsurgeon import to_graphsurgeon
@@ -171,7 +172,9 @@ def compile_model(
 
 def _load(path: Path, timer: StepTimer) -> tuple[Path, ir.Model]:
     with timer.step("load"):
-        return path, load_model(path)
+        model = load_model(path)
+        find_companions(path.parent)  # checked before they are read or copied
+        return path, model
 
 
 def _tell_what_is_there(work: WorkFolder, reporter: Reporter) -> None:

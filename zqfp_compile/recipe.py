@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import types
@@ -20,6 +21,7 @@ import yaml
 
 from zqfp_compile.errors import UsageError
 from zqfp_compile.precision.goal import Goal, parse_goal
+from zqfp_compile.text_file import UnreadableError, read_text
 
 Target = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "none"]
 LorcFormat = Literal["fp16", "fp8"]
@@ -41,6 +43,10 @@ DEFAULT_LORC_RANK, MIXED_LORC_RANK = 16, 64
 # times K tokens. The built-in text has 56 windows of 1024 (SmolLM2's tokenizer).
 CALIBRATION_WINDOWS = {"rtn": (8, 512), "gptq": (48, 1024)}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+MAX_BYTES = 1 << 16
+_MAX_SHOWN = 80
+_MAX_COUNT, _MAX_INT64 = 10**9, (1 << 63) - 1
+_AT_MOST = {"seed": _MAX_INT64, "lorc_budget": math.inf, "max_perplexity_increase": math.inf}
 GROUP_SIZES = (16, 32, 64, 128, 256, 0)  # 0 is written "row": one group per row
 
 
@@ -173,12 +179,17 @@ class Recipe:
             UsageError: On an unknown key or a wrong value.
         """
         known = {spec.name for spec in dataclasses.fields(cls)}
-        normal = {str(key).replace("-", "_"): value for key, value in values.items()}
+        odd = [key for key in values if not isinstance(key, str)]
+        if odd:
+            raise UsageError(f"recipe: {_show(odd[0])} is no option; write 'option: value' lines")
+        normal = {key.replace("-", "_"): value for key, value in values.items()}
         if len(normal) < len(values):
             raise UsageError("recipe: an option is given twice, with '-' and with '_'; keep one")
         unknown = sorted(set(normal) - known)
         if unknown:
-            raise UsageError(f"recipe: unknown option {unknown[0]!r}; {_options_like(unknown[0], known)}")
+            raise UsageError(
+                f"recipe: unknown option {_show(unknown[0])}; {_options_like(unknown[0], known)}"
+            )
         if normal.get("group_size") == "row":
             normal["group_size"] = 0
         return cls(**normal)
@@ -191,11 +202,10 @@ class Recipe:
             UsageError: When the file cannot be read, is no YAML mapping, or holds a wrong option.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        # ValueError: not UTF-8, an impossible date; RecursionError: brackets without end.
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            reason = " ".join(text.split())
+            values = yaml.load(read_text(Path(path), MAX_BYTES, regular=False), _PlainLoader)  # a SafeLoader
+        # ValueError: an impossible date; RecursionError: brackets without end.
+        except (UnreadableError, ValueError, RecursionError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise UsageError(f"recipe {path}: cannot be read ({reason}); give a YAML file") from error
         if values is None:
             values = {}
@@ -205,6 +215,29 @@ class Recipe:
             return cls.from_dict(values)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without references: a few lines of them can stand for billions of values."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse aliases; the rest is PyYAML's."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not taken")
+        return super().compose_node(parent, index)
+
+
+def _show(value: Any) -> str:
+    """Return a value from a file so that it fits on one line of a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no more than 4300 digits
+        return (
+            f"a number of {value.bit_length()} bits"
+            if isinstance(value, int)
+            else f"a {type(value).__name__}"
+        )
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _dependent_defaults(recipe: Recipe) -> dict[str, int]:
@@ -234,7 +267,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if origin is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise UsageError(f"--{flag}: {value!r} is not one of {', '.join(map(str, choices))}")
+            raise UsageError(f"--{flag}: {_show(value)} is not one of {', '.join(map(str, choices))}")
         return value
     if origin is types.UnionType:
         inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
@@ -242,7 +275,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if origin is tuple:
         items = (value,) if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
-            raise UsageError(f"--{flag}: {value!r} is not a list")
+            raise UsageError(f"--{flag}: {_show(value)} is not a list")
         return tuple(_coerce(name, item, typing.get_args(hint)[0]) for item in items)
     if origin is dict:
         return _coerce_shapes(flag, value)
@@ -252,7 +285,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         # A Path from Python; a number such as ``compute-capability: 89`` that YAML read as an integer.
         return str(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise UsageError(f"--{flag}: {value!r} is not {_KINDS[hint]}")
+        raise UsageError(f"--{flag}: {_show(value)} is not {_KINDS[hint]}")
     return value
 
 
@@ -261,16 +294,20 @@ def _coerce_shapes(flag: str, value: Any) -> dict[str, tuple[int, ...]]:
     if isinstance(value, str):
         pairs = [item.rpartition(":") for item in value.split(",") if item]
         if not all(name and re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})*", dims) for name, _, dims in pairs):
-            raise UsageError(f"--{flag}: {value!r} is not of the form NAME:1x128,OTHER:1x64")
+            raise UsageError(f"--{flag}: {_show(value)} is not of the form NAME:1x128,OTHER:1x64")
         if len({name for name, _, _ in pairs}) < len(pairs):
-            raise UsageError(f"--{flag}: {value!r} names an input twice; keep one")
+            raise UsageError(f"--{flag}: {_show(value)} names an input twice; keep one")
         return {name: tuple(map(int, dims.split("x"))) for name, _, dims in pairs}
     if not isinstance(value, dict):
-        raise UsageError(f"--{flag}: {value!r} is not of the form NAME:1x128,OTHER:1x64")
+        raise UsageError(f"--{flag}: {_show(value)} is not of the form NAME:1x128,OTHER:1x64")
     result = {}
     for name, dims in value.items():
-        if not isinstance(dims, (list, tuple)) or not all(type(d) is int and d >= 0 for d in dims):
-            raise UsageError(f"--{flag}: dimensions of {name!r} are {dims!r}; write a list such as [1, 128]")
+        if not isinstance(dims, (list, tuple)) or not all(
+            type(d) is int and 0 <= d <= _MAX_INT64 for d in dims
+        ):
+            raise UsageError(
+                f"--{flag}: dimensions of {_show(name)} are {_show(dims)}; write a list such as [1, 128]"
+            )
         result[str(name)] = tuple(dims)
     return result
 
@@ -278,9 +315,9 @@ def _coerce_shapes(flag: str, value: Any) -> dict[str, tuple[int, ...]]:
 def _check_ranges(recipe: Recipe) -> None:
     if recipe.group_size not in GROUP_SIZES:
         sizes = ", ".join(str(size or "row") for size in GROUP_SIZES)
-        raise UsageError(f"--group-size: {recipe.group_size} is not one of {sizes}")
+        raise UsageError(f"--group-size: {_show(recipe.group_size)} is not one of {sizes}")
     if not 0 <= recipe.lorc_rank <= MAX_LORC_RANK:
-        raise UsageError(f"--lorc-rank: {recipe.lorc_rank} is outside 0..{MAX_LORC_RANK}")
+        raise UsageError(f"--lorc-rank: {_show(recipe.lorc_rank)} is outside 0..{MAX_LORC_RANK}")
     at_least = {
         "scale_rows": 1,
         "lorc_budget": 0.01,
@@ -296,14 +333,18 @@ def _check_ranges(recipe: Recipe) -> None:
     }
     for name, low in at_least.items():
         value = getattr(recipe, name)
-        if value is not None and not value >= low:
-            raise UsageError(f"--{name.replace('_', '-')}: {value} is below {low}")
+        high = _AT_MOST.get(name, _MAX_COUNT)
+        if value is not None and not low <= value <= high:
+            fault = f"above {high}" if value > high else f"below {low}"
+            raise UsageError(f"--{name.replace('_', '-')}: {_show(value)} is {fault}")
     for flag, patterns in (("include", recipe.include), ("exclude", recipe.exclude)):
         for pattern in patterns:
             try:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:
-                raise UsageError(f"--{flag}: {pattern!r} is not a regular expression ({error})") from error
+                raise UsageError(
+                    f"--{flag}: {_show(pattern)} is not a regular expression ({error})"
+                ) from error
 
 
 def _check_combinations(recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 import re
@@ -30,7 +31,6 @@ _TYPED_FIELDS = {
     ir.DataType.INT64: "int64_data",
     ir.DataType.UINT64: "uint64_data",
     ir.DataType.UINT32: "uint64_data",
-    ir.DataType.STRING: "string_data",
 }
 
 
@@ -48,6 +48,7 @@ class TensorChecker:
         self._folder = folder
         self._real_folder = os.path.realpath(folder)
         self._sizes: dict[str, int] = {}
+        self._regions: dict[str, list[tuple[int, int]]] = {}  # per file: sorted (begin, end)
         self._total = 0
 
     def check(self, tensor: onnx.TensorProto, where: str, external: bool = True) -> None:
@@ -60,12 +61,12 @@ class TensorChecker:
 
         Raises:
             ModelError: On a bad type, shape or budget, on data that does not fit the shape, and on external
-                data that is missing, too short, or anything but a regular file of its own inside the model's
-                folder.
+                data that is missing, too short, partly another tensor's, or anything but a regular file of
+                its own inside the model's folder.
         """
         label = f"tensor {show(tensor.name)} in {where}"
         dtype, count = _check_shape(tensor, label)
-        nbytes = 0 if dtype == ir.DataType.STRING else (count * dtype.bitwidth + 7) // 8
+        nbytes = (count * dtype.bitwidth + 7) // 8
         self._total += nbytes
         if nbytes > MAX_TENSOR_BYTES or self._total > MAX_TOTAL_BYTES:
             raise ModelError(
@@ -73,7 +74,7 @@ class TensorChecker:
                 "takes; the file is damaged or hostile, export it again"
             )
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            if dtype == ir.DataType.STRING or not external:
+            if not external:
                 raise ModelError(f"{label}: cannot be external data; save it inside the model file")
             self._check_external(tensor, label, dtype, nbytes)
         else:
@@ -105,6 +106,22 @@ class TensorChecker:
                 f"{label}: data ends at byte {offset + nbytes} of {show(location)}, which has only {size}; "
                 "the data file is truncated or of another model, copy it again"
             )
+        if nbytes:
+            self._check_overlap(location, (offset, offset + nbytes), label)
+
+    def _check_overlap(self, location: str, region: tuple[int, int], label: str) -> None:
+        """Check that a region is a tensor's own, or all of another's: equal tensors may be stored once."""
+        regions = self._regions.setdefault(location, [])
+        place = bisect.bisect_left(regions, region)
+        if place < len(regions) and regions[place] == region:
+            return
+        beside = regions[max(place - 1, 0) : place + 1]
+        if any(begin < region[1] and region[0] < end for begin, end in beside):
+            raise ModelError(
+                f"{label}: its bytes {region[0]} to {region[1]} of {show(location)} overlap another "
+                "tensor's; its offset or length is wrong, export the model again"
+            )
+        regions.insert(place, region)
 
     def _check_file(self, location: str, label: str) -> int:
         """Return the size of an external data file after making sure that it is safe to open."""
@@ -154,6 +171,8 @@ def _check_shape(tensor: onnx.TensorProto, label: str) -> tuple[ir.DataType, int
         raise ModelError(
             f"{label}: element type {tensor.data_type} is unknown; export the model with an older opset"
         )
+    if dtype == ir.DataType.STRING:
+        raise ModelError(f"{label}: holds text; export the model of numbers only, without its tokenizer")
     if any(dim < 0 for dim in tensor.dims):
         raise ModelError(
             f"{label}: shape {_show_dims(tensor)} has a negative dimension; export the model again"
@@ -190,7 +209,7 @@ def _typed_length(dtype: ir.DataType, count: int) -> int:
     """Return how many values of a typed field hold ``count`` elements (ONNX, TensorProto)."""
     if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
         return 2 * count
-    if dtype != ir.DataType.STRING and dtype.bitwidth in (2, 4):
+    if dtype.bitwidth in (2, 4):
         return -(-count * dtype.bitwidth // 8)
     return count
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -15,8 +16,10 @@ import numpy.typing as npt
 
 from zqfp_compile.disk import full_disk_errors
 from zqfp_compile.errors import AccuracyError, ModelError, UsageError, add_note
+from zqfp_compile.text_file import UnreadableError, read_text
 
 _KEY = "key"
+_MAX_KEY_BYTES = 1024
 # The same command would fail in the same way: nothing to go on from.
 _FINAL = (AccuracyError, ModelError, UsageError)
 
@@ -51,12 +54,15 @@ class WorkFolder:
             UsageError: When somebody else's folder is there.
         """
         note = self.path / _KEY
-        if self.path.exists() and any(self.path.iterdir()):
-            if not note.is_file():
+        link = self.path.is_symlink()
+        is_free = not link and (not self.path.exists() or _is_empty_folder(self.path))
+        if not is_free:
+            key = None if link else _read_key(note)
+            if key is None:
                 raise UsageError(
                     f"{self.path}: is not of zqfp-compile's making, and in its way; move it away"
                 )
-            if self._fresh or note.read_text(encoding="ascii") != self._key:
+            if self._fresh or key != self._key:
                 self.discarded = self.finished
                 self._remove()
         with full_disk_errors(self.path):
@@ -111,3 +117,18 @@ class WorkFolder:
                 return [file[f"arr_{index}"] for index in range(len(file.files))]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # zip files have checksums
             return None
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _read_key(note: Path) -> str | None:
+    """Return the key in a work folder; ``None`` when it holds none, and so is somebody else's."""
+    try:
+        key = read_text(note, _MAX_KEY_BYTES)
+    except UnreadableError:
+        return None
+    # Empty and alone: a compile was killed while it wrote it.
+    ours = re.fullmatch(r"[0-9a-z]+", key) or (not key and len(list(note.parent.iterdir())) == 1)
+    return key if ours else None

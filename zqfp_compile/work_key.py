@@ -35,6 +35,7 @@ _LATER = frozenset(
         "builder_memory_gb",
     }
 )
+_CHUNK = 1 << 22
 _LIBRARIES = ("numpy", "torch", "onnx-ir")
 
 
@@ -57,7 +58,12 @@ def work_key(source: Path, model: ir.Model, recipe: Recipe, device: str) -> str:
     digest = hashlib.sha256(json.dumps([_VERSION, versions, device, options]).encode())
     texts = [source.parent / "tokenizer.json", *([Path(recipe.calibration)] if recipe.calibration else [])]
     for path in (source, *texts):
-        digest.update(path.read_bytes() if path.is_file() else b"none")
+        if path.is_file():
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+        else:
+            digest.update(b"none")
         digest.update(b"\0")
     for path in sorted(_data_files(model)):
         status = path.stat()

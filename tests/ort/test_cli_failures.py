@@ -1,11 +1,10 @@
 """Every way to fail from the command line: one line, the right exit code, nothing left behind.
 
-Nothing but finished work that the same command can use: then the line says where it is (``_kept``).
+Nothing but finished work that the same command can use: then the line says where it is (``keeps_work``).
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import signal
@@ -18,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from cli_runs import keeps_work, listing, only_error, start
+from onnx import numpy_helper
+from small_lm import WORDS
 
 from zqfp_compile import cli
 
-PROGRAM = [sys.executable, "-m", "zqfp_compile"]
-WORDS = "The engine reads four bit weights and multiplies them in eight bit floating point. "
 QUICK = ("--target", "none", "--calibration-samples", "1", "--calibration-length", "32")
 FAST = (*QUICK, "--no-evaluate")
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -42,58 +41,30 @@ def place(tmp_path: Path, tiny_model: TinyModel) -> Path:
 
 @pytest.fixture
 def refused(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Refused]:
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], signal_handlers: None
+) -> Refused:
     """``refused(code, *arguments, says=(...))``: the error line of a run in ``place`` that must fail.
 
     It leaves nothing; with ``keeps`` the finished work, which is then removed.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.chdir(place)
 
     def run(code: int, *arguments: object, says: tuple[str, ...] = (), keeps: bool = False) -> str:
-        before = _listing(place)
+        before = listing(place)
         monkeypatch.setattr(sys, "argv", ["zqfp-compile", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         shown = capfd.readouterr()
-        line = _only_error(shown.err)
+        line = only_error(shown.err)
         assert ended.value.code == code, line
         assert shown.out == ""
         for text in says:
             assert text in line
-        assert _kept(place, line) == keeps
-        assert _listing(place) == before
+        assert keeps_work(place, line) == keeps
+        assert listing(place) == before
         return line
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def _listing(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def _kept(folder: Path, line: str) -> bool:
-    """Whether a failed run kept finished work; the line tells, and it is removed."""
-    kept = list(folder.rglob(".*.work"))
-    assert ("finished work is kept in" in line) == bool(kept)
-    for work in kept:
-        assert str(work) in line and "--fresh" in line
-        assert any(path.suffix in (".jsonl", ".npz") and path.stat().st_size for path in work.iterdir())
-        shutil.rmtree(work)
-    return bool(kept)
-
-
-def _only_error(text: str) -> str:
-    """The error line: the last one, the only one, with no traceback and no control characters around it."""
-    assert "Traceback" not in text and "\x1b" not in text, text
-    errors = [line for line in text.splitlines() if "error:" in line]
-    assert len(errors) == 1 and text.splitlines()[-1] == errors[0], text
-    assert errors[0].startswith("zqfp-compile: error: ") and len(errors[0]) < 700, text
-    assert "internal error" not in errors[0]
-    return errors[0]
+    return run
 
 
 # usage: exit 2
@@ -189,79 +160,10 @@ def test_broken_tokenizer(refused: Refused, place: Path) -> None:
 # models: exit 3
 
 
-def _save(path: Path, nodes: list[onnx.NodeProto], functions: tuple[onnx.FunctionProto, ...] = ()) -> None:
-    graph = helper.make_graph(
-        nodes,
-        "main",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])],
-    )
-    imports = [helper.make_opsetid("", 18), helper.make_opsetid("f", 1)]
-    path.write_bytes(
-        helper.make_model(
-            graph, functions=functions, opset_imports=imports, ir_version=10
-        ).SerializeToString()
-    )
-
-
-def _externalise(place: Path, location: str) -> Path:
-    """Move the tiny model's weights into a file and return that file; the model names it ``location``."""
-    path = place / "m" / "model.onnx"
-    onnx.save(
-        onnx.load(path),
-        path,
-        save_as_external_data=True,
-        location="w.data",
-        size_threshold=0,
-        convert_attribute=False,
-    )
-    proto = onnx.load(path, load_external_data=False)
-    for tensor in proto.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = location
-    path.write_bytes(proto.SerializeToString())
-    return place / "m" / "w.data"
-
-
 def test_model_that_is_none(refused: Refused, place: Path) -> None:
     refused(3, "text.txt", says=("text.txt: is a text file",))
     refused(3, "m", says=("is a folder", "m/model.onnx"))
     refused(3, "m/modle.onnx", says=("no such file", "did you mean m/model.onnx?"))
-
-
-def test_external_data(refused: Refused, place: Path) -> None:
-    """Truncated, outside the model's folder, and behind a link."""
-    data = _externalise(place, "w.data")
-    size = data.stat().st_size
-    os.truncate(data, size // 2)
-    refused(3, "m/model.onnx", says=("m/model.onnx", "w.data", "truncated"))
-    os.truncate(data, size)
-    shutil.move(data, place / "w.data")
-    data.symlink_to(place / "w.data")
-    refused(3, "m/model.onnx", says=("m/model.onnx", "w.data", "link"))
-    _rename = onnx.load(place / "m" / "model.onnx", load_external_data=False)
-    for tensor in _rename.graph.initializer:
-        for entry in tensor.external_data:
-            entry.value = "../w.data" if entry.key == "location" else entry.value
-    (place / "m" / "model.onnx").write_bytes(_rename.SerializeToString())
-    refused(3, "m/model.onnx", says=("'../w.data'", "inside the model's folder"))
-
-
-def test_graphs(refused: Refused, place: Path) -> None:
-    """A cycle, a function that calls itself, no linear layer."""
-    relu = helper.make_node("Relu", ["x"], ["y"], name="relu")
-    cycle = [helper.make_node("Add", ["x", "b"], ["a"]), helper.make_node("Add", ["a", "x"], ["b"])]
-    _save(place / "cycle.onnx", [*cycle, helper.make_node("Add", ["a", "b"], ["y"])])
-    refused(3, "cycle.onnx", says=("cycle",))
-    call = helper.make_node("Again", ["a"], ["b"], domain="f")
-    function = helper.make_function("f", "Again", ["a"], ["b"], [call], [helper.make_opsetid("f", 1)])
-    _save(
-        place / "loop.onnx", [helper.make_node("Again", ["x"], ["y"], domain="f", name="call")], (function,)
-    )
-    refused(3, "loop.onnx", says=("calls itself",))
-    _save(place / "relu.onnx", [relu])
-    refused(3, "relu.onnx", *FAST, says=("no linear layers", "1 Relu"))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -421,23 +323,14 @@ def test_disk_full_of_engine(refused: Refused, disk: Callable[[str], Path]) -> N
 # real processes: signals, pipes, rivals
 
 
-def _start(place: Path, *arguments: str, **options: object) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    command = [*PROGRAM, "m/model.onnx", *arguments]
-    # A background job of a shell (how CI may run this) starts with SIGINT ignored, and children inherit that.
-    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    options = {"stdout": pipe, "stderr": pipe, "preexec_fn": heeding, **options}
-    return subprocess.Popen(command, cwd=place, text=True, **options)  # type: ignore[call-overload, no-any-return]
-
-
 @pytest.mark.parametrize(
     ("number", "after"),
     [(signal.SIGINT, "✓ select-linears"), (signal.SIGTERM, "✓ certificate"), (signal.SIGHUP, "✓ load")],
 )
 def test_signals_clean_up(place: Path, number: int, after: str) -> None:
     """What is finished stays, and the line says so; early on that may be nothing."""
-    before = _listing(place)
-    process = _start(place, "-v", *FAST, "--calibration-samples", "400", "-o", "out")
+    before = listing(place)
+    process = start(place, "-v", *FAST, "--calibration-samples", "400", "-o", "out")
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith(after):
@@ -446,18 +339,18 @@ def test_signals_clean_up(place: Path, number: int, after: str) -> None:
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    line = _only_error(rest)
-    kept = _kept(place, line)
+    line = only_error(rest)
+    kept = keeps_work(place, line)
     nothing = f"zqfp-compile: error: stopped by {name}; what was unfinished is removed"
     assert line.startswith(f"zqfp-compile: error: stopped by {name}; ") and (line == nothing) == (not kept)
     assert kept or after != "✓ certificate"
-    assert _listing(place) == before
+    assert listing(place) == before
 
 
 def test_signal_ends_the_builder(place: Path) -> None:
     """The builder is a process of its own: it ends too."""
     pytest.importorskip("tensorrt_rtx")
-    process = _start(place, "-v", *FAST[2:], "--target", "tensorrt-rtx", "-o", "out")
+    process = start(place, "-v", *FAST[2:], "--target", "tensorrt-rtx", "-o", "out")
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("✓ save onnxruntime.onnx"):
@@ -476,7 +369,7 @@ def test_signal_ends_the_builder(place: Path) -> None:
 
 def test_nohup_is_respected(place: Path) -> None:
     """A closed terminal does not end what was started to survive it."""
-    process = _start(
+    process = start(
         place, *FAST, "-v", "-o", "out", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
     )
     assert process.stderr is not None
@@ -491,7 +384,7 @@ def test_nobody_reads(place: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as closed:
-        process = _start(place, *FAST, "-v", "-o", "out", stdout=closed, stderr=closed)
+        process = start(place, *FAST, "-v", "-o", "out", stdout=closed, stderr=closed)
         assert process.wait(timeout=60) == 0
     assert (place / "out" / "manifest.json").exists()
 
@@ -500,17 +393,17 @@ def test_summary_on_a_full_disk(place: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     with Path("/dev/full").open("w") as full:
-        process = _start(place, *FAST, "-o", "out", stdout=full)
+        process = start(place, *FAST, "-o", "out", stdout=full)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 6
-    assert "standard output" in _only_error(err) and (place / "out" / "manifest.json").exists()
+    assert "standard output" in only_error(err) and (place / "out" / "manifest.json").exists()
 
 
 def test_two_compiles_into_one_folder(place: Path) -> None:
     """One wins, the other is told by whom."""
-    runs = [_start(place, *FAST, "--calibration-samples", "100", "-o", "out") for _ in range(2)]
+    runs = [start(place, *FAST, "--calibration-samples", "100", "-o", "out") for _ in range(2)]
     ends = [(run.communicate(timeout=90)[1], run.returncode, run.pid) for run in runs]
     (won,) = [end for end in ends if end[1] == 0]
     (lost,) = [end for end in ends if end[1] != 0]
-    assert lost[1] == 2 and f"another compile (process {won[2]})" in _only_error(lost[0])
+    assert lost[1] == 2 and f"another compile (process {won[2]})" in only_error(lost[0])
     assert (place / "out" / "manifest.json").exists() and not list(place.glob(".out*"))

@@ -6,10 +6,9 @@ import json
 import os
 import pty
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,10 +121,9 @@ def place(tmp_path: Path, tiny_model: TinyModel, compiled: Path) -> Path:
 
 @pytest.fixture
 def refused(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., str]]:
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], signal_handlers: None
+) -> Callable[..., str]:
     """``refused(code, *arguments)``: the one line of a run in ``place`` that must fail with this code."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.chdir(place)
 
     def run_in_place(code: int, *arguments: object) -> str:
@@ -138,9 +136,7 @@ def refused(
         assert len(lines) == 1 and lines[0].startswith("zqfp-generate: error: "), shown.err
         return lines[0]
 
-    yield run_in_place
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run_in_place
 
 
 SAY = ("-p", "the")

@@ -257,6 +257,13 @@ def test_arrays_are_found_under_their_key_only(tmp_path: Path) -> None:
         assert work.discarded and not work.finished and work.find("a") is None
 
 
+def test_a_kill_while_the_key_is_written_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / ".out.work").mkdir()
+    (tmp_path / ".out.work" / "key").touch()
+    with WorkFolder(tmp_path / ".out.work", "k") as work:
+        assert not work.discarded and (work.path / "key").read_text() == "k"
+
+
 def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / ".out.work"
     path.mkdir()

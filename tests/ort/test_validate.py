@@ -79,7 +79,7 @@ def b(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], signal_handlers: None) -> Any:
     """``cli(*args)`` -> (exit code, stdout, stderr), through the installed command's entry point."""
 
     def call(*args: object) -> tuple[int, str, str]:

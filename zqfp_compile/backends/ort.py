@@ -112,6 +112,20 @@ def create_session(
     return session
 
 
+def check_memory(error: Exception) -> None:
+    """Check that what ONNX Runtime raised is not about memory.
+
+    Raises:
+        MissingDependencyError: When it is.
+    """
+    if any(sign in str(error) for sign in ("bad_alloc", "Failed to allocate memory")):
+        reason = " ".join(str(error).split())[:200]
+        raise MissingDependencyError(
+            f"memory ran out in ONNX Runtime ({reason}); close other programs, or lower --calibration-length "
+            "or --eval-length"
+        ) from error
+
+
 def run_session(
     session: Any, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]
 ) -> list[npt.NDArray[Any]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zqfp_compile.errors import UsageError
+from zqfp_compile.text_file import COMPANION_BYTES, UnreadableError, read_text
 
 Dim = int | str | None
 Shape = tuple[int, ...]
@@ -101,8 +102,8 @@ def default_profiles(
 def position_limit(folder: Path) -> int | None:
     """Return how many positions the model in ``folder`` knows by its ``config.json``; ``None``: unknown."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = json.loads(read_text(folder / "config.json", COMPANION_BYTES))
+    except (UnreadableError, ValueError, RecursionError):
         return None
     found = [config.get(key) for key in _POSITION_KEYS] if isinstance(config, dict) else []
     return next((value for value in found if type(value) is int and value > 1), None)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from zqfp_compile.backends.host_libraries import host_library, needs_host
-from zqfp_compile.backends.ort import create_session, is_large, run_session
+from zqfp_compile.backends.ort import check_memory, create_session, is_large, run_session
 from zqfp_compile.backends.trt_session import TrtSession
 from zqfp_compile.calibrate.causal_lm import Feed, InputSpec, find_vocab_size, graph_inputs
 from zqfp_compile.errors import ModelError, ZqfpError
@@ -127,6 +127,7 @@ def runtime_error(path: Path, verb: str, error: Exception) -> ZqfpError:
     """Return the diagnosed form of what ONNX Runtime raised; ``verb`` is what it was to do."""
     if isinstance(error, ZqfpError):
         return error
+    check_memory(error)
     reason = " ".join(str(error).split())[:300]
     return ModelError(
         f"{path}: ONNX Runtime cannot {verb} it ({reason}); "

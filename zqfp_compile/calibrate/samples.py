@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from zqfp_compile.calibrate.causal_lm import CausalLm, Feed, InputSpec
+from zqfp_compile.disk import format_bytes
 from zqfp_compile.errors import UsageError
+from zqfp_compile.text_file import UnreadableError, read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,6 +27,8 @@ Tokens = npt.NDArray[np.int64]
 
 # More random tokens would cost minutes and say no more about the accuracy on text.
 _RANDOM_EVALUATION_TOKENS = 2048
+# Far above any real one: what is larger was not meant, and would fill the memory.
+_MAX_TEXT_BYTES, _MAX_TOKENIZER_BYTES = 1 << 28, 1 << 28
 
 
 @dataclass(frozen=True)
@@ -191,15 +196,48 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     import tokenizers
 
-    try:
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: is not a regular file; put the model's tokenizer.json there")
+    if path.exists() and path.stat().st_size > _MAX_TOKENIZER_BYTES:
+        limit = format_bytes(_MAX_TOKENIZER_BYTES)
+        raise UsageError(f"{path}: is larger than {limit}, so no tokenizer.json; export it again")
+    with tokenizer_errors(path, "not a tokenizer.json"), _silent_panics():
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path}: not a tokenizer.json ({reason}); export it again") from error
     # Some tokenizer.json files cut at 512 tokens or pad to a fixed length.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+@contextmanager
+def _silent_panics() -> Iterator[None]:
+    """Keep what native code writes off standard error: Rust prints a panic before it is an exception."""
+    stderr = os.dup(2)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(sink)
+
+
+@contextmanager
+def tokenizer_errors(path: Path, what: str = "cannot read the text") -> Iterator[None]:
+    """Diagnose whatever the tokenizers library does about the file ``path``.
+
+    Raises:
+        UsageError: In place of its exceptions.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # It raises bare Exception; a panic of its Rust code is a BaseException without a public name.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"{path}: {what} ({reason}); export it again") from error
 
 
 def tokenize(text: str, tokenizer_path: Path) -> Tokens:
@@ -208,9 +246,11 @@ def tokenize(text: str, tokenizer_path: Path) -> Tokens:
     Special tokens are those the tokenizer adds around one text (a leading BOS for LLaMA, none for SmolLM2).
 
     Raises:
-        UsageError: When the file is no tokenizer.
+        UsageError: When the file is no tokenizer, or one that fails on the text.
     """
-    return np.asarray(load_tokenizer(tokenizer_path).encode(text).ids, dtype=np.int64)
+    tokenizer = load_tokenizer(tokenizer_path)
+    with tokenizer_errors(tokenizer_path):
+        return np.asarray(tokenizer.encode(text).ids, dtype=np.int64)
 
 
 def take_windows(tokens: Tokens, samples: int, length: int, *, exact: bool = False) -> Tokens:
@@ -268,10 +308,9 @@ def _text(path: str | None, part: Part, flag: str) -> tuple[str, str]:
     if path is None:
         return builtin_text(part), f"built-in text (Python help topics, {part} part)"
     try:
-        return Path(path).read_text(encoding="utf-8"), Path(path).name
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"{flag} {path}: cannot be read ({reason}); give a UTF-8 text file") from error
+        return read_text(Path(path), _MAX_TEXT_BYTES, regular=False), Path(path).name
+    except UnreadableError as error:
+        raise UsageError(f"{flag} {path}: cannot be read ({error}); give a UTF-8 text file") from error
 
 
 def _need_tokenizer(tokenizer_path: Path | None, flag: str) -> Path:
@@ -340,13 +379,18 @@ def _npz_samples(
 def _read_npz(path: Path) -> Feed:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+            arrays = {name: archive[name] for name in archive.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise TypeError("a member is no array")
+    except Exception as error:  # numpy, zipfile and its decompressors raise a dozen kinds
         # numpy takes whatever it does not know for a pickle.
         reason = (error.strerror if isinstance(error, OSError) else None) or "not an .npz archive of numbers"
+        if isinstance(error, MemoryError):
+            reason = "an array is larger than the memory"
         raise UsageError(
             f"--calibration {path}: cannot be read ({reason}); write it with numpy.savez"
         ) from error
+    return arrays
 
 
 def _split_samples(path: Path, spec: InputSpec, array: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:

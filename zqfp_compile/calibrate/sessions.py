@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from zqfp_compile.backends.ort import create_session, import_onnxruntime, is_large
+from zqfp_compile.backends.ort import check_memory, create_session, import_onnxruntime, is_large
 from zqfp_compile.errors import ModelError
 from zqfp_compile.memory import return_large_blocks
 
@@ -103,6 +103,7 @@ def _ort_error(action: str, error: Exception) -> Exception:
     """Turn ONNX Runtime's exceptions into one line; let everything else through."""
     if not type(error).__module__.startswith("onnxruntime"):
         return error
+    check_memory(error)
     reason = " ".join(str(error).split())
     return ModelError(
         f"calibration: ONNX Runtime cannot {action} the model ({reason}); check it with onnx.checker"

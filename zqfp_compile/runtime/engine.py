@@ -16,7 +16,7 @@ from zqfp_compile.backends.profiles import position_limit
 from zqfp_compile.backends.session import Session
 from zqfp_compile.backends.trt_session import TrtSession
 from zqfp_compile.calibrate.causal_lm import CausalLm, InputSpec
-from zqfp_compile.calibrate.samples import load_tokenizer
+from zqfp_compile.calibrate.samples import load_tokenizer, tokenizer_errors
 from zqfp_compile.device import CPU_PROVIDER, CUDA_PROVIDER, providers_for, torch_device
 from zqfp_compile.errors import UsageError
 from zqfp_compile.output_folder import CONFIG, GENERATION_CONFIG, TOKENIZER
@@ -155,11 +155,13 @@ class Engine:
         """Return the token numbers of a prompt, in the model's chat template when ``chat``.
 
         Raises:
-            UsageError: When the model has no tokenizer or chat template.
+            UsageError: When the model has no tokenizer or chat template, or the tokenizer fails on the text.
         """
         text = chat_prompt(self._folder, prompt) if chat else prompt
-        # A template writes its special tokens out.
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=not chat).ids
+        tokenizer = self.tokenizer
+        with tokenizer_errors(self._folder.path / TOKENIZER):
+            # A template writes its special tokens out.
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=not chat).ids
         return ids
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from zqfp_compile.backends.trt_api import MODULES
 from zqfp_compile.disk import file_sha256
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.output_folder import ARTIFACT, MANIFEST, ORT_MODEL
+from zqfp_compile.text_file import COMPANION_BYTES, UnreadableError, read_text
 
 ENGINES = tuple(f"{target}.engine" for target in MODULES)
 _PLAIN_MODEL = "model.onnx"
-_MAX_MANIFEST_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ModelFolder:
         if not path.exists():
             raise UsageError(f"{path}: no such file or folder; give a compiled folder or a model")
         folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
-        if not (folder / MANIFEST).is_file():
+        if not (folder / MANIFEST).exists():
             if (folder / ARTIFACT).is_file():
                 raise ModelError(f"{folder}: has no {MANIFEST}, so the copy is not complete; copy it all")
             return cls(folder, file, None)
@@ -87,14 +88,13 @@ class ModelFolder:
         """Return what a companion says; ``None``: not there.
 
         Raises:
-            ModelError: When it differs from the manifest or is no UTF-8 text.
+            ModelError: When it differs from the manifest, is too large, or is no UTF-8 text.
         """
         path = self.companion(name)
         try:
-            return None if path is None else path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise ModelError(f"{path}: cannot be read ({reason}); export the model again") from error
+            return None if path is None else read_text(path, COMPANION_BYTES)
+        except UnreadableError as error:
+            raise ModelError(f"{path}: cannot be read ({error}); export the model again") from error
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Return the object a companion holds; empty: not there.
@@ -122,6 +122,8 @@ class ModelFolder:
             return path
         if name not in self.digests:
             raise ModelError(f"{path}: not in {MANIFEST}, so this compile did not write it; remove it")
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path}: is not a regular file; copy it again, or compile again")
         try:
             digest = file_sha256(path)
         except OSError as error:
@@ -138,7 +140,7 @@ class ModelFolder:
 
     def _has(self, name: str) -> bool:
         """Whether a file is there, or should be."""
-        return (self.digests is not None and name in self.digests) or (self.path / name).is_file()
+        return (self.digests is not None and name in self.digests) or (self.path / name).exists()
 
     def _find_onnx(self) -> str:
         for name in (ORT_MODEL, ARTIFACT) if self.digests is not None else (_PLAIN_MODEL,):
@@ -154,14 +156,12 @@ class ModelFolder:
 def _read_digests(path: Path) -> dict[str, str]:
     """Return the SHA-256 per file; the manifest may be anybody's."""
     try:
-        if path.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise ValueError("too large")
-        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
+        manifest: Any = json.loads(read_text(path, COMPANION_BYTES))
         digests = {str(name): facts["sha256"] for name, facts in manifest["files"].items()}
-        if not all(isinstance(digest, str) for digest in digests.values()):
-            raise TypeError("a sha256 is no text")
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        if not all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in digests.values()):
+            raise ValueError("a sha256 is none")
+    except UnreadableError as error:
+        raise ModelError(f"{path}: cannot be read ({error}); copy the folder or compile again") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{path}: is no manifest of zqfp-compile; copy the folder or compile again"

@@ -45,6 +45,7 @@ def calibrate(run: Compilation) -> None:
             )
     run.reporter.detail(f"calibrated on {run.samples.description}")
     run.warn(run.samples.warnings)
+    _check_widths(run, result.rows)
     run.rows = result.rows
     run.energies = result.energies
     if static and not run.walks:
@@ -69,6 +70,17 @@ def set_activation_scales(run: Compilation, ranges: Mapping[str, float]) -> None
     scales, warnings = activation_scales(ranges, run.plan.activation_format)
     run.warn(warnings)
     run.plan = run.plan.replace(activation_scales=scales)
+
+
+def _check_widths(run: Compilation, rows: Rows) -> None:
+    """Check that layers fit their inputs: what was run ends before the layers."""
+    for site in run.plan.linears:
+        found = rows.get(site.activation)
+        if found is not None and found.shape[-1] != site.k:
+            raise ModelError(
+                f"{run.source}: layer {site.name} takes {site.k} features, its input {site.activation!r} has "
+                f"{found.shape[-1]}; the file is damaged, export it again"
+            )
 
 
 def _set_attention_scales(run: Compilation, ranges: Mapping[str, float]) -> None:
