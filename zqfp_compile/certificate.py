@@ -35,7 +35,8 @@ Float64 = npt.NDArray[np.float64]
 
 # Largest |y - reference| relative to the largest |reference|, by type of y. float32: a sum of K products in
 # any order, each rounded at 6e-8. float16: the product, the two LoRC products and the sums, each rounded to
-# 11 bits (5e-4).
+# 11 bits (5e-4). Below the type's normal numbers rounding is absolute, so |reference| counts as at least the
+# smallest of those.
 TOLERANCE = {ir.DataType.FLOAT: 1e-5, ir.DataType.FLOAT16: 2e-3}
 
 # Rows of an embedding compared; of a larger table as many, evenly spread.
@@ -54,7 +55,8 @@ class LayerCheck:
         k: Input features.
         n: Output features.
         weight_bit_equal: Whether ONNX Runtime decodes the weight to exactly the numpy reference.
-        max_rel_error: Largest |y - reference| over the largest |reference|, reference in float64.
+        max_rel_error: Largest |y - reference| over the largest |reference|, reference in float64 and counted as
+            at least the smallest normal number of y's type.
         tolerance: What ``max_rel_error`` may be.
         sqnr_db: The original linear's output against the rewritten one's (with LoRC) on the same rows, dB.
     """
@@ -201,7 +203,7 @@ def _check_layer(
         k=site.k,
         n=site.n,
         weight_bit_equal=bool(equal),
-        max_rel_error=_relative_error(output, reference),
+        max_rel_error=_relative_error(output, reference, _computed_type(site)),
         tolerance=TOLERANCE[_computed_type(site)],
         sqnr_db=sqnr_db(exact, output),
     )
@@ -231,7 +233,7 @@ def _check_embedding(
         k=site.width,
         n=site.rows,
         weight_bit_equal=np.array_equal(found, expected),
-        max_rel_error=_relative_error(found, expected.astype(np.float64)),
+        max_rel_error=_relative_error(found, expected.astype(np.float64), computed),
         tolerance=0.0,
         sqnr_db=sqnr_db(original_table(site)[ids], found),
     )
@@ -462,9 +464,8 @@ def _computed_type(site: LinearSite) -> ir.DataType:
     return ir.DataType.FLOAT if site.dtype == ir.DataType.BFLOAT16 else site.dtype
 
 
-def _relative_error(value: Float32, reference: Float64) -> float:
+def _relative_error(value: Float32, reference: Float64, dtype: ir.DataType) -> float:
     if not np.isfinite(value).all():
         return math.inf
-    error = float(np.abs(value - reference).max())
-    largest = float(np.abs(reference).max())
-    return 0.0 if error == 0.0 else math.inf if largest == 0.0 else error / largest
+    smallest_normal = float(np.finfo(dtype.numpy()).smallest_normal)
+    return float(np.abs(value - reference).max()) / max(float(np.abs(reference).max()), smallest_normal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import ml_dtypes
@@ -83,6 +84,20 @@ def test_one_quantised_weight_among_quantised_activations() -> None:
     plan = plan.replace(tensors={"attn.v": plan.tensors["attn.v"]})
     certificate = check(Case(), *artifact(Case(), plan))
     assert (certificate.layers_checked, certificate.mismatches) == (2, 0)
+
+
+@pytest.mark.parametrize("factor", [1, 1.5])
+def test_outputs_among_the_subnormal_numbers(factor: float) -> None:
+    """float16 has few bits there, which is no mismatch; another weight still is one."""
+    case = Case(dtype=ir.DataType.FLOAT16)
+    model, plan = artifact(case)
+    tensors = {}
+    for layer, stored in plan.tensors.items():
+        rows = stored.row_scales.numpy() * np.float32(1e-8)
+        _initializer(model, layer, 4).const_value = ir.tensor(rows * np.float32(factor))
+        tensors[layer] = dataclasses.replace(stored, row_scales=ir.tensor(rows))
+    layer = check(case, model, plan.replace(tensors=tensors)).layers[0]
+    assert (layer.max_rel_error <= layer.tolerance) == layer.ok == (factor == 1)
 
 
 @pytest.mark.parametrize("position", [7, 8, 9, 10], ids=["v", "u", "v-scale", "u-scale"])
