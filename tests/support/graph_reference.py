@@ -56,7 +56,9 @@ def reference_model(
             gather = next(item for item in artifact.graph if item.name == site.node)
             made = gather.inputs[0].producer()
             codes, rows = (value.const_value.numpy().astype(np.float32) for value in made.inputs)
-            table = (codes * rows[:, None]).astype(site.dtype.numpy())
+            table = codes * rows[:, None]
+            if site.dtype == ir.DataType.FLOAT16:  # bfloat16 runs in float32
+                table = table.astype(np.float16)
             model.graph.initializer.append(tensor_proto(f"reference/{name}", table))
             node.input[0] = f"reference/{name}"
         nodes.append(node)
@@ -88,10 +90,10 @@ class _Linear:
         return name
 
     def nodes(self, site: LinearSite, linear: ir.Node | None) -> list[onnx.NodeProto]:
-        x, dtype = self._node.input[0], site.dtype.numpy()
+        x = self._node.input[0]
         # bfloat16 runs in float32, see widen_bfloat16.
-        half = self._plan.activation_format == "none" and site.dtype == ir.DataType.FLOAT16
-        computed = np.dtype(np.float16 if half else np.float32)
+        dtype = np.dtype(np.float16 if site.dtype == ir.DataType.FLOAT16 else np.float32)
+        computed = dtype if self._plan.activation_format == "none" else np.dtype(np.float32)
         operand = self._activation(site, x)
         if linear is None:
             kept = list(self._node.input)

@@ -231,7 +231,7 @@ def _attention(g: Maker) -> None:
     if "cache" not in g.graph.features and g.chance(0.6):
         total = f"{sequence}+past" if isinstance(sequence, str) else sequence + 2
         k, v = (_cached(g, value, kind, total) for value, kind in ((k, "key"), (v, "value")))
-        g.graph.features.add("cache")
+        g.graph.features["cache"] = k.name
     keys = g.op("Transpose", [k], (batch, 2, head, total), perm=[0, 1, 3, 2])
     scores = g.op("MatMul", [q, keys], (batch, 2, sequence, total))
     scaled = g.op("Mul", [scores, g.scalar(head**-0.5)], scores.shape)
@@ -240,7 +240,7 @@ def _attention(g: Maker) -> None:
     moved = g.op("Transpose", [mix], (batch, sequence, 2, head), perm=[0, 2, 1, 3])
     merged = g.op("Reshape", [moved, g.ints(0, 0, -1)], (batch, sequence, 2 * head))
     g.live.append(linear(g, merged, x.width))
-    g.graph.features.add("attention")
+    g.graph.features["attention"] = mix.name
 
 
 def _sequence(g: Maker) -> int | str:
@@ -266,7 +266,7 @@ def _lm_head(g: Maker) -> None:
     before = set(g.graph.rewritten)
     logits = linear(g, h, VOCABULARY)
     g.outputs.append(logits)
-    g.graph.features.add("lm_head")
+    g.graph.features["lm_head"] = logits.name
     g.graph.heads = g.graph.rewritten - before
     g.graph.rewritten = before
 

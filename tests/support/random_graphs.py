@@ -57,8 +57,9 @@ class RandomGraph:
         inlined: Outputs of calls whose function is a linear, rewritten where raise-opset inlines it.
         declined: Pairs, for each linear that must be left alone: the output of its node, or of the main graph's
             node that it is in, and a part of the reason.
+        vanishing: Reasons of dead linears, most of which are gone once the opset is raised.
         heads: Outputs of projections to the vocabulary, rewritten when the recipe says so.
-        features: ``embedding``, ``cache``, ``attention``, ``lm_head``, where the graph has one.
+        features: ``embedding``, ``cache``, ``attention``, ``lm_head``, where the graph has one, with its output.
     """
 
     proto: onnx.ModelProto
@@ -67,8 +68,9 @@ class RandomGraph:
     rewritten: set[str] = field(default_factory=set)
     inlined: set[str] = field(default_factory=set)
     declined: list[tuple[str, str]] = field(default_factory=list)
+    vanishing: list[str] = field(default_factory=list)
     heads: set[str] = field(default_factory=set)
-    features: set[str] = field(default_factory=set)
+    features: dict[str, str] = field(default_factory=dict)
 
     def feed(self, seed: int, **sizes: int) -> dict[str, np.ndarray]:
         """Inputs with the given sizes of ``batch``, ``sequence`` and ``past``."""
@@ -214,12 +216,13 @@ def drop_dead(maker: Maker) -> None:
     for node in reversed(maker.nodes):
         if not live.isdisjoint(node.output):
             live |= reads(node)
+    graph.declined += [(output, "no output depends on it") for output in graph.rewritten - live]
+    graph.features = {kind: output for kind, output in graph.features.items() if output in live}
+    graph.inlined &= live
+    graph.rewritten &= live
     if graph.opset < RAISED:
+        graph.vanishing = [reason for output, reason in graph.declined if output not in live]
         graph.declined = [(output, reason) for output, reason in graph.declined if output in live]
-    else:
-        graph.declined += [(output, "no output depends on it") for output in graph.rewritten - live]
-    for outputs in (graph.rewritten, graph.inlined):
-        outputs &= live
 
 
 def build(maker: Maker, exported_shapes: bool) -> onnx.ModelProto:

@@ -205,5 +205,6 @@ def embedding(g: Maker, ids: Value) -> Value:
     table = g.const(weight_array(g, (VOCABULARY, width), g.dtype), overridable=False)
     if g.chance(0.3):
         g.weights.append(table)
-    g.graph.features.add("embedding")
-    return g.op("Gather", [table, ids], (*ids.shape, width))
+    rows = g.op("Gather", [table, ids], (*ids.shape, width))
+    g.graph.features["embedding"] = rows.name
+    return rows
