@@ -125,6 +125,25 @@ def test_a_bfloat16_initializer_that_is_also_an_input() -> None:
     assert collect(model, ["y"], [feed]).ranges == {"y": 2.0}
 
 
+def test_names_of_subgraphs_are_not_taken() -> None:
+    """Values of a branch called as onnx-ir calls values without a name."""
+    chain = " ".join(f"val_{number} = Neg (val_{number - 1})" for number in range(1, 20))
+    model = ir.from_onnx_text(
+        f"""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[2,4] x, bool flag) => (float[2,4] y)
+        {{
+           y = If (flag) <
+             then_branch = t () => (float[2,4] val_19) {{ val_0 = Neg (x) {chain} }},
+             else_branch = e () => (float[2,4] b) {{ b = Neg (x) }}
+           >
+        }}
+        """
+    )
+    feed = {"x": np.full((2, 4), 3, np.float32), "flag": np.array(True)}
+    assert collect(model, ["x", "y"], [feed]).ranges == {"x": 3.0, "y": 3.0}
+
+
 def test_calibration_is_repeatable(tiny_model) -> None:
     path = tiny_model("gpt2")
     model, names = prepared(path)

@@ -40,6 +40,8 @@ def random_graph(seed: int, blocks: int = 12) -> RandomGraph:
         g.random.choices(kinds, weights)[0](g)
     if "embedding" in g.graph.features and g.chance(0.5):
         _lm_head(g)
+    if g.graph.rewritten and g.chance(0.9):
+        g.outputs.append(g.made[g.random.choice(sorted(g.graph.rewritten))])
     _outputs(g)
     drop_dead(g)
     g.graph.proto, names = give_names(build(g, exported_shapes=g.chance(0.6)), g.random)

@@ -94,6 +94,8 @@ class Maker:
         numbers: Those.
         dtype: Float type of most values.
         live: Values that operators to come may read; all are floats of ``dtype``.
+        made: All outputs of nodes by name.
+        weights: Stored matrices that linears may share.
     """
 
     def __init__(self, seed: int) -> None:
@@ -110,6 +112,7 @@ class Maker:
         self.live: list[Value] = []
         self.outputs: list[Value] = []
         self.weights: list[Value] = []
+        self.made: dict[str, Value] = {}
         self.graph = RandomGraph(onnx.ModelProto(), self.opset, [])
         self._count = 0
         self._inner = False
@@ -155,6 +158,7 @@ class Maker:
         node = helper.make_node(kind, read, [value.name for value in outputs], domain=domain, **attributes)
         node.name = f"node_{outputs[0].name}"
         self.nodes.append(node)
+        self.made.update((value.name, value) for value in outputs)
         return outputs
 
     def const(self, array: np.ndarray, *, overridable: bool = True) -> Value:
