@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
-from graph_variants import graphs
+from graph_variants import renamed
 from onnx import helper
 from random_graphs import tensor_proto
 
@@ -38,8 +38,7 @@ def reference_model(
     Nothing of it went through a pass but the weights, which the certificate checks. ``noise`` is added to
     them, relative, so that the difference to the model without shows what rounding can do.
     """
-    model = onnx.ModelProto()
-    model.CopyFrom(original)
+    model = renamed(original, {}, lambda node: "")  # ONNX Runtime refuses duplicate node names
     linears = {site.output: (site, node) for site, node in w4a8_nodes(artifact, plan)}
     if not plan.quantizes_weights:
         linears = {site.output: (site, None) for site in plan.linears}
@@ -65,9 +64,6 @@ def reference_model(
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(copies)
-    for graph in graphs(model.graph):
-        for node in graph.node:
-            node.name = ""  # ONNX Runtime refuses duplicate names
     return model
 
 

@@ -26,9 +26,10 @@ from random_linears import declined, embedding, linear, weight
 from random_names import give_names
 
 Block = Callable[[Maker], None]
+BLOCK_LIMIT = 9
 
 
-def random_graph(seed: int, blocks: int = 12) -> RandomGraph:
+def random_graph(seed: int, blocks: int = BLOCK_LIMIT) -> RandomGraph:
     """The graph of ``seed``; fewer ``blocks`` than it has give its beginning, which is how failures shrink."""
     g = Maker(seed)
     _inputs(g)
@@ -36,7 +37,7 @@ def random_graph(seed: int, blocks: int = 12) -> RandomGraph:
     if g.chance(0.97):
         _linear(g)
     kinds, weights = zip(*BLOCKS.items(), strict=True)
-    for _ in range(min(blocks, g.random.randint(1, 9))):
+    for _ in range(min(blocks, g.random.randint(1, BLOCK_LIMIT))):
         g.random.choices(kinds, weights)[0](g)
     if "embedding" in g.graph.features and g.chance(0.5):
         _lm_head(g)
@@ -256,7 +257,7 @@ def _heads(g: Maker, x: Value) -> Value:
 
 
 def _cached(g: Maker, new: Value, kind: str, total: int | str) -> Value:
-    past = g.input(f"past_key_values.0.{kind}", ("batch", 2, "past", new.width))
+    past = g.input(f"past_key_values.0.{kind}", (new.shape[0], 2, "past", new.width))
     present = g.op("Concat", [past, new], (new.shape[0], 2, total, new.width), axis=2)
     g.outputs.append(present)
     return present
@@ -370,7 +371,7 @@ def _definition(g: Maker, kind: str) -> onnx.FunctionProto:
 BLOCKS: dict[Block, int] = {
     _linear: 5,
     _siblings: 3,
-    _declined: 2,
+    _declined: 3,
     _elementwise: 5,
     _binary: 3,
     _norm: 3,

@@ -193,6 +193,17 @@ def _batched(g: Maker, x: Value) -> Value:
     return _leave(g, "rank 3", y)
 
 
+DECLINED_REASONS = (
+    "also a graph input",
+    "computed in the graph",
+    "left operand",
+    "both operands are constant",
+    "has type DOUBLE",
+    "already quantised",
+    "transA=1",
+    "C is an activation",
+    "rank 3",
+)
 Form = Callable[[Maker, Value], Value]
 _ANY_RANK: tuple[Form, ...] = (_overridable, _computed, _left, _both, _double, _quantised)
 _MATRIX: tuple[Form, ...] = (_trans_a, _moving_c)
