@@ -70,8 +70,8 @@ class Emitter:
     """Collects the nodes of one rewrite.
 
     In a graph, names get a prefix and are made unique, and constants become initializers named
-    ``zqfp.<name>`` that every layer shares (``graph`` and ``names`` are given together). In a function body (``graph=None``) names are taken as they are
-    and constants are ``Constant`` nodes.
+    ``zqfp.<name>`` that every layer shares (``graph`` and ``names`` are given together). In a function body
+    (``graph=None``) names are taken as they are and constants are ``Constant`` nodes.
 
     Attributes:
         nodes: What was recorded, in order.

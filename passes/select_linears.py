@@ -50,8 +50,8 @@ class SelectLinears(Pass):
     W is an initializer, shared or not, or a Constant node. Left alone, with a reason: any other constant
     operand (left, batched, computed, integer, double, quantised, also a graph input), Gemm with transA or an
     activation as C, linears inside If, Loop or functions, those that no output depends on, the output
-    projection to the vocabulary (unless ``quantize_lm_head``), and what ``include`` and ``exclude`` rule out. A product of two activations is no
-    linear and gets no entry.
+    projection to the vocabulary (unless ``quantize_lm_head``), and what ``include`` and ``exclude`` rule out.
+    A product of two activations is no linear and gets no entry.
 
     The graph changes only to be unambiguous: nodes without a name or with a duplicate one get a unique name,
     and Constant nodes that hold a planned weight or bias become initializers of the same name.

@@ -56,8 +56,8 @@ class LayerCheck:
         k: Input features.
         n: Output features.
         weight_bit_equal: Whether ONNX Runtime decodes the weight to exactly the numpy reference.
-        max_rel_error: Largest |y - reference| over the largest |reference|, reference in float64 and counted as
-            at least the smallest normal number of y's type.
+        max_rel_error: Largest |y - reference| over the largest |reference|, reference in float64; that counts
+            as at least the smallest normal number of y's type.
         tolerance: What ``max_rel_error`` may be.
         sqnr_db: The original linear's output against the rewritten one's (with LoRC) on the same rows, dB.
     """

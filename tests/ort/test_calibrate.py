@@ -119,7 +119,7 @@ def test_bfloat16_in_subgraphs() -> None:
 
 
 def test_a_bfloat16_initializer_that_is_also_an_input() -> None:
-    text = 'g (bfloat16[2,4] x, bfloat16[4] c) => (bfloat16[2,4] y) <bfloat16[4] c = {16256, 0, 0, 0}> {'
+    text = "g (bfloat16[2,4] x, bfloat16[4] c) => (bfloat16[2,4] y) <bfloat16[4] c = {16256, 0, 0, 0}> {"
     model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> {text} y = Sub (x, c) }}')
     feed = {"x": np.full((2, 4), -1, ir.DataType.BFLOAT16.numpy())}
     assert collect(model, ["y"], [feed]).ranges == {"y": 2.0}

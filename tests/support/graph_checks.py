@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +26,9 @@ from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.errors import ZqfpError
 from zqfp_compile.plan import QuantPlan
 
+Feed: TypeAlias = dict[str, np.ndarray]
+Outputs: TypeAlias = list[np.ndarray]
+
 # A value may differ from the reference by this part of the largest, beyond what noise of the size of one
 # rounding on every weight does to the reference (NOISE_FACTOR times that): a sum of up to 80 products in
 # another order, float32; in float16 the product, LoRC and the bias are each rounded to 11 bits.
@@ -34,7 +37,7 @@ NOISE = {ir.DataType.FLOAT: 1e-6, ir.DataType.FLOAT16: 1e-3}
 NOISE_FACTOR = 30
 # Where float16 has no normal numbers, rounding is absolute; a few of its smallest steps.
 FLOOR = {ir.DataType.FLOAT: 1e-37, ir.DataType.FLOAT16: 8 * 2.0**-24}
-# With quantised activations, noise moves some to the next code (DESIGN section 9): enough to catch wrong wiring.
+# With quantised activations, noise moves some to the next code (DESIGN section 9): wrong wiring shows.
 QUANTISED_TOLERANCE = 0.3
 
 
@@ -115,8 +118,10 @@ def check_engine(seed: int, folder: Path, *, blocks: int = BLOCK_LIMIT) -> str:
         AssertionError: When an error is not diagnosed.
     """
     graph = random_graph(seed, blocks)
-    options = random_recipe(seed, graph) | {"target": "tensorrt-rtx", "emit": [], "compute_capability": "89"}
-    options["scale_constraint"] = {"none": "e4m3"}.get(options["scale_constraint"], options["scale_constraint"])
+    options = random_recipe(seed, graph)
+    options |= {"target": "tensorrt-rtx", "emit": [], "compute_capability": "89"}
+    if options["scale_constraint"] == "none":
+        options["scale_constraint"] = "e4m3"
     if options["activations"] not in ("fp8", "none"):
         options["activations"] = "fp8"
     compiled = compile_checked(write(graph, graph.proto, folder / "model", external=False), options)
@@ -192,9 +197,7 @@ def check_choice(graph: RandomGraph, compiled: Compiled, options: dict[str, Any]
     assert (report.certificate.layers_checked, report.certificate.mismatches) == (checked, 0)
 
 
-def check_forms(
-    compiled: Compiled, feeds: list[dict[str, np.ndarray]], options: dict[str, Any]
-) -> list[list[np.ndarray]]:
+def check_forms(compiled: Compiled, feeds: list[Feed], options: dict[str, Any]) -> list[Outputs]:
     """Artifact, engine.onnx and onnxruntime.onnx are valid and give the same bits; return the artifact's."""
     folder = compiled.result.folder
     for name in ("model.zqfp.onnx", "engine.onnx", "onnxruntime.onnx", "model.fp4.onnx"):
@@ -203,8 +206,8 @@ def check_forms(
     session = compiled.session("model.zqfp.onnx")
     outputs = [run(session, feed) for feed in feeds]
     plan = compiled.plan
-    # Lowered, FP8 factors are rounded to the layer's type; ONNX Runtime computes the artifact's in float32, as
-    # it does everything in bfloat16, and in float16 without its optimiser.
+    # Lowered, FP8 factors are rounded to the layer's type. ONNX Runtime computes the artifact's in float32:
+    # in bfloat16 as everything, in float16 because it drops casts there and back.
     rounds = plan.lorc_format == "fp8" and any(site.dtype != ir.DataType.FLOAT for site in plan.linears)
     for name in () if rounds else ("engine.onnx", "onnxruntime.onnx"):
         session = compiled.session(name)
@@ -213,23 +216,22 @@ def check_forms(
     return outputs
 
 
-def assert_same(wanted: list[np.ndarray], got: list[np.ndarray], what: str) -> None:
+def assert_same(wanted: Outputs, got: Outputs, what: str) -> None:
     for index, (a, b) in enumerate(zip(wanted, got, strict=True)):
         assert a.dtype == b.dtype and a.shape == b.shape, f"{what}: output {index} has another type or shape"
-        same = np.array_equal(a.astype(np.float64), b.astype(np.float64), equal_nan=True)
-        assert same, f"{what}: output {index} differs by {np.abs(a.astype(float) - b.astype(float)).max():.3g}"
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        same = np.array_equal(a, b, equal_nan=True)
+        assert same, f"{what}: output {index} differs by {np.abs(a - b).max():.3g}"
 
 
-def check_reference(
-    graph: RandomGraph, compiled: Compiled, feeds: list[dict[str, np.ndarray]], outputs: list[list[np.ndarray]]
-) -> str:
+def check_reference(graph: RandomGraph, compiled: Compiled, feeds: list[Feed], outputs: list[Outputs]) -> str:
     """The artifact computes what the original does with the artifact's weights."""
     plan = compiled.plan
     if not can_refer(graph.proto, plan):
         return "compiled"
     artifact = ir.load(compiled.result.artifact)
-    half = any(value.dtype == ir.DataType.FLOAT16 for value in artifact.graph.all_nodes() for value in value.outputs)
-    kind = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
+    made = (value.dtype for node in artifact.graph.all_nodes() for value in node.outputs)
+    kind = ir.DataType.FLOAT16 if ir.DataType.FLOAT16 in made else ir.DataType.FLOAT
     exact, noisy = (
         open_session(reference_model(graph.proto, artifact, plan, noise)) for noise in (0.0, NOISE[kind])
     )
@@ -255,8 +257,8 @@ def check_variant(
     options: dict[str, Any],
     folder: Path,
     choose: random.Random,
-    feeds: list[dict[str, np.ndarray]],
-    outputs: list[list[np.ndarray]],
+    feeds: list[Feed],
+    outputs: list[Outputs],
 ) -> None:
     """The same model written another way gets the same packed tensors and computes the same bits."""
     kind = choose.choice(VARIANTS)
@@ -298,7 +300,7 @@ def _differing(wanted: dict[str, list[str]], got: dict[str, list[str]]) -> list[
     if set(wanted) != set(got):
         return sorted(set(wanted) ^ set(got))
     return [
-        (name, [index for index, pair in enumerate(zip(wanted[name], got[name], strict=True)) if len({*pair}) > 1])
+        (name, [index for index, (a, b) in enumerate(zip(wanted[name], got[name], strict=True)) if a != b])
         for name in wanted
         if wanted[name] != got[name]
     ]
@@ -314,7 +316,7 @@ def open_session(model: Path | onnx.ModelProto) -> Any:
     return create_session(content, threads=1, optimize=False, low_memory=True, external_data=folder)
 
 
-def run(session: Any, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+def run(session: Any, feed: Feed) -> Outputs:
     """All outputs; inputs become what the session takes: widened from bfloat16, or a cache in FP8."""
     kinds = {"tensor(float)": np.float32, "tensor(float8e4m3fn)": ml_dtypes.float8_e4m3fn}
     takes = {arg.name: kinds.get(arg.type) for arg in session.get_inputs()}

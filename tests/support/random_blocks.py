@@ -13,6 +13,7 @@ from random_graphs import (
     F32,
     LOCAL,
     RAISED,
+    SIZES,
     VOCABULARY,
     WIDTHS,
     Maker,
@@ -30,7 +31,7 @@ BLOCK_LIMIT = 9
 
 
 def random_graph(seed: int, blocks: int = BLOCK_LIMIT) -> RandomGraph:
-    """The graph of ``seed``; fewer ``blocks`` than it has give its beginning, which is how failures shrink."""
+    """The graph of ``seed``; fewer ``blocks`` than it has give its beginning: so failures shrink."""
     g = Maker(seed)
     _inputs(g)
     # Graphs without a linear are refused as they should be; a few are enough.
@@ -100,7 +101,8 @@ def _declined(g: Maker) -> None:
 def _elementwise(g: Maker) -> None:
     x = g.pick()
     assert x is not None
-    kind = g.random.choice(("Relu", "Sigmoid", "Tanh", "Neg", "Identity", "scale", "gelu", "clip", "where", "cast"))
+    kinds = ("Relu", "Sigmoid", "Tanh", "Neg", "Identity", "scale", "gelu", "clip", "where", "cast")
+    kind = g.random.choice(kinds)
     if kind == "scale":
         shape = g.random.choice(((), (1,), (x.width,)))
         op = g.random.choice(("Mul", "Add", "Sub"))
@@ -224,10 +226,11 @@ def _vector(g: Maker) -> None:
 
 
 def _attention(g: Maker) -> None:
-    x = g.pick(lambda value: len(value.shape) == 3 and value.width % 2 == 0 and value.shape[1] == _sequence(g))
+    sequence = SIZES["sequence"] if g.fixed else "sequence"
+    x = g.pick(lambda value: len(value.shape) == 3 and value.width % 2 == 0 and value.shape[1] == sequence)
     if x is None:
         return
-    batch, sequence = x.shape[:2]
+    batch = x.shape[0]
     head = g.random.choice((4, 8))
     q, k, v = (_heads(g, linear(g, x, 2 * head)) for _ in range(3))
     total: int | str = sequence
@@ -244,10 +247,6 @@ def _attention(g: Maker) -> None:
     merged = g.op("Reshape", [moved, g.ints(0, 0, -1)], (batch, sequence, 2 * head))
     g.live.append(linear(g, merged, x.width))
     g.graph.features["attention"] = mix.name
-
-
-def _sequence(g: Maker) -> int | str:
-    return 3 if g.fixed else "sequence"
 
 
 def _heads(g: Maker, x: Value) -> Value:
@@ -300,7 +299,8 @@ def _branch(g: Maker, x: Value, n: int, side: str) -> onnx.GraphProto:
         if n:
             y = _inner_linear(g, x, n)
         else:
-            y = g.op("Mul", [g.op(g.random.choice(("Relu", "Tanh", "Identity")), [x], x.shape), g.scalar(0.5)], x.shape)
+            moved = g.op(g.random.choice(("Relu", "Tanh", "Identity")), [x], x.shape)
+            y = g.op("Mul", [moved, g.scalar(0.5)], x.shape)
     return helper.make_graph(nodes, g.name(side), [], [loose_info(y)], initializers)
 
 

@@ -1,8 +1,8 @@
 """Random ONNX models around linear layers: valid by construction, the same for the same seed.
 
-The idea is NNSmith's (Liu et al., ASPLOS 2023, arXiv 2207.13066): grow a graph operator by operator, each with
-inputs it is legal for. Shapes are known while it grows, so no solver is needed. Operators and forms are those
-of exporters, and whatever a pass of ours could confuse with them.
+The idea is NNSmith's (Liu et al., ASPLOS 2023, arXiv 2207.13066): grow a graph operator by operator, each
+with inputs it is legal for. Shapes are known while it grows, so no solver is needed. Operators and forms are
+those of exporters, and whatever a pass of ours could confuse with them.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class RandomGraph:
         inputs: What a caller feeds.
         rewritten: Outputs of linears of the main graph that must be rewritten.
         inlined: Outputs of calls whose function is a linear, rewritten where raise-opset inlines it.
-        declined: Pairs, for each linear that must be left alone: the output of its node, or of the main graph's
-            node that it is in, and a part of the reason.
+        declined: Pairs, for each linear that must be left alone: the output of its node, or of the main
+            graph's node that it is in, and a part of the reason.
         vanishing: Reasons of dead linears, most of which are gone once the opset is raised.
         heads: Outputs of projections to the vocabulary, rewritten when the recipe says so.
-        features: ``embedding``, ``cache``, ``attention``, ``lm_head``, where the graph has one, with its output.
+        features: ``embedding``, ``cache``, ``attention``, ``lm_head``, where there is one, with its output.
     """
 
     proto: onnx.ModelProto

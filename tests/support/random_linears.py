@@ -98,7 +98,8 @@ def _chain(g: Maker, value: Value, steps: list[str], dtype: int) -> Value:
 def weight_array(g: Maker, shape: tuple[int, int], dtype: int) -> np.ndarray:
     """Numbers of a weight: mostly normal, at times what rounding and scales may stumble over."""
     array = g.numbers.standard_normal(shape) / np.sqrt(max(shape))
-    kind = g.random.choice(("normal",) * 5 + ("zero", "zero row", "outlier", "constant", "codes", "tiny", "large"))
+    odd = ("zero", "zero row", "outlier", "constant", "codes", "tiny", "large")
+    kind = g.random.choice(("normal",) * 5 + odd)
     if kind == "zero":
         array[:] = 0
     elif kind == "zero row":

@@ -57,7 +57,7 @@ def _duplicate(proto: onnx.ModelProto, random: random.Random) -> Names:
     return {}, lambda node: random.choice(("a", "b", "a_2", "/a/MatMul"))
 
 
-# What the passes call new values and nodes, in front of or behind a value's, an activation's or a layer's name.
+# What the passes call new values and nodes: constants of their own, or behind a value's or a layer's name.
 _CONSTANTS = ("one", "last_axis", "smallest_range", "largest_e4m3", "all_axes_but_0_of_2", "minus.x.scale")
 _BEHIND = (".scale", ".x8", ".float", ".dequantized", ".codes", ".row_scales", ".bias", ".amax", ".quantized")
 _BEHIND += ("/MatMul", "/w_hat", "/w8", "/cast", "_2")
