@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
-from graph_reference import can_refer, reference_model
+from graph_reference import can_refer, reference_model, stored_weight, weights_model
 from graph_variants import more_nodes, other_constants, other_names, other_order, renamed
 from pass_contract import checked_passes
 from random_blocks import BLOCK_LIMIT, random_graph
@@ -37,6 +37,9 @@ NOISE = {ir.DataType.FLOAT: 1e-6, ir.DataType.FLOAT16: 1e-3}
 NOISE_FACTOR = 30
 # Where float16 has no normal numbers, rounding is absolute; a few of its smallest steps.
 FLOOR = {ir.DataType.FLOAT: 1e-37, ir.DataType.FLOAT16: 8 * 2.0**-24}
+# Rounding a weight to 4 bits costs at most this part of its norm, under the coarsest scales.
+WEIGHT_ERROR = 0.4
+SMALLEST_WEIGHT = 1e-6
 # With quantised activations, noise moves some to the next code (DESIGN section 9): wrong wiring shows.
 QUANTISED_TOLERANCE = 0.3
 
@@ -105,6 +108,7 @@ def check_graph(seed: int, folder: Path, *, blocks: int = BLOCK_LIMIT) -> str:
     if any(isinstance(dim, str) for value in graph.inputs for dim in value.shape):
         feeds.append(graph.feed(seed + 2, batch=1, sequence=5, past=3))
     outputs = check_forms(compiled, feeds, options)
+    check_weights(graph, compiled, feeds[0])
     what = check_reference(graph, compiled, feeds, outputs)
     if variant.random() < 0.5:
         check_variant(graph, compiled, options, folder, variant, feeds, outputs)
@@ -222,6 +226,19 @@ def assert_same(wanted: Outputs, got: Outputs, what: str) -> None:
         a, b = a.astype(np.float64), b.astype(np.float64)
         same = np.array_equal(a, b, equal_nan=True)
         assert same, f"{what}: output {index} differs by {np.abs(a - b).max():.3g}"
+
+
+def check_weights(graph: RandomGraph, compiled: Compiled, feed: Feed) -> None:
+    """What a linear multiplies with is near the weight that ONNX Runtime gets to in the original."""
+    artifact, plan = ir.load(compiled.result.artifact), compiled.plan
+    model, sites = weights_model(graph.proto, plan)
+    for site, weight in zip(sites, run(open_session(model), feed), strict=True):
+        stored = stored_weight(artifact, plan, site)
+        size = float(np.linalg.norm(weight))
+        if stored is None or size < SMALLEST_WEIGHT:
+            continue
+        error = float(np.linalg.norm(stored.astype(np.float64) - weight)) / size
+        assert error < WEIGHT_ERROR, f"weight of {site.name} is off by {error:.2f} of its size"
 
 
 def check_reference(graph: RandomGraph, compiled: Compiled, feeds: list[Feed], outputs: list[Outputs]) -> str:

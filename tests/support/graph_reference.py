@@ -67,6 +67,39 @@ def reference_model(
     return model
 
 
+def weights_model(original: onnx.ModelProto, plan: QuantPlan) -> tuple[onnx.ModelProto, list[LinearSite]]:
+    """The original with outputs W [N, K], times Gemm's alpha, of linears that are nodes of its graph."""
+    model = renamed(original, {}, lambda node: "")
+    nodes = {name: node for node in model.graph.node for name in node.output}
+    sites = [site for site in plan.rewritten if site.output in nodes]
+    del model.graph.output[:]
+    for site in sites:
+        node = nodes[site.output]
+        attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+        wide, name = f"reference/{site.output}/wide", f"reference/{site.output}/weight"
+        alpha = tensor_proto(f"{name}/alpha", np.array(attributes.get("alpha", 1.0), np.float32))
+        perm = [0, 1] if attributes.get("transB") else [1, 0]
+        model.graph.initializer.append(alpha)
+        model.graph.node.extend(
+            [
+                helper.make_node("Cast", [node.input[1]], [wide], to=F32),
+                helper.make_node("Transpose", [wide], [f"{name}/flat"], perm=perm),
+                helper.make_node("Mul", [f"{name}/flat", alpha.name], [name]),
+            ]
+        )
+        model.graph.output.append(helper.make_tensor_value_info(name, F32, [site.n, site.k]))
+    return model, sites
+
+
+def stored_weight(artifact: ir.Model, plan: QuantPlan, site: LinearSite) -> np.ndarray | None:
+    """What the artifact's linear multiplies with, LoRC included, [N, K]; ``None`` for a float weight."""
+    node = next((node for found, node in w4a8_nodes(artifact, plan) if found is site), None)
+    if node is None:
+        return None
+    weight, low_rank = _decoded(plan, site, node)
+    return weight if low_rank is None else weight + (low_rank[0] @ low_rank[1]).T
+
+
 class _Linear:
     """One linear's nodes in the reference, named after its output."""
 

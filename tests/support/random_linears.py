@@ -69,6 +69,7 @@ def weight(g: Maker, k: int, n: int | None, *, flipped: bool, dtype: int) -> Val
     is_flipped = stored.shape != (k, rows) if n is not None else stored.width == k
     steps = ["Transpose"] * (is_flipped != flipped)
     steps += ["Transpose", "Transpose"] * g.chance(0.05)
+    steps += ["Keep"] * g.chance(0.05)
     steps += ["Identity"] * g.chance(0.15) + ["Cast"] * (stored.dtype != dtype or g.chance(0.05))
     g.random.shuffle(steps)
     return _chain(g, stored, steps, dtype)
@@ -88,6 +89,8 @@ def _chain(g: Maker, value: Value, steps: list[str], dtype: int) -> Value:
         if step == "Transpose":
             perm = {} if g.chance(0.5) else {"perm": [1, 0]}
             value = g.op("Transpose", [value], value.shape[::-1], value.dtype, **perm)
+        elif step == "Keep":
+            value = g.op("Transpose", [value], value.shape, value.dtype, perm=[0, 1])
         elif step == "Cast":
             value = g.op("Cast", [value], value.shape, dtype, to=dtype)
         else:
