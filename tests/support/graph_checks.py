@@ -38,7 +38,7 @@ NOISE_FACTOR = 30
 # Where float16 has no normal numbers, rounding is absolute; a few of its smallest steps.
 FLOOR = {ir.DataType.FLOAT: 1e-37, ir.DataType.FLOAT16: 8 * 2.0**-24}
 # Rounding a weight to 4 bits costs at most this part of its norm, under the coarsest scales.
-WEIGHT_ERROR = 0.4
+WEIGHT_ERROR = {"rtn": 0.4, "gptq": 0.8}  # which looks at the error of the output
 SMALLEST_WEIGHT = 1e-6
 # With quantised activations, noise moves some to the next code (DESIGN section 9): wrong wiring shows.
 QUANTISED_TOLERANCE = 0.3
@@ -65,6 +65,7 @@ def random_recipe(seed: int, graph: RandomGraph) -> dict[str, Any]:
         "target": "none",
         "evaluate": False,
         "weights": weights,
+        "algorithm": choose.choices(("rtn", "gptq"), (9, 1))[0],
         "fp4_format": choose.choice(("e2m1", "e2m1", "e3m0")),
         "activations": "fp8" if weights == "none" and activations == "none" else activations,
         "activation_scale": choose.choice(("tensor", "token")),
@@ -82,7 +83,9 @@ def random_recipe(seed: int, graph: RandomGraph) -> dict[str, Any]:
         ("cache", {"kv_cache_dtype": "fp8"}),
         ("attention", {"attention": "fp8"}),
     ):
-        if feature in graph.features and choose.random() < 0.4:
+        # Attention of unknown type is refused, which is no matter of chance.
+        known = feature != "attention" or len(graph.proto.graph.value_info) > 0
+        if feature in graph.features and known and choose.random() < 0.4:
             options |= option
     if (options["weights"], options["fp4_format"]) == ("fp4", "e2m1") and choose.random() < 0.3:
         options["emit"].append("fp4")
@@ -231,6 +234,7 @@ def assert_same(wanted: Outputs, got: Outputs, what: str) -> None:
 def check_weights(graph: RandomGraph, compiled: Compiled, feed: Feed) -> None:
     """What a linear multiplies with is near the weight that ONNX Runtime gets to in the original."""
     artifact, plan = ir.load(compiled.result.artifact), compiled.plan
+    algorithm = str(compiled.result.report.recipe["algorithm"])
     model, sites = weights_model(graph.proto, plan)
     for site, weight in zip(sites, run(open_session(model), feed), strict=True):
         stored = stored_weight(artifact, plan, site)
@@ -238,7 +242,7 @@ def check_weights(graph: RandomGraph, compiled: Compiled, feed: Feed) -> None:
         if stored is None or size < SMALLEST_WEIGHT:
             continue
         error = float(np.linalg.norm(stored.astype(np.float64) - weight)) / size
-        assert error < WEIGHT_ERROR, f"weight of {site.name} is off by {error:.2f} of its size"
+        assert error < WEIGHT_ERROR[algorithm], f"weight of {site.name} is off by {error:.2f} of its size"
 
 
 def check_reference(graph: RandomGraph, compiled: Compiled, feeds: list[Feed], outputs: list[Outputs]) -> str:
@@ -279,6 +283,8 @@ def check_variant(
 ) -> None:
     """The same model written another way gets the same packed tensors and computes the same bits."""
     kind = choose.choice(VARIANTS)
+    if kind == "nodes" and (compiled.plan.caches or compiled.plan.attentions):
+        kind = "order"  # a cache with an Identity in it is left alone, with a reason
     proto, names, external = graph.proto, {}, choose.random() < 0.3
     if kind == "names":
         proto, names = other_names(proto, choose)
