@@ -125,6 +125,22 @@ def test_a_bfloat16_initializer_that_is_also_an_input() -> None:
     assert collect(model, ["y"], [feed]).ranges == {"y": 2.0}
 
 
+def test_external_data_of_a_branch_alone(tmp_path: Path) -> None:
+    text = "then_branch = t () => (float[2,4] a) { a = Add (x, x) }, else_branch = e () => (float[2,4] b)"
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[2,4] x, bool flag) => (float[2,4] y) '
+        f"{{ y = If (flag) <{text} {{ b = Neg (x) }}> }}"
+    )
+    np.full((2, 4), 5, np.float32).tofile(tmp_path / "data")
+    shape = ir.Shape([2, 4])
+    five = ir.ExternalTensor("data", 0, 32, ir.DataType.FLOAT, shape=shape, name="five", base_dir=tmp_path)
+    branch = model.graph[0].attributes["then_branch"].as_graph()
+    branch.register_initializer(ir.val("five", const_value=five))
+    branch[0].replace_input_with(1, branch.initializers["five"])
+    feed = {"x": np.ones((2, 4), np.float32), "flag": np.array(True)}
+    assert collect(model, ["y"], [feed]).ranges == {"y": 6.0}
+
+
 def test_names_of_subgraphs_are_not_taken() -> None:
     """Values of a branch called as onnx-ir calls values without a name."""
     chain = " ".join(f"val_{number} = Neg (val_{number - 1})" for number in range(1, 20))

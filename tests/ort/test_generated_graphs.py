@@ -46,10 +46,10 @@ def test_generated_graph(seed: int, tmp_path: Path) -> None:
 
 def test_the_generator_makes_what_it_should() -> None:
     """Valid models, nearly all with something to compile, and every kind of thing in some of them."""
-    graphs = [random_graph(seed) for seed in range(300)]
+    graphs = [random_graph(seed) for seed in range(200)]
     for graph in graphs:
         onnx.checker.check_model(graph.proto, full_check=True)
-    assert sum(bool(graph.rewritten) for graph in graphs) >= 285
+    assert sum(bool(graph.rewritten) for graph in graphs) >= 190
     assert {graph.opset for graph in graphs} == set(range(13, 25))
     assert {feature for graph in graphs for feature in graph.features} == {
         "attention",
