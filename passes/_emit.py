@@ -27,12 +27,16 @@ class Names:
         self._values.add(name)
         return name
 
-    def node(self, wanted: str) -> str:
-        """Return ``wanted`` or the first free variation of it, as a node name; it is not marked used."""
-        return _free(wanted, self._nodes)
+    def name_node(self, node: ir.Node, wanted: str) -> None:
+        """Name ``node`` ``wanted``, or the first free variation of it: plans refer to nodes by name."""
+        node.name = _free(wanted, self._nodes)
+        self._nodes[node.name] = node
 
     def claim_node(self, node: ir.Node, wanted: str) -> None:
-        """Name ``node`` exactly ``wanted``; another node that holds the name gets a free one."""
+        """Name ``node`` exactly ``wanted``; another node that holds the name gets a free one.
+
+        Only for a layer's own names: no plan may refer to the other node.
+        """
         holder = self._nodes.get(wanted)
         if holder is not None and holder is not node and holder.graph is not None:
             holder.name = _free(wanted, self._nodes)
@@ -66,8 +70,8 @@ class Emitter:
     """Collects the nodes of one rewrite.
 
     In a graph, names get a prefix and are made unique, and constants become initializers named
-    ``zqfp.<name>`` that every layer shares. In a function body (``graph=None``) names are taken as they are
-    and constants are ``Constant`` nodes.
+    ``zqfp.<name>`` that every layer shares (``graph`` and ``names`` are given together). In a function body
+    (``graph=None``) names are taken as they are and constants are ``Constant`` nodes.
 
     Attributes:
         nodes: What was recorded, in order.
@@ -104,7 +108,7 @@ class Emitter:
         wanted = self._prefix + name
         node.name, output.name = wanted, self.value_name(name)
         if self._names is not None:
-            self._names.claim_node(node, wanted)
+            self._names.name_node(node, wanted)
         self.nodes.append(node)
         return output
 
@@ -115,8 +119,8 @@ class Emitter:
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """Return the constant ``array``; one value per ``name``, which must determine the content."""
-        if self._graph is not None:
-            return shared_initializer(self._graph, f"zqfp.{name}", ir.tensor(array))
+        if self._graph is not None and self._names is not None:
+            return shared_initializer(self._graph, self._names, f"zqfp.{name}", ir.tensor(array))
         if name not in self._constants:
             attr = ir.AttrTensor("value", ir.tensor(array))
             node = ir.Node("", "Constant", [], [attr], name=name)
@@ -132,11 +136,23 @@ def int_attribute(key: str, value: int | Sequence[int]) -> ir.Attr:
     return ir.AttrInt64(key, int(value)) if isinstance(value, int) else ir.AttrInt64s(key, list(value))
 
 
-def shared_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """Return the initializer ``name``, made from ``tensor`` on the first call."""
-    if name not in graph.initializers:
-        graph.register_initializer(initializer_value(name, tensor))
-    return graph.initializers[name]
+def shared_initializer(graph: ir.Graph, names: Names, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Return the initializer ``name``, made from ``tensor`` on the first call.
+
+    Where the model has something else of that name, the initializer gets a free one.
+    """
+    known = graph.initializers.get(name)
+    if known is not None and not known.is_graph_input() and _holds(known, tensor):
+        return known
+    value = initializer_value(names.value(name), tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _holds(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
+    stored = value.const_value
+    alike = stored is not None and (stored.dtype, stored.shape) == (tensor.dtype, tensor.shape)
+    return alike and stored is not None and stored.tobytes() == tensor.tobytes()
 
 
 def initializer_value(name: str, tensor: ir.TensorProtocol) -> ir.Value:

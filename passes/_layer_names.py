@@ -60,14 +60,25 @@ def _module_path(scopes: str) -> str:
 
 
 class UniqueNames:
-    """Hands out names, adding ``_2``, ``_3``... to one that is taken."""
+    """Hands out layer names, adding ``_2``, ``_3``... to one that is taken.
 
-    def __init__(self) -> None:
+    Args:
+        graph: Names of its nodes are taken as well: a layer's node is named after the layer, and plans refer
+            to the others by name.
+    """
+
+    def __init__(self, graph: ir.Graph) -> None:
         self._taken: set[str] = set()
+        self._nodes = {str(node.name) for node in ir.traversal.RecursiveGraphIterator(graph)}
 
-    def claim(self, wanted: str) -> str:
-        """Return ``wanted`` or the first free suffixed form."""
-        name = next(name for name in _candidates(wanted) if name not in self._taken)
+    def claim(self, wanted: str, node: ir.Node | None = None) -> str:
+        """Return ``wanted`` or the first free suffixed form; the name of ``node`` itself is free for it."""
+        own = None if node is None else node.name
+        name = next(
+            name
+            for name in _candidates(wanted)
+            if name not in self._taken and (name == own or name not in self._nodes)
+        )
         self._taken.add(name)
         return name
 

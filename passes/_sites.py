@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import onnx_ir as ir
 
 from passes._w4a8_function import DOMAIN, OP_TYPE
@@ -36,19 +34,21 @@ def planned_nodes(model: ir.Model, plan: QuantPlan) -> list[tuple[LinearSite, ir
     return found
 
 
-def w4a8_nodes(model: ir.Model, plan: QuantPlan) -> Iterator[tuple[LinearSite, ir.Node]]:
-    """Yield the ``W4A8Linear`` nodes of the plan, with their sites.
+def w4a8_nodes(model: ir.Model, plan: QuantPlan) -> list[tuple[LinearSite, ir.Node]]:
+    """Return the ``W4A8Linear`` nodes of the plan, with their sites.
 
     Raises:
         PassError: When the graph holds a ``W4A8Linear`` that the plan does not know.
     """
     sites = {site.name: site for site in plan.linears}
+    found = []
     for node in [node for node in model.graph if is_w4a8(node)]:
         if node.name not in sites:
             raise PassError(
                 f"node {node.name!r}: the plan does not know this W4A8Linear; use this model's plan"
             )
-        yield sites[node.name], node
+        found.append((sites[node.name], node))
+    return found
 
 
 def layer_tensors(plan: QuantPlan, layer: str) -> LinearTensors:

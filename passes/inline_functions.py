@@ -13,6 +13,7 @@ from onnx_ir.passes.common import InlinePass
 
 from passes._emit import Names
 from passes._sites import is_w4a8
+from passes._w4a8_function import DOMAIN
 from zqfp_compile.pass_base import Pass, PassError, PassResult
 
 _CALL = "zqfp.call"
@@ -38,9 +39,13 @@ class InlineFunctions(Pass):
     that q, k and v share, the decoding of a shared weight) are merged, MatMuls never. Overloads and nested
     calls are resolved; no initializer is loaded. Unused functions go too. Nothing happens in a model without
     functions.
+
+    Attributes:
+        keep_ours: Leave ``W4A8Linear`` nodes and their functions, for a lowering that replaces them.
     """
 
     name: ClassVar[str] = "inline-functions"
+    keep_ours: bool = False
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite ``model``.
@@ -48,8 +53,11 @@ class InlineFunctions(Pass):
         Raises:
             PassError: When functions are recursive or cannot be inlined.
         """
-        if not model.functions:
+        kept = {key: body for key, body in model.functions.items() if self.keep_ours and key[0] == DOMAIN}
+        if len(kept) == len(model.functions):
             return PassResult(model, modified=False)
+        for key in kept:
+            del model.functions[key]
         outputs = _mark(model)
         try:
             InlinePass()(model)
@@ -58,6 +66,7 @@ class InlineFunctions(Pass):
             raise PassError(f"functions cannot be inlined ({reason}); export without them") from error
         model.functions.clear()
         _merge(model.graph, _rename(model.graph, outputs))
+        model.functions.update(kept)
         return PassResult(model, modified=True)
 
 
@@ -87,7 +96,7 @@ def _rename(graph: ir.Graph, outputs: set[str | None]) -> list[ir.Node]:
             ours.append(node)
         if call is None or body_node is None:
             continue
-        names.claim_node(node, names.node(f"{call}/{body_node}"))
+        names.name_node(node, f"{call}/{body_node}")
         for value in node.outputs:
             if value.name not in outputs:
                 value.name = names.value(f"{call}/{body_node}")

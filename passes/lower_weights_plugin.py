@@ -143,7 +143,7 @@ class _Lowering:
         new = node.outputs[0]
         new.shape = None if x8.shape is None else x8.shape.copy()
         replace_node(self._graph, old, [node], new)
-        self._names.claim_node(node, self._names.node(f"{x.name}.quantize"))
+        self._names.name_node(node, f"{x.name}.quantize")
         if tokens:
             self._replace_scale(scale, node.outputs[1], x)
         xv = None if v is None else self._name(node.outputs[-1], f"{x.name}.xv", x, rank)
@@ -174,7 +174,7 @@ class _Lowering:
         emit = Emitter(self._graph, self._names)
         sizes = emit.constant("split_" + "_".join(map(str, ranks)), np.array(ranks))
         node = ir.Node("", "Split", [xv, sizes], [ir.AttrInt64("axis", -1)], num_outputs=len(ranks))
-        self._names.claim_node(node, self._names.node(f"{xv.name}.split"))
+        self._names.name_node(node, f"{xv.name}.split")
         columns = {}
         for part, value, rank in zip(parts, node.outputs, ranks, strict=True):
             name = product_name(part)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from passes._emit import Emitter, Names, initializer_value, replace_node
+from passes._emit import Emitter, Names, replace_node, shared_initializer
 from zqfp_compile.pass_base import Pass, PassResult
 
 _FP8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
@@ -105,12 +105,9 @@ class _Rewrite:
         return emit.op("Neg", [negative], "scaled", _FLOAT)
 
     def _negative(self, scale: ir.Value) -> ir.Value:
-        name = f"zqfp.minus.{scale.name}"
-        if name not in self.graph.initializers:
-            assert scale.const_value is not None
-            tensor = ir.tensor(-scale.const_value.numpy())
-            self.graph.register_initializer(initializer_value(name, tensor))
-        return self.graph.initializers[name]
+        assert scale.const_value is not None
+        tensor = ir.tensor(-scale.const_value.numpy())
+        return shared_initializer(self.graph, self.names, f"zqfp.minus.{scale.name}", tensor)
 
 
 def _is_one(scale: ir.Value | None) -> bool:

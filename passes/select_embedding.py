@@ -9,6 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from passes._layer_names import UniqueNames, layer_name, name_nodes
+from passes._liveness import DEAD_REASON, live_nodes
 from passes._weight_chain import constant_values, find_root, lift_constant
 from zqfp_compile.errors import UsageError
 from zqfp_compile.pass_base import Declined, Pass, PassResult
@@ -29,7 +30,7 @@ class SelectEmbedding(Pass):
     A table that is also the weight of linears (a tied lm_head) is taken only when all of them are in the plan
     and multiply with the table as it is: both then read one FP8 tensor, so those linears get the precision
     ``fp8`` without LoRC. Left alone, with a reason: a table that something else reads as well, which would
-    keep its float copy; one that is no plain initializer.
+    keep its float copy; one that is no plain initializer; rows that no output depends on.
 
     The graph changes only to be unambiguous: nodes without a name or with a duplicate one get a unique name,
     and a Constant node that holds the table becomes an initializer of the same name.
@@ -53,13 +54,14 @@ class SelectEmbedding(Pass):
             raise UsageError(
                 f"--quantize-embedding: no Gather reads a table by {_TOKENS!r}; leave the option out"
             )
-        names = UniqueNames()
+        names = UniqueNames(model.graph)
+        linears = {node.name: node for node in model.graph}
         for linear in self.plan.linears:
-            names.claim(linear.name)
+            names.claim(linear.name, linears.get(linear.node))
         embeddings: list[EmbeddingSite] = []
         declined: list[Declined] = []
         for node in nodes:
-            name = names.claim(layer_name(node))
+            name = names.claim(layer_name(node), node)
             found = self._site(model.graph, node, name)
             if isinstance(found, str):
                 declined.append(Declined(name, found))
@@ -73,6 +75,8 @@ class SelectEmbedding(Pass):
     def _site(self, graph: ir.Graph, node: ir.Node, name: str) -> EmbeddingSite | str:
         """Return the embedding that ``node`` is, or the reason why it is left alone."""
         table, output = node.inputs[0], node.outputs[0]
+        if node not in live_nodes(graph):
+            return DEAD_REASON
         if table not in constant_values(graph) or table is None:
             return "its table is no constant"
         root = find_root(table)

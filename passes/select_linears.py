@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from passes._layer_names import UniqueNames, layer_name, name_nodes
 from passes._linear_forms import LinearForm, recognise
+from passes._liveness import DEAD_REASON, live_nodes
 from passes._lm_head import is_lm_head, vocabulary_sizes
 from passes._weight_chain import constant_values, lift_constant, subgraphs_of
 from zqfp_compile.errors import ModelError, UsageError
@@ -48,9 +49,9 @@ class SelectLinears(Pass):
 
     W is an initializer, shared or not, or a Constant node. Left alone, with a reason: any other constant
     operand (left, batched, computed, integer, double, quantised, also a graph input), Gemm with transA or an
-    activation as C, linears inside If, Loop or functions, the output projection to the vocabulary (unless
-    ``quantize_lm_head``), and what ``include`` and ``exclude`` rule out. A product of two activations is no
-    linear and gets no entry.
+    activation as C, linears inside If, Loop or functions, those that no output depends on, the output
+    projection to the vocabulary (unless ``quantize_lm_head``), and what ``include`` and ``exclude`` rule out.
+    A product of two activations is no linear and gets no entry.
 
     The graph changes only to be unambiguous: nodes without a name or with a duplicate one get a unique name,
     and Constant nodes that hold a planned weight or bias become initializers of the same name.
@@ -118,19 +119,22 @@ class SelectLinears(Pass):
 
 def _find_layers(model: ir.Model) -> list[_Layer]:
     """Every linear-like node, in graph order, nested ones last."""
-    names = UniqueNames()
+    names = UniqueNames(model.graph)
     constant = constant_values(model.graph)
     vocabularies = vocabulary_sizes(model.graph)
+    live = live_nodes(model.graph)
     layers = []
     for node in model.graph:
         form = recognise(node, constant)
+        if isinstance(form, LinearForm) and node not in live:
+            form = DEAD_REASON
         if isinstance(form, LinearForm):
             head = is_lm_head(node.outputs[0], form.n, vocabularies)
-            layers.append(_Layer(names.claim(layer_name(node)), node, form, lm_head=head))
+            layers.append(_Layer(names.claim(layer_name(node), node), node, form, lm_head=head))
         elif form is not None:
-            layers.append(_Layer(names.claim(layer_name(node)), node, reason=form))
+            layers.append(_Layer(names.claim(layer_name(node), node), node, reason=form))
     nested = [*_in_subgraphs(model.graph, constant), *_in_functions(model, constant)]
-    return layers + [_Layer(names.claim(layer_name(node)), node, reason=why) for node, why in nested]
+    return layers + [_Layer(names.claim(layer_name(node), node), node, reason=why) for node, why in nested]
 
 
 def _in_subgraphs(graph: ir.Graph, constant: set[ir.Value]) -> Iterator[tuple[ir.Node, str]]:

@@ -28,8 +28,8 @@ _ENGINE_ONNX = "engine.onnx"
 _FP4_ONNX = "model.fp4.onnx"
 # --weight-lowering -> the pass that makes the engine-ready model.
 _FP8, PLUGIN = "lower-weights-fp8", "lower-weights-plugin"
-_CASTS = "qdq-to-casts"
-_LOWERINGS = {"auto": _FP8, "fp8": _FP8, "int4": "inline-functions", "plugin": PLUGIN}
+_CASTS, _INLINE = "qdq-to-casts", "inline-functions"
+_LOWERINGS = {"auto": _FP8, "fp8": _FP8, "int4": _INLINE, "plugin": PLUGIN}
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,8 @@ def _engine_onnx(place: Workplace, recipe: Recipe, choice: TargetChoice) -> Path
 def _lower(place: Workplace, path: Path, *names: str) -> None:
     """Run the passes on a copy of the artifact and write it."""
     model = load_model(place.artifact)
+    if _INLINE not in names:  # functions that the model came with
+        place.runner.run(model, _INLINE, "quantized", keep_ours=True)
     for name in names:
         options: dict[str, object] = {"plan": place.plan} if name.startswith("lower-weights") else {}
         if name == PLUGIN:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,8 @@ from zqfp_compile.quantize.threads import side_by_side
 from zqfp_compile.tensor_store import TensorStore
 from zqfp_compile.weights import locate_weight
 from zqfp_compile.work_folder import WorkFolder
+
+WeightKey: TypeAlias = tuple[WeightSource, SitePrecision, str]
 
 
 def quantize_model(
@@ -63,7 +65,7 @@ def quantize_model(
     loudness = _energy_per_weight(plan, energies)
     done = _shared_tables(plan)
     sites = [site for site in plan.linears if plan.precision(site).weight_format != "none"]
-    items: dict[tuple[WeightSource, SitePrecision], LayerItem] = {}
+    items: dict[WeightKey, LayerItem] = {}
     for site in sites:
         key = _weight_key(plan, site)
         if key not in done and key not in items:
@@ -83,8 +85,10 @@ def _tensors(stored: Mapping[str, ir.TensorProtocol]) -> LinearTensors:
     return LinearTensors(**{"group_scales": None, **stored})  # type: ignore[arg-type]
 
 
-def _weight_key(plan: QuantPlan, site: LinearSite) -> tuple[WeightSource, SitePrecision]:
-    return site.weight, plan.precision(site)
+def _weight_key(plan: QuantPlan, site: LinearSite) -> WeightKey:
+    """What layers that share their tensors have in common: LoRC factors are of the layer's own type."""
+    precision = plan.precision(site)
+    return site.weight, precision, plan.factor_dtype(site) if precision.lorc_rank else ""
 
 
 def _item(
@@ -131,10 +135,10 @@ def quantize_embeddings(model: ir.Model, plan: QuantPlan, store: TensorStore) ->
     return plan.replace(embedding_tensors=tensors)
 
 
-def _shared_tables(plan: QuantPlan) -> dict[tuple[WeightSource, SitePrecision], LinearTensors]:
+def _shared_tables(plan: QuantPlan) -> dict[WeightKey, LinearTensors]:
     """Return the tensors that linears share with an embedding, by their weight and precision."""
     return {
-        (site.source, SitePrecision("fp8", 0)): plan.embedding_tensors[site.name]
+        (site.source, SitePrecision("fp8", 0), ""): plan.embedding_tensors[site.name]
         for site in plan.embeddings
         if site.linears and site.name in plan.embedding_tensors
     }
@@ -201,7 +205,7 @@ class _Layers:
         self._plan = plan
         self._store = store
         self._seed = seed
-        self._first: dict[tuple[WeightSource, SitePrecision], LinearSite] = {}
+        self._first: dict[WeightKey, LinearSite] = {}
         self._tables = _shared_tables(plan)
         # A layer depends on how all before it are quantised.
         formats = (plan.group_size, plan.scale_constraint, plan.scale_rows, plan.lorc_format, seed)
@@ -236,11 +240,11 @@ class _Layers:
 
     def _is_new(self, site: LinearSite) -> bool:
         """Whether to quantise a layer, which the first one with its weight and precision decides."""
-        precision = self._plan.precision(site)
-        if (site.weight, precision) in self._tables:
+        key = _weight_key(self._plan, site)
+        if key in self._tables:
             return False
-        first = self._first.setdefault((site.weight, precision), site)
-        return precision.weight_format != "none" and first is site
+        first = self._first.setdefault(key, site)
+        return self._plan.precision(site).weight_format != "none" and first is site
 
     def _layer(self, site: LinearSite, weight: torch.Tensor, moments: InputMoments) -> QuantizedLayer:
         options = _layer_options(self._plan, site)
@@ -259,7 +263,7 @@ class _Layers:
 
     def _known(self, site: LinearSite) -> LinearTensors:
         """Return the tensors of a layer that is finished, or that shares its weight with one."""
-        key = (site.weight, self._plan.precision(site))
+        key = _weight_key(self._plan, site)
         if key in self._tables:
             return self._tables[key]
         first = self._first[key]

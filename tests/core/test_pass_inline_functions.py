@@ -94,6 +94,21 @@ def test_nested_functions_and_attribute_references(run_pass):
     assert not any(node.metadata_props for node in model.graph)
 
 
+def test_ours_are_kept_for_a_lowering(run_pass):
+    model, _ = artifact(Case())
+    assert not run_pass(InlineFunctions(keep_ours=True), model).modified
+    gate = ir.from_onnx_text(NESTED)
+    model.functions.update(gate.functions)
+    model.opset_imports["f"] = 1
+    call = ir.node("inner", [model.graph.inputs[0]], {"alpha": 0.5}, domain="f", name="gate")
+    call.outputs[0].name = "gated"
+    model.graph.append(call)
+    assert run_pass(InlineFunctions(keep_ours=True), model, check=False).modified
+    assert [node.op_type for node in model.graph][-1] == "LeakyRelu"
+    assert {key[0] for key in model.functions} == {"zqfp"}
+    assert sum(node.op_type == "W4A8Linear" for node in model.graph) == 2
+
+
 def test_nothing_to_do_without_functions(run_pass):
     assert not run_pass(InlineFunctions(), float_model(Case())).modified
 

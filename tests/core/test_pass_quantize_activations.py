@@ -8,6 +8,7 @@ import pytest
 from rewrite_models import Case, float_model, make_plan, unreadable
 
 from passes.quantize_activations import QuantizeActivations
+from passes.quantize_weights import QuantizeWeights
 from zqfp_compile.pass_base import PassError
 
 
@@ -27,6 +28,37 @@ def test_golden(name, case, run_pass, golden):
     model = float_model(case)
     assert run_pass(QuantizeActivations(make_plan(case)), model).modified
     golden(name, model)
+
+
+def test_nodes_of_the_plan_keep_their_names(run_pass):
+    """A linear that is called what the pass would call its QuantizeLinear is still found afterwards."""
+    model, plan = float_model(Case()), make_plan(Case())
+    q, v = plan.linears
+    plan = plan.replace(linears=(q, dataclasses.replace(v, node="x.x8")))
+    model.graph[1].name = "x.x8"
+    run_pass(QuantizeActivations(plan), model)
+    run_pass(QuantizeWeights(plan), model, check=False)
+    assert _ops(model)[2:] == ["W4A8Linear", "W4A8Linear"]
+
+
+def test_constants_of_the_model_with_our_names(run_pass):
+    """Another content, another size, a value or an input: ours get free names."""
+    case = Case(per_token=True)
+    model, plan = float_model(case), make_plan(case)
+    x = model.graph.inputs[0]
+    for name, array in [("zqfp.one", np.array(2, np.float32)), ("zqfp.last_axis", np.array([-1, 0]))]:
+        model.graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
+    floor = ir.val("zqfp.smallest_range", const_value=ir.tensor(np.array(1e-30, np.float32)))
+    model.graph.register_initializer(floor)
+    model.graph.inputs.append(floor)
+    relu = ir.Node("", "Relu", [x], name="relu")
+    relu.outputs[0].name = "zqfp.largest_e4m3"
+    model.graph.append(relu)
+    run_pass(QuantizeActivations(plan), model)
+    constants = {name: value.const_value for name, value in model.graph.initializers.items()}
+    assert constants["zqfp.one_2"].numpy() == 1 and constants["zqfp.last_axis_2"].numpy().tolist() == [-1]
+    assert constants["zqfp.largest_e4m3_2"].numpy() == 448
+    assert "zqfp.smallest_range_2" in constants
 
 
 def test_one_pair_serves_all_planned_consumers(run_pass):

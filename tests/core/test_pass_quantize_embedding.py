@@ -217,6 +217,13 @@ def test_weights_none_keeps_a_tied_table(run_pass) -> None:
     assert result.plan.embeddings == () and "stays in float" in result.declined[0].reason
 
 
+def test_rows_that_no_output_depends_on(run_pass) -> None:
+    model = _model("h = Gather(table, input_ids)  f = Cast<to=1>(input_ids)  logits = MatMul(f, head)")
+    result = run_pass(SelectEmbedding(QuantPlan()), model, check=False)
+    assert result.plan.embeddings == ()
+    assert [entry.reason for entry in result.declined] == ["no output depends on it"]
+
+
 def test_positions_are_no_token_embedding() -> None:
     model = _model(UNTIED)
     model.graph.inputs[0].name = "position_ids"

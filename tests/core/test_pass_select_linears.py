@@ -160,6 +160,12 @@ DECLINED = {
         "else_branch = b () => (q) { q = Identity(x) }>",
         "inside If 'y'",
     ),
+    "dead": ("b = MatMul(x, w)\n d = Neg(b)\n y = Neg(x)", "no output depends on it"),
+    "dead but for a dead node of a branch": (
+        "b = MatMul(x, w)\n y = If(flag) <then_branch = a () => (p) { d = Neg(b) p = Neg(x) }, "
+        "else_branch = b () => (q) { q = Identity(x) }>",
+        "no output depends on it",
+    ),
     "in a function, from outside": ("y = local.Linear(x, w)", "inside the function local::Linear"),
 }
 LINEAR_FUNCTION = """
@@ -202,9 +208,19 @@ def test_a_shared_weight_serves_each_of_its_linears(run_pass: Callable[..., Pass
     assert plan_of(result).linears[0].weight == plan_of(result).linears[1].weight
 
 
+def test_a_linear_that_only_a_branch_reads(run_pass: Callable[..., PassResult]) -> None:
+    nodes = (
+        "b = MatMul(x, w)\n y = If(flag) <then_branch = a () => (p) { p = Neg(b) }, "
+        "else_branch = b () => (q) { q = Neg(z) }>"
+    )
+    model = parse(graph(nodes, "(float[M,6] x, float[M,4] z, bool flag) => (float[M,4] y)"))
+    assert only(run_pass(SelectLinears(), model)).output == "b"
+
+
 def test_a_shared_constant_node_is_lifted_once(run_pass: Callable[..., PassResult]) -> None:
     constant = "k = Constant<value = float[6,1] {1,2,3,4,5,6}>()"
-    model = parse(graph(f"{constant}\n a = MatMul(x, k)\n y = MatMul(a, d1)\n z = MatMul(x, k)"))
+    nodes = f"{constant}\n a = MatMul(x, k)\n y = MatMul(a, d1)\n z = MatMul(x, k)"
+    model = parse(graph(nodes, "(float[M,6] x) => (float[M,4] y, float[M,1] z)"))
     result = run_pass(SelectLinears(), model, check=False)
     assert result.modified
     assert [site.weight.initializer for site in plan_of(result).linears] == ["k", "d1", "k"]
@@ -252,6 +268,16 @@ def test_names_are_made_unique_and_stay_so(run_pass: Callable[..., PassResult]) 
     assert [node.name for node in model.graph] == ["/l/MatMul", "/l/MatMul_3", "/l/MatMul_2", "e", "y"]
     assert [site.name for site in plan_of(result).linears] == ["l", "l_2", "l_3"]
     assert plan_of(SelectLinears().call(model)).linears == plan_of(result).linears
+
+
+def test_no_layer_is_called_like_another_node(run_pass: Callable[..., PassResult]) -> None:
+    """The node that replaces a linear takes the layer's name, and plans find other nodes by theirs."""
+    model = parse(graph("h = Relu(x)\n y = MatMul(h, w)"))
+    relu, matmul = model.graph
+    relu.name, matmul.name = "l", "/l/MatMul"
+    assert only(run_pass(SelectLinears(), model)).name == "l_2"
+    matmul.name = "l_2"
+    assert only(SelectLinears().call(model)).name == "l_2"
 
 
 # The output projection

@@ -44,6 +44,13 @@ def test_small_matrices_are_exact_and_balanced():
     torch.testing.assert_close(captured, best, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "fp8"])
+@pytest.mark.parametrize("size", [1e-44, 1e-39, 1e-31, 1e-29, 1e-20])
+def test_tiny_errors_give_finite_factors(size, dtype):
+    for factor in low_rank_factors(normal(40, 16) * size, 5, dtype=dtype):
+        assert bool(torch.isfinite(factor).all())
+
+
 @pytest.mark.parametrize("n", [64, 600])
 def test_a_full_moment_decides_what_is_compensated(n):
     error, mix = normal(n, 200), normal(200, 200, seed=2)

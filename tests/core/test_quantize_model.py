@@ -78,3 +78,14 @@ def test_a_shared_weight_shares_tensors_only_at_the_same_precision(tmp_path: Pat
         plan = _run(Case(), plan, store)
         assert plan.tensors["attn.q"] is plan.tensors["attn.k"]
         assert plan.tensors["attn.v"].codes.dtype == ir.DataType.FLOAT8E4M3FN
+
+
+def test_a_weight_shared_by_layers_of_two_types_has_factors_of_each(tmp_path: Path) -> None:
+    """A float16 weight, multiplied as it is by one layer and cast to float by another."""
+    plan = _plan(Case(), lorc_rank=4)
+    q, v = plan.linears
+    shared = dataclasses.replace(v, weight=q.weight, dtype=ir.DataType.FLOAT16)
+    with TensorStore(tmp_path) as store:
+        plan = _run(Case(), plan.replace(linears=(q, shared)), store)
+        types = [plan.tensors[layer].lorc_v.dtype for layer in ("attn.q", "attn.v")]
+    assert types == [ir.DataType.FLOAT, ir.DataType.FLOAT16]

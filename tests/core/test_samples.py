@@ -128,6 +128,14 @@ def test_npz_for_any_model(tmp_path: Path) -> None:
     assert samples.feeds[0]["image"].dtype == np.float16
 
 
+def test_npz_with_a_scalar_input(tmp_path: Path) -> None:
+    flag = InputSpec("flag", ir.DataType.BOOL, ())
+    path = tmp_path / "flags.npz"
+    np.savez(path, flag=np.array([True, False]))
+    samples = load(path, None, interface=None, inputs=[flag], samples=8)
+    assert [type(feed["flag"]) for feed in samples.feeds] == [np.ndarray] * 2
+
+
 @pytest.mark.parametrize(
     ("arrays", "says"),
     [

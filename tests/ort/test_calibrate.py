@@ -90,6 +90,76 @@ def test_bfloat16_runs_as_float32(tiny_model) -> None:
     assert list(result.ranges.values()) == pytest.approx(list(expected.ranges.values()), rel=0.1)
 
 
+def test_bfloat16_in_subgraphs() -> None:
+    """Initializers and inputs of branches and loop bodies are widened as well."""
+    model = ir.from_onnx_text(
+        """
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (bfloat16[2,4] x, bool flag) => (bfloat16[2,4] y)
+        <int64 trips = {2}>
+        {
+           h = If (flag) <
+             then_branch = t () => (bfloat16[2,4] a) { a = Mul (x, x) },
+             else_branch = e () => (bfloat16[2,4] b) { b = Neg (x) }
+           >
+           y = Loop (trips, flag, h) <
+             body = l (int64 i, bool on, bfloat16[2,4] v) => (bool still, bfloat16[2,4] w)
+             { still = Identity (on)  w = Add (v, x) }
+           >
+        }
+        """
+    )
+    bfloat16 = ir.DataType.BFLOAT16.numpy()
+    branch = model.graph[0].attributes["then_branch"].as_graph()
+    half = ir.val("half", const_value=ir.tensor(np.array(0.5, bfloat16), name="half"))
+    branch.register_initializer(half)
+    branch[0].replace_input_with(1, half)
+    feed = {"x": np.ones((2, 4), bfloat16), "flag": np.array(True)}
+    assert collect(model, ["y"], [feed]).ranges == {"y": 2.5}
+
+
+def test_a_bfloat16_initializer_that_is_also_an_input() -> None:
+    text = "g (bfloat16[2,4] x, bfloat16[4] c) => (bfloat16[2,4] y) <bfloat16[4] c = {16256, 0, 0, 0}> {"
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> {text} y = Sub (x, c) }}')
+    feed = {"x": np.full((2, 4), -1, ir.DataType.BFLOAT16.numpy())}
+    assert collect(model, ["y"], [feed]).ranges == {"y": 2.0}
+
+
+def test_external_data_of_a_branch_alone(tmp_path: Path) -> None:
+    text = "then_branch = t () => (float[2,4] a) { a = Add (x, x) }, else_branch = e () => (float[2,4] b)"
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[2,4] x, bool flag) => (float[2,4] y) '
+        f"{{ y = If (flag) <{text} {{ b = Neg (x) }}> }}"
+    )
+    np.full((2, 4), 5, np.float32).tofile(tmp_path / "data")
+    shape = ir.Shape([2, 4])
+    five = ir.ExternalTensor("data", 0, 32, ir.DataType.FLOAT, shape=shape, name="five", base_dir=tmp_path)
+    branch = model.graph[0].attributes["then_branch"].as_graph()
+    branch.register_initializer(ir.val("five", const_value=five))
+    branch[0].replace_input_with(1, branch.initializers["five"])
+    feed = {"x": np.ones((2, 4), np.float32), "flag": np.array(True)}
+    assert collect(model, ["y"], [feed]).ranges == {"y": 6.0}
+
+
+def test_names_of_subgraphs_are_not_taken() -> None:
+    """Values of a branch called as onnx-ir calls values without a name."""
+    chain = " ".join(f"val_{number} = Neg (val_{number - 1})" for number in range(1, 20))
+    model = ir.from_onnx_text(
+        f"""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[2,4] x, bool flag) => (float[2,4] y)
+        {{
+           y = If (flag) <
+             then_branch = t () => (float[2,4] val_19) {{ val_0 = Neg (x) {chain} }},
+             else_branch = e () => (float[2,4] b) {{ b = Neg (x) }}
+           >
+        }}
+        """
+    )
+    feed = {"x": np.full((2, 4), 3, np.float32), "flag": np.array(True)}
+    assert collect(model, ["x", "y"], [feed]).ranges == {"x": 3.0, "y": 3.0}
+
+
 def test_calibration_is_repeatable(tiny_model) -> None:
     path = tiny_model("gpt2")
     model, names = prepared(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import ml_dtypes
@@ -14,7 +15,7 @@ from passes.quantize_activations import QuantizeActivations
 from passes.remove_unused import RemoveUnused
 from zqfp_compile.certificate import Certificate, certify
 from zqfp_compile.errors import AccuracyError
-from zqfp_compile.plan import QuantPlan, SitePrecision
+from zqfp_compile.plan import QuantPlan, SitePrecision, WeightSource
 from zqfp_compile.report.metrics import sqnr_db
 from zqfp_compile.weights import read_bias, read_weight
 
@@ -83,6 +84,56 @@ def test_one_quantised_weight_among_quantised_activations() -> None:
     plan = plan.replace(tensors={"attn.v": plan.tensors["attn.v"]})
     certificate = check(Case(), *artifact(Case(), plan))
     assert (certificate.layers_checked, certificate.mismatches) == (2, 0)
+
+
+def test_a_scaled_bfloat16_bias() -> None:
+    """The artifact holds beta * C rounded to bfloat16, which is no mismatch although y is float32 here."""
+    case = Case(dtype=ir.DataType.BFLOAT16)
+    plan = make_plan(case)
+    linears = tuple(dataclasses.replace(site, bias_scale=0.3) for site in plan.linears)
+    model, plan = artifact(case, plan.replace(linears=linears))
+    assert check(case, model, plan).mismatches == 0
+
+
+def test_a_float_weight_that_the_graph_casts_to_bfloat16() -> None:
+    case = Case(dtype=ir.DataType.BFLOAT16)
+    plan = make_plan(case).replace(weight_format="none", tensors={})
+    source = WeightSource("wide", True, casts=(ir.DataType.BFLOAT16,))
+    plan = plan.replace(linears=(dataclasses.replace(plan.linears[0], weight=source),))
+    models = []
+    for _ in range(2):
+        model = float_model(case)
+        wide = ir.val("wide", const_value=ir.tensor(np.full((case.k, case.n), 0.3, np.float32)))
+        model.graph.register_initializer(wide)
+        cast = ir.node("Cast", [wide], {"to": ir.DataType.BFLOAT16}, name="narrow")
+        cast.outputs[0].dtype = ir.DataType.BFLOAT16
+        model.graph.insert_before(model.graph[0], cast)
+        model.graph[1].replace_input_with(1, cast.outputs[0])
+        models.append(model)
+    original, model = models
+    QuantizeActivations(plan).call(model)
+    certificate = certify(
+        model,
+        plan,
+        {"x": rows(case)},
+        lambda site: read_weight(original, site.weight),
+        original_bias=lambda site: None,
+    )
+    assert (certificate.layers_checked, certificate.mismatches) == (1, 0)
+
+
+@pytest.mark.parametrize("factor", [1, 1.5])
+def test_outputs_among_the_subnormal_numbers(factor: float) -> None:
+    """float16 has few bits there, which is no mismatch; another weight still is one."""
+    case = Case(dtype=ir.DataType.FLOAT16)
+    model, plan = artifact(case)
+    tensors = {}
+    for layer, stored in plan.tensors.items():
+        rows = stored.row_scales.numpy() * np.float32(1e-8)
+        _initializer(model, layer, 4).const_value = ir.tensor(rows * np.float32(factor))
+        tensors[layer] = dataclasses.replace(stored, row_scales=ir.tensor(rows))
+    layer = check(case, model, plan.replace(tensors=tensors)).layers[0]
+    assert (layer.max_rel_error <= layer.tolerance) == layer.ok == (factor == 1)
 
 
 @pytest.mark.parametrize("position", [7, 8, 9, 10], ids=["v", "u", "v-scale", "u-scale"])

@@ -167,7 +167,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "a pipe": (lambda folder: os.mkfifo(folder / "report.json"), 2, "has no report.json"),
     "no JSON": (_text("{"), 3, "is no report of zqfp-compile"),
     "too deep": (_text("[" * 100_000), 3, "is no report of zqfp-compile"),
-    "no UTF-8": (lambda folder: (folder / "report.json").write_bytes(b"\xff"), 3, "is no report"),
+    "no UTF-8": (lambda folder: (folder / "report.json").write_bytes(b"\xff"), 3, "not UTF-8 text"),
     "a list": (_text("[]"), 3, "is no report of zqfp-compile"),
     "another version": (
         _text('{"schema_version": 7}'),

@@ -402,7 +402,7 @@ def _split_samples(path: Path, spec: InputSpec, array: npt.NDArray[Any]) -> list
     array = array.astype(dtype)
     rank = len(spec.dims)
     if array.ndim == rank + 1:
-        parts = list(array)
+        parts = [np.asarray(part) for part in array]  # a scalar's would be no arrays
     elif array.ndim == rank and rank and not isinstance(spec.dims[0], int):
         parts = [array[i : i + 1] for i in range(array.shape[0])]
     else:

@@ -30,7 +30,8 @@ def open_model(model: ir.Model, providers: Sequence[str] = ("CPUExecutionProvide
     """
     folders = {
         Path(value.const_value.base_dir)
-        for value in model.graph.initializers.values()
+        for graph in model.graphs()
+        for value in graph.initializers.values()
         if isinstance(value.const_value, ir.ExternalTensor)
     }
     if len(folders) > 1:

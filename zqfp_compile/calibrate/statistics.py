@@ -178,6 +178,8 @@ def _measuring_model(model: ir.Model, names: Sequence[str]) -> ir.Model:
 def _measure(graph: ir.Graph, x: ir.Value, pick: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     def add(op: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         node = ir.node(op, inputs, attributes=attributes or None)
+        # Named here: what the graph would call it may be a name of a subgraph, such as torch's val_7.
+        node.outputs[0].name = f"zqfp_measure_{len(graph)}"
         graph.append(node)
         return node.outputs[0]
 

@@ -12,9 +12,9 @@ _BF16, _F32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 def uses_bfloat16(model: ir.Model) -> bool:
     """Return whether any input, initializer or Cast of ``model`` is bfloat16."""
-    values = [*model.graph.inputs, *model.graph.initializers.values()]
-    if any(value.dtype == _BF16 for value in values):
-        return True
+    for graph in _all_graphs(model):
+        if any(value.dtype == _BF16 for value in (*graph.inputs, *graph.initializers.values())):
+            return True
     return any(_casts_to_bfloat16(node) for node in _all_nodes(model))
 
 
@@ -36,16 +36,29 @@ def widen_bfloat16(model: ir.Model) -> None:
         _widen_node(node)
         for output in node.outputs:
             _widen_type(output)
-    for value in model.graph.inputs:
-        _widen_type(value)
-    for value in list(model.graph.initializers.values()):
-        if value.dtype == _BF16:
-            users = list(value.uses())
-            cast = ir.node("Cast", [value], {"to": _F32})
-            for user, index in users:
-                user.replace_input_with(index, cast.outputs[0])
-            cast.outputs[0].name = f"{value.name}.zqfp_float"
-            model.graph.insert_before(model.graph[0], cast)
+    for graph in list(_all_graphs(model)):
+        for value in graph.inputs:
+            if value.name not in graph.initializers:  # a default is stored in its type
+                _widen_type(value)
+        for value in list(graph.initializers.values()):
+            if value.dtype == _BF16:
+                _cast_initializer(graph, value)
+
+
+def _cast_initializer(graph: ir.Graph, value: ir.Value) -> None:
+    users = list(value.uses())
+    cast = ir.node("Cast", [value], {"to": _F32})
+    for user, index in users:
+        user.replace_input_with(index, cast.outputs[0])
+    cast.outputs[0].name = f"{value.name}.zqfp_float"
+    graph.insert_before(graph[0], cast)
+
+
+def _all_graphs(model: ir.Model) -> Iterable[ir.Graph]:
+    """The main graph and every subgraph, those in function bodies included."""
+    yield from model.graphs()
+    for function in model.functions.values():
+        yield from function.graph.subgraphs()
 
 
 def _all_nodes(model: ir.Model) -> Iterable[ir.Node]:

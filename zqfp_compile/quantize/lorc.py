@@ -8,6 +8,7 @@ import torch
 
 from zqfp_compile.formats.minifloat import E4M3FN
 from zqfp_compile.quantize.rounding import round_minifloat
+from zqfp_compile.quantize.rtn import SMALLEST_ROW
 from zqfp_compile.quantize.threads import threads_for
 
 # Up to this many rows the exact decomposition takes milliseconds.
@@ -90,6 +91,8 @@ def low_rank_factors(
     if dtype not in FACTOR_DTYPES:
         raise ValueError(f"unknown factor type {dtype!r}; take one of {', '.join(FACTOR_DTYPES)}")
     error = error.detach().to(torch.float32)
+    if not float(error.abs().max()) >= SMALLEST_ROW:  # that of weights that count as zeros
+        error = torch.zeros_like(error)
     metric = _Metric(moment, error)
     rank = min(rank, *error.shape)
     with threads_for(error):

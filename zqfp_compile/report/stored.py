@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.report.model import SCHEMA_VERSION
+from zqfp_compile.text_file import UnreadableError, read_text
 
 NAME = "report.json"
 _MAX_BYTES = 1 << 26  # 200,000 layers
@@ -56,14 +57,12 @@ class StoredReport:
         if not path.is_file():
             raise UsageError(f"{folder}: has no {NAME}; give a folder that zqfp-compile wrote")
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise ValueError("too large")
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(read_text(path, _MAX_BYTES))
             version = values["schema_version"]
             if not isinstance(version, int):
                 raise TypeError("a version is a number")
-        except OSError as error:
-            raise ModelError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        except UnreadableError as error:
+            raise ModelError(f"{path}: cannot be read ({error}); compile again") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelError(f"{path}: is no report of zqfp-compile; compile again") from error
         if version != SCHEMA_VERSION:
