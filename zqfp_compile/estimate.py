@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from zqfp_compile.backends.ort import LOW_MEMORY_BYTES
+from zqfp_compile.calibrate.statistics import BLOCK_BYTES
 from zqfp_compile.plan import LinearSite, QuantPlan
 from zqfp_compile.recipe import Recipe
 
@@ -68,7 +69,7 @@ def estimate(
     weights = model_bytes(model)
     tokens = recipe.calibration_samples * recipe.calibration_length
     phases = [
-        _session_bytes(weights, sizes, recipe.calibration_length),
+        _calibration_bytes(weights, sizes, recipe.calibration_length),
         processes * _worker_bytes(max(sizes)) if processes > 1 else _QUANTIZE_BYTES * max(sizes),
         processes * _CHECK_BYTES * max(sizes),
     ]
@@ -91,7 +92,7 @@ def estimate(
         + sum(forms) * lowered
         + emitted
         + rows
-        + _activation_bytes(plan, recipe),
+        + _activation_bytes(weights, plan, recipe),
         seconds=_seconds(sum(sizes), plan, recipe, tokens, processes, cores),
     )
 
@@ -100,6 +101,14 @@ def model_bytes(model: ir.Model) -> int:
     """Return the bytes of a model's weights."""
     tensors = (value.const_value for value in model.graph.initializers.values())
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _calibration_bytes(weights: int, sizes: Sequence[int], length: int) -> int:
+    """Calibration: a session of a small model, of one block of a large one."""
+    if weights <= LOW_MEMORY_BYTES:
+        return _session_bytes(weights, sizes, length)
+    block = min(max(BLOCK_BYTES + 2 * max(sizes), 4 * max(sizes)), LOW_MEMORY_BYTES)
+    return _session_bytes(block, sizes, length)
 
 
 def _session_bytes(weights: int, sizes: Sequence[int], length: int) -> int:
@@ -126,12 +135,18 @@ def _original_bytes(model: ir.Model, plan: QuantPlan) -> list[int]:
     return [tensor.nbytes for tensor in tensors if tensor is not None]
 
 
-def _activation_bytes(plan: QuantPlan, recipe: Recipe) -> int:
-    """What a walk keeps of both streams, before and after a step: residual, activation, outputs, float32."""
-    if recipe.algorithm != "gptq":
+def _activation_bytes(weights: int, plan: QuantPlan, recipe: Recipe) -> int:
+    """What is kept of activations on disk, float32.
+
+    A walk keeps them of two streams, before and after a step, with the outputs of the step's linears; the
+    calibration of a large model, between two blocks, an activation and the residual.
+    """
+    tokens = recipe.calibration_samples * recipe.calibration_length
+    if recipe.algorithm == "gptq":
+        return 2 * 2 * 4 * tokens * max(site.k + site.n for site in plan.linears)
+    if weights <= LOW_MEMORY_BYTES:
         return 0
-    widest = max(site.k + site.n for site in plan.linears)
-    return 2 * 2 * 4 * recipe.calibration_samples * recipe.calibration_length * widest
+    return 2 * 4 * tokens * max(site.k for site in plan.linears)
 
 
 def _seconds(

@@ -111,3 +111,7 @@ class WorkFolder:
                 return [file[f"arr_{index}"] for index in range(len(file.files))]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # zip files have checksums
             return None
+
+    def drop(self, name: str) -> None:
+        """Remove the arrays kept under a name, if there are any."""
+        (self.path / f"{name}.npz").unlink(missing_ok=True)
