@@ -104,18 +104,23 @@ def model_bytes(model: ir.Model) -> int:
 
 
 def _calibration_bytes(weights: int, sizes: Sequence[int], length: int) -> int:
-    """Calibration: a session of a small model, of one block of a large one."""
-    if weights <= LOW_MEMORY_BYTES:
+    """A session over one block of the model: its weights in float32, but of a large block one at a time."""
+    block = BLOCK_BYTES + 4 * max(sizes)  # the last step of a block may have two of the widest
+    if weights < block:
         return _session_bytes(weights, sizes, length)
-    block = min(max(BLOCK_BYTES + 2 * max(sizes), 4 * max(sizes)), LOW_MEMORY_BYTES)
-    return _session_bytes(block, sizes, length)
+    held = 2 * block if block < LOW_MEMORY_BYTES else 4 * max(sizes)
+    return held + _run_bytes(sizes, length)
 
 
 def _session_bytes(weights: int, sizes: Sequence[int], length: int) -> int:
     """A session of ONNX Runtime: weights widened to float32, all of a small model, one of a large one."""
     held = 4 * max(sizes) if weights > LOW_MEMORY_BYTES else 3 * weights
-    # Some activations of the widest layer, and attention's scores of a few dozen heads.
-    return held + length * 4 * (16 * int(max(sizes) ** 0.5) + 64 * length)
+    return held + _run_bytes(sizes, length)
+
+
+def _run_bytes(sizes: Sequence[int], length: int) -> int:
+    """Some activations of the widest layer, and attention's scores of a few dozen heads."""
+    return length * 4 * (16 * int(max(sizes) ** 0.5) + 64 * length)
 
 
 def _stored_bytes(plan: QuantPlan, site: LinearSite) -> int:
@@ -139,12 +144,12 @@ def _activation_bytes(weights: int, plan: QuantPlan, recipe: Recipe) -> int:
     """What is kept of activations on disk, float32.
 
     A walk keeps them of two streams, before and after a step, with the outputs of the step's linears; the
-    calibration of a large model, between two blocks, an activation and the residual.
+    calibration, between two blocks, an activation and the residual.
     """
     tokens = recipe.calibration_samples * recipe.calibration_length
     if recipe.algorithm == "gptq":
         return 2 * 2 * 4 * tokens * max(site.k + site.n for site in plan.linears)
-    if weights <= LOW_MEMORY_BYTES:
+    if weights < BLOCK_BYTES:
         return 0
     return 2 * 4 * tokens * max(site.k for site in plan.linears)
 

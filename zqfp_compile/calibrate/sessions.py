@@ -25,7 +25,7 @@ _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 def open_model(
     model: ir.Model, providers: Sequence[str] = ("CPUExecutionProvider",), *, arena: bool = True
 ) -> Any:
-    """Open the in-memory model beside its external data; ``arena`` as for ``create_session``.
+    """Open the in-memory model beside its external data; ``arena`` as for :func:`create_session`.
 
     Raises:
         ModelError: When its weights lie in several folders, or ONNX Runtime cannot open it.
@@ -49,6 +49,7 @@ def open_model(
             content,
             providers=providers,
             arena=arena,
+            spin=False,
             external_data=next(iter(folders)).resolve() if folders else None,
             low_memory=large,
         )

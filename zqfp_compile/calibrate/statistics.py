@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from zqfp_compile.backends.ort import is_large
 from zqfp_compile.calibrate.block_runs import PICK, BlockRuns, Measured, Progress
 from zqfp_compile.calibrate.blocks import cut_into_blocks
 from zqfp_compile.errors import UsageError
@@ -21,7 +20,7 @@ from zqfp_compile.work_folder import WorkFolder
 Float32 = npt.NDArray[np.float32]
 
 _FORMAT_MAX = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
-# A decoder layer of 7B is 400 MB in float16; ONNX Runtime holds a block in float32, and once more packed.
+# A decoder layer of 7B has 400 MB in float16; ONNX Runtime holds a block's weights in float32.
 BLOCK_BYTES = 1 << 28
 
 
@@ -50,7 +49,7 @@ def collect(
     feeds: Sequence[Mapping[str, npt.NDArray[Any]]],
     *,
     sites: Sequence[LinearSite] = (),
-    block_bytes: int = 0,
+    block_bytes: int = BLOCK_BYTES,
     rows_per_activation: int = 64,
     seed: int = 0,
     work: WorkFolder | None = None,
@@ -59,16 +58,16 @@ def collect(
     """Run ``model`` in ONNX Runtime and measure activations.
 
     The measuring happens in a copy of the graph: a maximum and a few rows leave the session, never a whole
-    activation, and everything that no activation needs (lm_head, cache outputs) is cut off first. A large
-    model is cut into blocks (``blocks.py``): each runs all samples before the next one is opened, so that
-    memory holds the weights of one.
+    activation, and everything that no activation needs (lm_head, cache outputs) is cut off first. The rest is
+    cut into blocks (``blocks.py``): each runs all samples before the next one is opened, so that memory holds
+    the weights of one.
 
     Args:
         model: The model; external data stays where it is.
         activations: Names of float values [..., K].
         feeds: Inputs of each run.
-        sites: Planned linears, in graph order, to cut a large model at; without any it runs in one piece.
-        block_bytes: Weights of a block; 0: all of a model that is not large, else :data:`BLOCK_BYTES`.
+        sites: Planned linears, in graph order, to cut the graph at; without any it runs in one piece.
+        block_bytes: Weights of a block's linears, see :func:`cut_into_blocks`.
         rows_per_activation: Rows kept per activation over all runs (each run gives the same number).
         seed: Seed of the choice of rows.
         work: Where finished runs of a block are kept, and found again; its key covers model and feeds.
@@ -85,8 +84,7 @@ def collect(
     names = list(dict.fromkeys(activations))
     if not names:
         return CalibrationResult({}, {}, {}, 0, 0.0)
-    block_bytes = block_bytes or (BLOCK_BYTES if is_large(model) else 0)
-    blocks = cut_into_blocks(model, sites, names, block_bytes) if block_bytes else ()
+    blocks = cut_into_blocks(model, sites, names, block_bytes)
     random = np.random.default_rng(seed)
     per_run = -(-rows_per_activation // len(feeds))
     # Below 1 by enough that float32 rounding never reaches the row after the last.
