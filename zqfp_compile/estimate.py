@@ -105,7 +105,7 @@ def model_bytes(model: ir.Model) -> int:
 
 def _calibration_bytes(weights: int, sizes: Sequence[int], length: int) -> int:
     """A session over one block of the model: its weights in float32, but of a large block one at a time."""
-    block = BLOCK_BYTES + 4 * max(sizes)  # the last step of a block may have two of the widest
+    block = BLOCK_BYTES + 6 * max(sizes)  # a feed-forward, of three of the widest, is not cut
     if weights < block:
         return _session_bytes(weights, sizes, length)
     held = 2 * block if block < LOW_MEMORY_BYTES else 4 * max(sizes)

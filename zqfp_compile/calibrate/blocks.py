@@ -38,7 +38,8 @@ def cut_into_blocks(
         model: Nodes in topological order.
         sites: Planned linears in graph order.
         names: The values to measure.
-        weight_bytes: A block ends when its planned linears have as many bytes of weights.
+        weight_bytes: A block ends when its planned linears have as many bytes of weights; those that read the
+            wider half of all activations go with the ones before them.
 
     Returns:
         The blocks in order; none when the graph cannot be cut, or some name is not in it.
@@ -55,10 +56,11 @@ def cut_into_blocks(
 
 
 def _borders(graph: ir.Graph, steps: Sequence[Step], weight_bytes: int) -> list[int]:
-    """Return the index of the segment that each block ends with."""
+    """Return the index of the segment that each block ends with, where no wide activation is handed on."""
+    widest = sorted(step.sites[0].k for step in steps)[len(steps) // 2]
     borders, size = [], 0
     for index, step in enumerate(steps[:-1]):
-        if size >= weight_bytes:
+        if size >= weight_bytes and step.sites[0].k <= widest:
             borders.append(index)
             size = 0
         tensors = [graph.initializers[site.weight.initializer].const_value for site in step.sites]
