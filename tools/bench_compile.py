@@ -8,8 +8,8 @@ second, processor time and peak memory, and puts a row into ``docs/results/compi
 
     python tools/bench_compile.py --size 1.5B --kill-times 5
 
-then compiles once more, kills that at five random moments of its processor time, goes on each time, says what this cost and fails
-unless the files are the same.
+then compiles once more, kills that at five random moments (of its processor time, which other programs do not
+move much), goes on each time, says what this cost, and fails unless the files are the same.
 """
 
 from __future__ import annotations
@@ -108,13 +108,12 @@ def compile_once(model: Path, output: Path, options: list[str], kill_after: floa
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     while kill_after is not None and process.poll() is None:
         if family_seconds(process.pid) >= kill_after:
-            for each in family(process.pid):
-                os.kill(each, signal.SIGKILL)
+            process.kill()  # its workers die with it
             break
         time.sleep(0.05)
     code = process.wait()
     with suppress(ChildProcessError):
-        while True:  # its workers, which die with it and are ours now
+        while True:  # workers, which are ours now
             os.waitpid(-1, 0)
     if code not in (0, -signal.SIGKILL):
         raise SystemExit(f"bench_compile: {' '.join(command)} ended with {code}")
@@ -122,7 +121,7 @@ def compile_once(model: Path, output: Path, options: list[str], kill_after: floa
 
 
 def family(process: int) -> list[int]:
-    """Return a process and its descendants, workers first."""
+    """Return a process and its descendants."""
     children: list[int] = []
     with suppress(OSError):
         for task in Path(f"/proc/{process}/task").iterdir():
