@@ -176,11 +176,11 @@ def show(row: dict[str, Any], weights: int, data_bytes: int, load: float) -> Non
         )
 
 
-def add_row(path: Path, row: dict[str, Any]) -> None:
-    """Put a row into the file; the row of the same configuration is replaced."""
+def add_row(path: Path, row: dict[str, Any], key: tuple[str, ...] = KEY) -> None:
+    """Put a row into the file, smaller models first; the row that has the same ``key`` is replaced."""
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    rows = [old for old in rows if any(old[name] != row[name] for name in KEY)]
-    rows = sorted([*rows, row], key=lambda one: (one["parameters"], one["algorithm"], one["jobs"]))
+    rows = [old for old in rows if any(old[name] != row[name] for name in key)]
+    rows = sorted([*rows, row], key=lambda one: (one["parameters"], *(str(one[name]) for name in key)))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)

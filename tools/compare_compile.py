@@ -17,7 +17,6 @@ of its main process, which is the largest), and puts them into ``docs/results/co
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -32,27 +31,31 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "models")]
 
-from bench_compile import SIZES  # noqa: E402
+from bench_compile import SIZES, add_row, parameters  # noqa: E402
 from make_large import HEAD_SIZE, make_large  # noqa: E402
 from modelopt_lm import VERSION  # noqa: E402
 from results import hardware, today  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results" / "compare_compile.json"
+KEY = ("model", "contender", "hardware")
 SAMPLES, LENGTH = 8, 512
 ONNX_METHODS = {"onnx-rtn": "rtn_dq", "onnx-awq": "awq_lite"}
 CONTENDERS = ("ours", "awq", *ONNX_METHODS)
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """Run a command; return its wall time, processor time, peak resident bytes and exit code."""
+    """Run a command; return its wall time, processor time and peak resident bytes."""
     begin = time.monotonic()
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
     _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(
+            f"compare_compile: {' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}"
+        )
     return {
         "seconds": round(time.monotonic() - begin, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_rss_bytes": 1024 * usage.ru_maxrss,
-        "code": os.waitstatus_to_exitcode(status),
     }
 
 
@@ -97,29 +100,39 @@ def onnx_int4(model: Path, method: str, output: Path) -> None:
     onnx.save(quantized, str(output / "model.onnx"), save_as_external_data=True)
 
 
-def compare(given: argparse.Namespace, model: Path, place: Path) -> list[dict[str, Any]]:
-    """Run the contenders one after the other."""
-    rows = []
+def command_of(contender: str, given: argparse.Namespace, model: Path, output: Path) -> list[str]:
+    """Return what runs a contender."""
+    if contender == "ours":
+        options = ["--target", "none", "--no-evaluate", "--fresh"]
+        return [sys.executable, "-m", "zqfp_compile", str(model), "--output", str(output / "out"), *options]
+    own = [str(given.modelopt_python), __file__, "--size", given.size, "--only", contender]
+    return [*own, "--here", str(model), str(output)]
+
+
+def compare(given: argparse.Namespace, model: Path, place: Path) -> None:
+    """Run the contenders one after the other; show and keep the figures of each that succeeds."""
     for contender in given.only or CONTENDERS:
         output = place / contender
         output.mkdir()
-        if contender == "ours":
-            options = ["--target", "none", "--no-evaluate", "--fresh"]
-            command = [sys.executable, "-m", "zqfp_compile", str(model), "--output", str(output / "out")]
-            command += options
-        else:
-            own = [str(given.modelopt_python), __file__, "--size", given.size, "--only", contender]
-            command = [*own, "--here", str(model), str(output)]
         load = os.getloadavg()[0]
-        row = {"contender": contender, **measured(command), "load_before": round(load, 1)}
+        row = {
+            "model": f"LLaMA-shaped {given.size}, random weights",
+            "parameters": parameters(SIZES[given.size]),
+            "contender": contender,
+            **measured(command_of(contender, given, model, output)),
+            "load_before": round(load, 1),
+            "modelopt": VERSION,
+            "hardware": hardware("cpu"),
+            "date": today(),
+            "command": f"python tools/compare_compile.py --size {given.size} --only {contender}",
+        }
         shutil.rmtree(output)
         print(
             f"{contender:10} {row['seconds']:8.1f} s, processor time {row['cpu_seconds']:8.1f} s, "
-            f"peak {row['peak_rss_bytes'] / 1e9:.2f} GB, exit code {row['code']}, load before {load:.1f}",
+            f"peak {row['peak_rss_bytes'] / 1e9:.2f} GB, load of the machine before: {load:.1f}",
             flush=True,
         )
-        rows.append(row)
-    return rows
+        add_row(given.results, row, KEY)
 
 
 def main() -> None:
@@ -145,19 +158,7 @@ def main() -> None:
         model = (given.models or Path(place)) / given.size.replace("/", "-") / "model.onnx"
         if not model.exists():
             make_large(model.parent, SIZES[given.size])
-        rows = compare(given, model, Path(place))
-    about = {
-        "model": f"LLaMA-shaped {given.size}, random weights",
-        "modelopt": VERSION,
-        "hardware": hardware("cpu"),
-        "date": today(),
-        "command": f"python tools/compare_compile.py --size {given.size}",
-    }
-    old = json.loads(given.results.read_text(encoding="utf-8")) if given.results.exists() else []
-    names = {row["contender"] for row in rows}
-    kept = [row for row in old if row["model"] != about["model"] or row["contender"] not in names]
-    content = json.dumps([*kept, *({**about, **row} for row in rows)], indent=1)
-    given.results.write_text(content + "\n", encoding="utf-8")
+        compare(given, model, Path(place))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class WorkFolder:
         np.savez(content, *arrays)
         path = self.path / f"{name}.npz"
         with full_disk_errors(path):
-            path.with_suffix(".new").write_bytes(content.getvalue())
+            path.with_suffix(".new").write_bytes(content.getbuffer())  # no copy
             path.with_suffix(".new").replace(path)
 
     def find(self, name: str) -> list[npt.NDArray[Any]] | None:
