@@ -5,27 +5,40 @@
 The model is made on the spot by ``models/make_large.py`` (kept with ``--models``), compiled with
 ``--target none --no-evaluate`` in a process of its own, and removed. Prints time per step, weights read per
 second, processor time and peak memory, and puts a row into ``docs/results/compile.json``.
+
+    python tools/bench_compile.py --size 1.5B --kill-times 5
+
+then compiles once more, kills that at five random moments (of its processor time, which other programs do not
+move much), goes on each time, says what this cost, and fails unless the files are the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import hashlib
 import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "models"), str(ROOT / "tools")]
+sys.path += [str(ROOT), str(ROOT / "models"), str(ROOT / "tools")]
 
 from make_large import Shape, make_large  # noqa: E402
 from results import hardware, today  # noqa: E402
+
+from zqfp_compile.parallel.choice import Workers  # noqa: E402
 
 SIZES = {
     "0.135B": Shape(layers=30, hidden=576, intermediate=1536, vocab=49152),
@@ -34,6 +47,7 @@ SIZES = {
     "1.5B": Shape(layers=28, hidden=2048, intermediate=5632, vocab=32000),
     "7B": Shape(layers=32, hidden=4096, intermediate=11008, vocab=32000),
 }
+PR_SET_CHILD_SUBREAPER = 36
 RESULTS = ROOT / "docs" / "results" / "compile.json"
 READ_ALL_WEIGHTS = ("calibrate", "quantize", "certificate", "total")
 # A row with the same values here replaces the older one.
@@ -42,27 +56,102 @@ KEY = ("model", "algorithm", "lorc_rank", "jobs", "device", "hardware")
 
 def parameters(shape: Shape) -> int:
     """Return the weights of the linears that are quantised: all but lm_head's."""
-    return shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
+    return sum(linear_sizes(shape))
+
+
+def linear_sizes(shape: Shape) -> list[int]:
+    """Return the weights of each of them."""
+    one = [shape.hidden**2] * 4 + [shape.hidden * shape.intermediate] * 3
+    return shape.layers * one
 
 
 def compile_measured(model: Path, output: Path, options: list[str]) -> dict[str, Any]:
     """Compile in a process of its own; return what its report and the kernel say."""
-    command = [sys.executable, "-m", "zqfp_compile", str(model), "--output", str(output), *options]
-    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    wall = time.monotonic() - begin
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before, begin = processor_seconds(), time.monotonic()
+    compile_once(model, output, [*options, "--fresh"])
+    wall, spent = time.monotonic() - begin, processor_seconds() - before
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     return {
         "seconds": {
             **{step: round(seconds, 1) for step, seconds in report["seconds"].items() if seconds >= 0.05},
             "total": round(wall, 1),
         },
-        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "cpu_seconds": round(spent, 1),
         "peak_rss_bytes": report["resources"]["resident_bytes"],
         "peak_anonymous_bytes": report["resources"]["anonymous_bytes"],
         "estimated": report["resources"]["estimated"],
     }
+
+
+def compile_killed(
+    model: Path, output: Path, options: list[str], lasts: float, times: int, seed: int
+) -> dict[str, Any]:
+    """Compile, killed at random moments of the ``lasts`` seconds of processor time; return what it took."""
+    moments = sorted(np.random.default_rng(seed).uniform(0, lasts, times))
+    before, begin = processor_seconds(), time.monotonic()
+    for seconds in np.diff([0.0, *moments]):
+        if compile_once(model, output, options, kill_after=float(seconds)):
+            raise SystemExit("bench_compile: it came to its end before it was killed")
+    compile_once(model, output, options)
+    wall, spent = time.monotonic() - begin, processor_seconds() - before
+    return {"times": times, "seed": seed, "seconds": round(wall, 1), "cpu_seconds": round(spent, 1)}
+
+
+def compile_once(model: Path, output: Path, options: list[str], kill_after: float | None = None) -> bool:
+    """Run the command to its end, or kill it and its workers after so many seconds of their processor time.
+
+    Returns:
+        Whether it came to its end.
+    """
+    command = [sys.executable, "-m", "zqfp_compile", str(model), "--output", str(output), *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    while kill_after is not None and process.poll() is None:
+        if family_seconds(process.pid) >= kill_after:
+            process.kill()  # its workers die with it
+            break
+        time.sleep(0.05)
+    code = process.wait()
+    with suppress(ChildProcessError):
+        while True:  # workers, which are ours now
+            os.waitpid(-1, 0)
+    if code not in (0, -signal.SIGKILL):
+        raise SystemExit(f"bench_compile: {' '.join(command)} ended with {code}")
+    return code == 0
+
+
+def family(process: int) -> list[int]:
+    """Return a process and its descendants."""
+    children: list[int] = []
+    with suppress(OSError):
+        for task in Path(f"/proc/{process}/task").iterdir():
+            children += map(int, (task / "children").read_text(encoding="ascii").split())
+    return [*(each for child in children for each in family(child)), process]
+
+
+def family_seconds(process: int) -> float:
+    """User and system time of a process and its descendants so far."""
+    ticks = 0
+    for each in family(process):
+        with suppress(OSError):
+            fields = Path(f"/proc/{each}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def processor_seconds() -> float:
+    """User and system time of all processes that were waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def digests(output: Path) -> dict[str, str]:
+    """SHA-256 of the artifact's files."""
+    found = {}
+    for path in sorted(output.glob("model.zqfp.onnx*")):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def show(row: dict[str, Any], weights: int, data_bytes: int, load: float) -> None:
@@ -77,13 +166,21 @@ def show(row: dict[str, Any], weights: int, data_bytes: int, load: float) -> Non
         f"  peak memory {row['peak_anonymous_bytes'] / 1e9:.2f} GB anonymous, "
         f"{row['peak_rss_bytes'] / 1e9:.2f} GB with mapped files; load of the machine before: {load:.1f}"
     )
+    if "killed" in row:
+        killed = row["killed"]
+        more = killed["seconds"] / row["seconds"]["total"] - 1
+        more_work = killed["cpu_seconds"] / row["cpu_seconds"] - 1
+        print(
+            f"  killed {killed['times']} times: {killed['seconds']:.1f} s ({more:+.1%}), "
+            f"processor time {killed['cpu_seconds']:.1f} s ({more_work:+.1%}), same bytes"
+        )
 
 
-def add_row(path: Path, row: dict[str, Any]) -> None:
-    """Put a row into the file; the row of the same configuration is replaced."""
+def add_row(path: Path, row: dict[str, Any], key: tuple[str, ...] = KEY) -> None:
+    """Put a row into the file, smaller models first; the row that has the same ``key`` is replaced."""
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    rows = [old for old in rows if any(old[name] != row[name] for name in KEY)]
-    rows = sorted([*rows, row], key=lambda one: (one["parameters"], one["algorithm"], one["jobs"]))
+    rows = [old for old in rows if any(old[name] != row[name] for name in key)]
+    rows = sorted([*rows, row], key=lambda one: (one["parameters"], *(str(one[name]) for name in key)))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
@@ -95,38 +192,52 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=tuple(SIZES), required=True)
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="default: cores")
+    parser.add_argument("--jobs", type=int, help="default: the command's")
     parser.add_argument("--algorithm", choices=("rtn", "gptq"), default="rtn")
     parser.add_argument("--lorc-rank", type=int, default=32)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", type=Path, help="existing folder that keeps the model; default: removed")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default %(default)s")
+    parser.add_argument("--kill-times", type=int, default=0, help="default: not killed")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments; default %(default)s")
     given = parser.parse_args()
+    if given.kill_times:
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # the time of killed workers counts
     shape = SIZES[given.size]
+    jobs = Workers(given.jobs).processes(linear_sizes(shape))
     with tempfile.TemporaryDirectory(prefix="bench-", dir=given.models) as place:
         model = (given.models or Path(place)) / given.size.replace("/", "-") / "model.onnx"
         if not model.exists():
             make_large(model.parent, shape)
         options = ["--target", "none", "--no-evaluate", "--algorithm", given.algorithm]
         options += ["--lorc-rank", str(given.lorc_rank), "--device", given.device]
-        options += ["--jobs", str(given.jobs), "--fresh"]
+        options += ["--jobs", str(jobs)]
         load = os.getloadavg()[0]
-        measured = compile_measured(model, Path(place) / "out.zqfp", options)
+        output = Path(place) / "out.zqfp"
+        measured = compile_measured(model, output, options)
+        if given.kill_times:
+            expected = digests(output)
+            shutil.rmtree(output)
+            lasts = measured["cpu_seconds"]
+            measured["killed"] = compile_killed(model, output, options, lasts, given.kill_times, given.seed)
+            if digests(output) != expected:
+                raise SystemExit("bench_compile: what was killed and went on gave other bytes")
         data_bytes = model.with_name("model.onnx.data").stat().st_size
-        shutil.rmtree(Path(place) / "out.zqfp")
+        shutil.rmtree(output)
     row = {
         "model": f"LLaMA-shaped {given.size}, random weights",
         "parameters": parameters(shape),
         "algorithm": given.algorithm,
         "lorc_rank": given.lorc_rank,
-        "jobs": given.jobs,
+        "jobs": jobs,
         "device": given.device,
         **measured,
         "load_before": round(load, 1),
         "hardware": hardware(given.device),
         "date": today(),
-        "command": f"python tools/bench_compile.py --size {given.size} --jobs {given.jobs} "
-        f"--algorithm {given.algorithm} --lorc-rank {given.lorc_rank} --device {given.device}",
+        "command": f"python tools/bench_compile.py --size {given.size} --jobs {jobs} "
+        f"--algorithm {given.algorithm} --lorc-rank {given.lorc_rank} --device {given.device}"
+        + (f" --kill-times {given.kill_times} --seed {given.seed}" if given.kill_times else ""),
     }
     show(row, row["parameters"], data_bytes, load)
     add_row(given.results, row)

@@ -141,16 +141,18 @@ def certify(
                 f"certificate: layer {site.name!r} has no sample rows; calibrate on more text"
             )
         with reading:
-            alone, linear = _extract(artifact, values, site)
+            model, linear = _extract(artifact, values, site)
             bias = original_bias(site)
         if bias is not None:  # the artifact holds beta * C in the layer's type
             bias = bias.astype(site.dtype.numpy()).astype(np.float32)
+        alone = _serialize(model, site, quantized=linear is not None)
+        del model, linear
         key = "" if work is None else _digest(alone, site, x)
         found = None if work is None else work.find(f"check-{key}")
         if found is not None:
             equal, *figures = (array.item() for array in found)
             return LayerCheck(site.name, site.k, site.n, equal, *figures)
-        layer = _check_layer(alone, linear, plan, site, x, original_weight, bias, reading)
+        layer = _check_layer(alone, plan, site, x, original_weight, bias, reading)
         if work is not None and layer.ok:
             figures = [layer.weight_bit_equal, layer.max_rel_error, layer.tolerance, layer.sqnr_db]
             work.keep(f"check-{key}", [np.array(figure) for figure in figures])
@@ -170,17 +172,39 @@ def certify(
     return Certificate(tuple(checks))
 
 
-def _digest(alone: ir.Model, site: LinearSite, rows: Float32) -> str:
+@dataclass(frozen=True, eq=False)
+class _Alone:
+    """A layer cut out of the artifact.
+
+    Attributes:
+        content: It as an ONNX file, weights included, in float32 when it was bfloat16.
+        rank: Number of dimensions of its input.
+        quantized: Whether its weight is.
+    """
+
+    content: bytes
+    rank: int
+    quantized: bool
+
+
+def _serialize(model: ir.Model, site: LinearSite, quantized: bool) -> _Alone:
+    if site.dtype == ir.DataType.BFLOAT16:
+        widen_bfloat16(model)
+    shape = model.graph.inputs[0].shape
+    content = ir.to_proto(model).SerializeToString(deterministic=True)
+    return _Alone(content, 2 if shape is None else len(shape), quantized)
+
+
+def _digest(alone: _Alone, site: LinearSite, rows: Float32) -> str:
     """A digest of a layer as the artifact has it, weights included, and of the rows it is compared on."""
-    digest = hashlib.sha256(ir.to_proto(alone).SerializeToString(deterministic=True))
+    digest = hashlib.sha256(alone.content)
     digest.update(repr(site).encode())
     digest.update(rows.tobytes())
     return digest.hexdigest()
 
 
 def _check_layer(
-    alone: ir.Model,
-    linear: ir.Node | None,
+    alone: _Alone,
     plan: QuantPlan,
     site: LinearSite,
     rows: Float32,
@@ -190,12 +214,12 @@ def _check_layer(
 ) -> LayerCheck:
     x = rows.astype(site.dtype.numpy())
     output, decoded = _run(alone, site, x)
-    if linear is None and site.dtype == ir.DataType.BFLOAT16:
+    if not alone.quantized and site.dtype == ir.DataType.BFLOAT16:
         site = _without_bfloat16_casts(site)
     original = original_weight(site)  # only now: running takes several times the weight's memory
-    expected = original if linear is None else _reference_weight(plan, site, reading)
+    expected = _reference_weight(plan, site, reading) if alone.quantized else original
     # Without a W4A8Linear (activations quantised only) the weight is the original initializer itself.
-    equal = (decoded is None) if linear is None else decoded is not None and np.array_equal(decoded, expected)
+    equal = decoded is not None and np.array_equal(decoded, expected) if alone.quantized else decoded is None
     del decoded
     with reading:
         factors = _factors(plan, site)
@@ -372,14 +396,14 @@ def _between(
     return list(nodes), list(constants)
 
 
-def _run(model: ir.Model, site: LinearSite, x: npt.NDArray[Any]) -> tuple[Float32, Float32 | None]:
+def _run(alone: _Alone, site: LinearSite, x: npt.NDArray[Any]) -> tuple[Float32, Float32 | None]:
+    batched = x.reshape((1,) * (alone.rank - 2) + x.shape)
     if site.dtype == ir.DataType.BFLOAT16:
-        widen_bfloat16(model)
-        x = x.astype(np.float32)
+        batched = batched.astype(np.float32)
     try:
         # One thread: a pool would keep spinning on the cores that the reference needs next.
-        session = create_session(ir.to_proto(model).SerializeToString(), threads=1, low_memory=True)
-        outputs = session.run(None, {site.activation: _batched(x, model)})
+        session = create_session(alone.content, threads=1, low_memory=True)
+        outputs = session.run(None, {site.activation: batched})
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
@@ -388,13 +412,6 @@ def _run(model: ir.Model, site: LinearSite, x: npt.NDArray[Any]) -> tuple[Float3
         raise AccuracyError(f"certificate: layer {site.name!r} does not run ({reason})") from error
     y = outputs[0].reshape(-1, site.n).astype(np.float32)
     return y, outputs[1] if len(outputs) > 1 else None
-
-
-def _batched(x: npt.NDArray[Any], model: ir.Model) -> npt.NDArray[Any]:
-    """Give the rows [m, K] the rank of the layer's activation."""
-    shape = model.graph.inputs[0].shape
-    rank = 2 if shape is None else len(shape)
-    return x.reshape((1,) * (rank - 2) + x.shape)
 
 
 def _reference_weight(plan: QuantPlan, site: LinearSite, reading: threading.Lock) -> Float32:

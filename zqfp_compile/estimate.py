@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from zqfp_compile.backends.ort import LOW_MEMORY_BYTES
+from zqfp_compile.calibrate.statistics import BLOCK_BYTES
 from zqfp_compile.plan import LinearSite, QuantPlan
 from zqfp_compile.recipe import Recipe
 
@@ -68,7 +69,7 @@ def estimate(
     weights = model_bytes(model)
     tokens = recipe.calibration_samples * recipe.calibration_length
     phases = [
-        _session_bytes(weights, sizes, recipe.calibration_length),
+        _calibration_bytes(weights, sizes, recipe.calibration_length),
         processes * _worker_bytes(max(sizes)) if processes > 1 else _QUANTIZE_BYTES * max(sizes),
         processes * _CHECK_BYTES * max(sizes),
     ]
@@ -92,7 +93,7 @@ def estimate(
         + sum(forms) * lowered
         + emitted
         + rows
-        + _activation_bytes(plan, recipe),
+        + _activation_bytes(weights, plan, recipe),
         seconds=_seconds(sum(sizes), plan, recipe, tokens, processes, cores),
     )
 
@@ -103,11 +104,24 @@ def model_bytes(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
+def _calibration_bytes(weights: int, sizes: Sequence[int], length: int) -> int:
+    """A session over one block of the model: its weights in float32, but of a large block one at a time."""
+    block = BLOCK_BYTES + 6 * max(sizes)  # a feed-forward, of three of the widest, is not cut
+    if weights < block:
+        return _session_bytes(weights, sizes, length)
+    held = 2 * block if block < LOW_MEMORY_BYTES else 4 * max(sizes)
+    return held + _run_bytes(sizes, length)
+
+
 def _session_bytes(weights: int, sizes: Sequence[int], length: int) -> int:
     """A session of ONNX Runtime: weights widened to float32, all of a small model, one of a large one."""
     held = 4 * max(sizes) if weights > LOW_MEMORY_BYTES else 3 * weights
-    # Some activations of the widest layer, and attention's scores of a few dozen heads.
-    return held + length * 4 * (16 * int(max(sizes) ** 0.5) + 64 * length)
+    return held + _run_bytes(sizes, length)
+
+
+def _run_bytes(sizes: Sequence[int], length: int) -> int:
+    """Some activations of the widest layer, and attention's scores of a few dozen heads."""
+    return length * 4 * (16 * int(max(sizes) ** 0.5) + 64 * length)
 
 
 def _stored_bytes(plan: QuantPlan, site: LinearSite) -> int:
@@ -127,12 +141,18 @@ def _original_bytes(model: ir.Model, plan: QuantPlan) -> list[int]:
     return [tensor.nbytes for tensor in tensors if tensor is not None]
 
 
-def _activation_bytes(plan: QuantPlan, recipe: Recipe) -> int:
-    """What a walk keeps of both streams, before and after a step: residual, activation, outputs, float32."""
-    if recipe.algorithm != "gptq":
+def _activation_bytes(weights: int, plan: QuantPlan, recipe: Recipe) -> int:
+    """What is kept of activations on disk, float32.
+
+    A walk keeps them of two streams, before and after a step, with the outputs of the step's linears; the
+    calibration, between two blocks, an activation and the residual.
+    """
+    tokens = recipe.calibration_samples * recipe.calibration_length
+    if recipe.algorithm == "gptq":
+        return 2 * 2 * 4 * tokens * max(site.k + site.n for site in plan.linears)
+    if weights < BLOCK_BYTES:
         return 0
-    widest = max(site.k + site.n for site in plan.linears)
-    return 2 * 2 * 4 * recipe.calibration_samples * recipe.calibration_length * widest
+    return 2 * 4 * tokens * max(site.k for site in plan.linears)
 
 
 def _seconds(

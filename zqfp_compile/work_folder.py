@@ -107,7 +107,7 @@ class WorkFolder:
         np.savez(content, *arrays)
         path = self.path / f"{name}.npz"
         with full_disk_errors(path):
-            path.with_suffix(".new").write_bytes(content.getvalue())
+            path.with_suffix(".new").write_bytes(content.getbuffer())  # no copy
             path.with_suffix(".new").replace(path)
 
     def find(self, name: str) -> list[npt.NDArray[Any]] | None:
@@ -117,6 +117,10 @@ class WorkFolder:
                 return [file[f"arr_{index}"] for index in range(len(file.files))]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # zip files have checksums
             return None
+
+    def drop(self, name: str) -> None:
+        """Remove the arrays kept under a name, if there are any."""
+        (self.path / f"{name}.npz").unlink(missing_ok=True)
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -29,6 +29,8 @@ def test_committed_rows(bench) -> None:  # type: ignore[no-untyped-def]
         assert row["seconds"]["total"] > 0 and row["peak_rss_bytes"] > row["peak_anonymous_bytes"] > 0
         size = row["command"].split("--size ")[1].split()[0]
         assert row["parameters"] == bench.parameters(bench.SIZES[size])
+        if "killed" in row:
+            assert row["killed"]["times"] >= 5 and row["killed"]["cpu_seconds"] > row["cpu_seconds"]
 
 
 def test_a_row_replaces_that_of_the_same_configuration(bench, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -42,3 +44,14 @@ def test_a_row_replaces_that_of_the_same_configuration(bench, tmp_path: Path) ->
 def test_seven_billion(bench) -> None:  # type: ignore[no-untyped-def]
     assert bench.parameters(bench.SIZES["7B"]) == 6_476_005_376
     assert bench.parameters(bench.SIZES["7B/8"]) * 8 == bench.parameters(bench.SIZES["7B"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_killed_after_so_much_work(bench, tiny_model, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, output = tiny_model("llama"), tmp_path / "out"
+    before = bench.processor_seconds()
+    assert not bench.compile_once(model, output, ["--target", "none"], kill_after=0.5)
+    assert bench.processor_seconds() - before > 0.4 and not output.exists()
+    assert bench.compile_once(model, output, ["--help"])
+    with pytest.raises(SystemExit, match="ended with 2"):
+        bench.compile_once(model, output, ["--target", "nothing"])

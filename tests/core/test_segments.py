@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 import pytest
+from square_linears import square_linears
 
 from zqfp_compile.calibrate.segments import Partition, partition, segment_model
 from zqfp_compile.errors import ModelError
 from zqfp_compile.plan import LinearSite, QuantPlan
-from zqfp_compile.registry import create_pass
 
 
 def cut(body: str) -> tuple[ir.Model, Partition]:
     """Partition a graph of x [b, 4] with square weights W<a..e>, planned as select-linears does."""
-    declared = ", ".join(f"float[4, 4] W{letter}" for letter in "abcde")
-    signature = f"g (float[b, 4] x, {declared}) => (float[b, 4] y)"
-    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> {signature} {{ {body} }}')
-    for value in [value for value in model.graph.inputs if value.name != "x"]:
-        value.const_value = ir.tensor(np.eye(4, dtype=np.float32), name=value.name)
-        model.graph.inputs.remove(value)
-        model.graph.initializers[str(value.name)] = value
-    plan = create_pass("select-linears", quantize_lm_head=True).call(model).plan
-    assert plan is not None
+    model, plan = square_linears(body)
     return model, checked(model, plan)
 
 

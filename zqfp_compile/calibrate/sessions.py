@@ -22,8 +22,10 @@ _BF16 = ir.DataType.BFLOAT16.numpy()
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
-def open_model(model: ir.Model, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Any:
-    """Open the in-memory model beside its external data.
+def open_model(
+    model: ir.Model, providers: Sequence[str] = ("CPUExecutionProvider",), *, arena: bool = True
+) -> Any:
+    """Open the in-memory model beside its external data; ``arena`` as for :func:`create_session`.
 
     Raises:
         ModelError: When its weights lie in several folders, or ONNX Runtime cannot open it.
@@ -47,6 +49,8 @@ def open_model(model: ir.Model, providers: Sequence[str] = ("CPUExecutionProvide
         return create_session(
             content,
             providers=providers,
+            arena=arena,
+            spin=False,
             external_data=next(iter(folders)).resolve() if folders else None,
             low_memory=large,
         )

@@ -23,10 +23,11 @@ import torch
 
 from zqfp_compile.backends.ort import is_large
 from zqfp_compile.calibrate.activation_cache import ActivationCache
+from zqfp_compile.calibrate.block_runs import finite_range
 from zqfp_compile.calibrate.linears import ActivationQuantizer, FloatLinear, QuantizedLinear, Replacement
 from zqfp_compile.calibrate.segments import Partition, Step, partition, segment_model
 from zqfp_compile.calibrate.sessions import open_model, run_bound, run_session, widened
-from zqfp_compile.calibrate.statistics import CalibrationResult, activation_scale, finite_range
+from zqfp_compile.calibrate.statistics import CalibrationResult, activation_scale
 from zqfp_compile.calibrate.torch_segment import TorchSegment, runs_in_torch
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.device import CUDA_PROVIDER, providers_for

@@ -50,6 +50,7 @@ def _statistics(run: Compilation) -> Statistics:
             run.model,
             activations,
             run.samples.feeds,
+            sites=run.plan.rewritten,
             seed=run.recipe.seed,
             work=run.work,
             progress=run.reporter.update,

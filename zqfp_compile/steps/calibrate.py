@@ -39,6 +39,7 @@ def calibrate(run: Compilation) -> None:
                 run.model,
                 [*activations, *attention],
                 run.samples.feeds,
+                sites=run.plan.rewritten,
                 seed=recipe.seed,
                 work=run.work,
                 progress=run.reporter.update,

@@ -1,0 +1,38 @@
+"""tools/compare_compile.py: what is measured of a process, and the committed figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import compare_compile
+
+    yield compare_compile
+    sys.modules.pop("compare_compile")
+
+
+def test_a_process_is_measured(tool) -> None:  # type: ignore[no-untyped-def]
+    # Larger than this process, whose own peak a child starts with.
+    work = "import time; block = b'x' * (1 << 30); time.sleep(0.2)"
+    found = tool.measured([sys.executable, "-c", work])
+    assert found["seconds"] >= 0.2 and found["cpu_seconds"] > 0
+    assert 1 << 30 < found["peak_rss_bytes"] < 3 << 29
+    with pytest.raises(SystemExit, match="ended with 3"):
+        tool.measured([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_committed_rows(tool) -> None:  # type: ignore[no-untyped-def]
+    rows = json.loads(tool.RESULTS.read_text(encoding="utf-8"))
+    assert len({tuple(row[name] for name in tool.KEY) for row in rows}) == len(rows)
+    for model in {row["model"] for row in rows}:
+        contenders = [row["contender"] for row in rows if row["model"] == model]
+        assert "ours" in contenders and set(contenders) <= set(tool.CONTENDERS)
