@@ -1,6 +1,7 @@
 """Time and memory of our compile against NVIDIA Model Optimizer's, on one LLaMA-shaped model and machine.
 
-    python -m venv /tmp/modelopt && /tmp/modelopt/bin/pip install -r tools/requirements-compare.txt
+    python -m venv /tmp/modelopt
+    /tmp/modelopt/bin/pip install -e .[cpu] transformers -r tools/requirements-compare.txt
     python tools/compare_compile.py --size 0.135B --modelopt-python /tmp/modelopt/bin/python
 
 Weights are random: the cost does not depend on them. Each contender runs alone, in a process of its own:

@@ -7,9 +7,12 @@ model)`` compares the graph with ``tests/goldens/<name>.txt`` (``ZQFP_UPDATE_GOL
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -142,3 +145,14 @@ def _tensor(tensor: ir.TensorProtocol | None) -> str:
         return "..."
     numbers = np.asarray(tensor.numpy()).astype(np.float64).ravel()
     return "{" + ", ".join(f"{number:.7g}" for number in numbers) + "}"
+
+
+@pytest.fixture
+def tool(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, repo_root: Path
+) -> Iterator[ModuleType]:
+    """The module of tools/ that the test file is named after."""
+    name = request.path.stem.removeprefix("test_")
+    monkeypatch.syspath_prepend(repo_root / "tools")
+    yield importlib.import_module(name)
+    sys.modules.pop(name)

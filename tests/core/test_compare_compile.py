@@ -4,20 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    import compare_compile
-
-    yield compare_compile
-    sys.modules.pop("compare_compile")
 
 
 def test_a_process_is_measured(tool) -> None:  # type: ignore[no-untyped-def]
