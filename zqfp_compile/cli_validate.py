@@ -119,8 +119,7 @@ def _print(result: Comparison, every_output: bool) -> None:
         table.add_column("beyond", justify="right", no_wrap=True)
     rows = list(result.outputs) if every_output else _grouped(result.outputs)
     for row in rows:
-        name = escape(printable(row.name))
-        cells = [name, f"{row.max_abs_error:.3g}", _sqnr(row), _optional(row.cosine, ".6f")]
+        cells = [
             escape(printable(row.name)),
             f"{row.max_abs_error:.3g}",
             _sqnr(row),
