@@ -17,7 +17,7 @@ import typer
 from zqfp_compile import __version__
 from zqfp_compile import recipe as recipes
 from zqfp_compile.errors import MissingDependencyError, UsageError, ZqfpError, notes
-from zqfp_compile.progress import ConsoleReporter, PatientConsole, silence
+from zqfp_compile.progress import ConsoleReporter, PatientConsole, printable, silence
 from zqfp_compile.recipe import Recipe
 
 EPILOG = (
@@ -422,7 +422,7 @@ def _compare(runs: tuple[Path, Path], json_path: Path | None, options: dict[str,
 
 def _print_summary(lines: list[str], folder: Path) -> None:
     try:
-        print("\n".join(lines), flush=True)
+        print("\n".join(map(printable, lines)), flush=True)
     except BrokenPipeError:  # nobody reads any more
         silence(sys.stdout)
     except OSError as error:
@@ -520,7 +520,7 @@ def _fail(program: str, text: str, code: int, show_traceback: bool = False) -> N
     try:
         if show_traceback:
             traceback.print_exc()
-        print(f"{program}: error: {text}", file=sys.stderr, flush=True)
+        print(f"{program}: error: {printable(text)}", file=sys.stderr, flush=True)
     except OSError:
         silence(sys.stderr)
     sys.exit(code)

@@ -17,7 +17,7 @@ from zqfp_compile import json_file
 from zqfp_compile.cli import EPILOG, run
 from zqfp_compile.compare import Comparison, Gates, OutputComparison, compare_models
 from zqfp_compile.errors import AccuracyError
-from zqfp_compile.progress import ConsoleReporter, PatientConsole
+from zqfp_compile.progress import ConsoleReporter, PatientConsole, printable
 
 app = typer.Typer(add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -117,7 +117,12 @@ def _print(result: Comparison, every_output: bool) -> None:
         table.add_column("beyond", justify="right", no_wrap=True)
     rows = list(result.outputs) if every_output else _grouped(result.outputs)
     for row in rows:
-        cells = [escape(row.name), f"{row.max_abs_error:.3g}", _sqnr(row), _optional(row.cosine, ".6f")]
+        cells = [
+            escape(printable(row.name)),
+            f"{row.max_abs_error:.3g}",
+            _sqnr(row),
+            _optional(row.cosine, ".6f"),
+        ]
         cells += [_optional(row.kl, ".3g"), _percent(row.top1_agreement)]
         table.add_row(*cells, *([f"{row.beyond_tolerance:,}"] if tolerance else []))
     console.print(table)

@@ -23,6 +23,16 @@ _SHOWN_FROM_SECONDS = 0.5
 _SIGN_OF_LIFE_SECONDS = 30.0
 
 
+# Control characters, and those that turn the direction of writing: a terminal obeys them.
+_UNPRINTABLE = (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_ESCAPES = {code: repr(chr(code))[1:-1] for code in _UNPRINTABLE}
+
+
+def printable(text: str) -> str:
+    """Return one line for a terminal: names in it may come from a model, and are no orders."""
+    return text.translate(_ESCAPES)
+
+
 class Reporter(Protocol):
     """What the pipeline tells while it works. Implementations must not raise."""
 
@@ -143,7 +153,7 @@ class ConsoleReporter:
 
     def _print(self, text: str, *, markup: bool = False, style: str | None = None) -> None:
         with _unwritable_is_fine():
-            self._console.print(text, style=style, highlight=False, soft_wrap=True, markup=markup)
+            self._console.print(printable(text), style=style, highlight=False, soft_wrap=True, markup=markup)
 
 
 class PatientConsole(Console):

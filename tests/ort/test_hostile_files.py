@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import onnx
 import pytest
-from hostile_case import HostileCase
+from hostile_case import HostileCase, on_model
 from hostile_cases import CASES
+from hostile_models import damage_lm
 from hostile_run import HostileRunner
 
 pytest.importorskip("onnxruntime")
@@ -35,6 +37,26 @@ def test_the_list() -> None:
 def test_it_is_diagnosed(runner: HostileRunner, case: HostileCase) -> None:
     outcome = runner.run(case)
     assert outcome.faults == [], outcome.err
+
+
+NAMES = ("a\nerror: all is well\x1b[31m", "[/red] {{7*7}} %s", "../../../tmp/x", "\u202eexe.txt", "x" * 5_000)
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_names_of_a_good_model_steer_nothing(runner: HostileRunner, name: str) -> None:
+    """The model compiles; its layer's name ends no line, colours nothing, names no file."""
+
+    def rename(model: onnx.ModelProto) -> None:
+        model.graph.node[1].name = model.graph.node[1].output[0] = model.graph.node[2].input[0] = name
+        model.graph.initializer[1].name = model.graph.node[1].input[1] = f"{name}.w"
+
+    flags = ("--explain", "-v", "--emit", "fp4", "--dump-after", "add-lorc")
+    case = on_model("name", str(NAMES.index(name)), damage_lm(rename), "", code=0, flags=flags)
+    outcome = runner.run(case)
+    assert outcome.code == 0 and not outcome.traceback and "control characters" not in outcome.faults
+    assert len([line for line in outcome.err.splitlines() if line.startswith("rewritten")]) == 1
+    assert "\u202e" not in outcome.err + outcome.out and not outcome.gone
+    assert all(path.startswith("out") for path in outcome.left)
 
 
 def test_faults_are_found(runner: HostileRunner) -> None:

@@ -15,11 +15,14 @@ from small_lm import small_lm
 
 def _lm(wrong: str, change: Callable[[onnx.ModelProto], object], *says: str, code: int = 3) -> HostileCase:
     """The small language model after ``change``."""
+    return on_model("model", wrong, damage_lm(change), *says, code=code, flags=EVALUATE)
 
-    def make(place: Path) -> None:
-        (place / "m" / "model.onnx").write_bytes(changed(change, small_lm).SerializeToString())
 
-    return on_model("model", wrong, make, *says, code=code, flags=EVALUATE)
+def damage_lm(change: Callable[[onnx.ModelProto], object]) -> Callable[[Path], object]:
+    """Return what writes the small language model after ``change``."""
+    return lambda place: (place / "m" / "model.onnx").write_bytes(
+        changed(change, small_lm).SerializeToString()
+    )
 
 
 def _poison(value: float) -> Callable[[onnx.ModelProto], None]:
