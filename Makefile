@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_MODEL := build/models/smollm2-135m
 
-.PHONY: venv demo kernels test test-fast test-tensorrt coverage mutation lint format clean optimum-models
+.PHONY: venv demo kernels test test-fast test-tensorrt fuzz-graphs coverage mutation lint format clean optimum-models
 
 venv: $(READY)
 
@@ -53,6 +53,10 @@ test: $(READY) $(DEMO_MODEL)/model.onnx optimum-models
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_PROCESSES) -m 'not slow'
+
+# Random models beyond the 200 of every test run; other ones each week.
+fuzz-graphs: $(READY)
+	$(BIN)/python tools/fuzz_graphs.py --count 2000 --seed $$(date +%G%V)0000
 
 # Engines that run, wherever TensorRT or TensorRT-RTX, a GPU and torch for CUDA are; the file is worth sending back.
 TENSORRT_PYTHON ?= $(BIN)/python
