@@ -143,7 +143,7 @@ def certify(
         with reading:
             model, linear = _extract(artifact, values, site)
             bias = original_bias(site)
-        if bias is not None:  # the artifact holds beta * C in the layer's type
+        if bias is not None and linear is not None:  # W4A8Linear holds beta * C in the layer's type
             bias = bias.astype(site.dtype.numpy()).astype(np.float32)
         alone = _serialize(model, site, quantized=linear is not None)
         del model, linear

@@ -51,6 +51,17 @@ def test_tiny_errors_give_finite_factors(size, dtype):
         assert bool(torch.isfinite(factor).all())
 
 
+@pytest.mark.parametrize("seed", range(24))
+def test_directions_that_the_moment_does_not_see(seed):
+    """Equal tokens, an error that GPTQ has turned away from them: dividing by rounding made huge factors."""
+    x = normal(1, 40, seed=seed).expand(12, 40)
+    error = normal(16, 40, seed=seed + 100) * 50
+    error -= (1 - 1e-4) * (error @ x[0])[:, None] * x[0] / x[0].square().sum()
+    v, u = low_rank_factors(error, 5, moment=x.t() @ x / 12)
+    # Balanced factors of an error whose largest singular value is 500 stay near its root.
+    assert float(v.abs().max()) < 50 and float(u.abs().max()) < 50
+
+
 @pytest.mark.parametrize("n", [64, 600])
 def test_a_full_moment_decides_what_is_compensated(n):
     error, mix = normal(n, 200), normal(200, 200, seed=2)

@@ -95,6 +95,31 @@ def test_a_scaled_bfloat16_bias() -> None:
     assert check(case, model, plan).mismatches == 0
 
 
+def check_quantised_activations(
+    case: Case, plan: QuantPlan, model: ir.Model, original: ir.Model
+) -> Certificate:
+    QuantizeActivations(plan).call(model)
+    return certify(
+        model,
+        plan,
+        {"x": rows(case)},
+        lambda site: read_weight(original, site.weight),
+        original_bias=lambda site: read_bias(original, site),
+    )
+
+
+def test_a_scaled_bfloat16_bias_of_a_layer_whose_weight_stays() -> None:
+    """There the graph still computes beta * C, here in float32: nothing is rounded before the sum."""
+    case = Case(dtype=ir.DataType.BFLOAT16)
+    plan = make_plan(case).replace(weight_format="none", tensors={})
+    plan = plan.replace(linears=tuple(dataclasses.replace(site, bias_scale=0.3) for site in plan.linears))
+    models = [float_model(case), float_model(case)]
+    for model in models:
+        model.graph[1].attributes["beta"] = ir.AttrFloat32("beta", 0.3)
+    certificate = check_quantised_activations(case, plan, *models)
+    assert (certificate.layers_checked, certificate.mismatches) == (2, 0)
+
+
 def test_a_float_weight_that_the_graph_casts_to_bfloat16() -> None:
     case = Case(dtype=ir.DataType.BFLOAT16)
     plan = make_plan(case).replace(weight_format="none", tensors={})
@@ -110,15 +135,7 @@ def test_a_float_weight_that_the_graph_casts_to_bfloat16() -> None:
         model.graph.insert_before(model.graph[0], cast)
         model.graph[1].replace_input_with(1, cast.outputs[0])
         models.append(model)
-    original, model = models
-    QuantizeActivations(plan).call(model)
-    certificate = certify(
-        model,
-        plan,
-        {"x": rows(case)},
-        lambda site: read_weight(original, site.weight),
-        original_bias=lambda site: None,
-    )
+    certificate = check_quantised_activations(case, plan, *models)
     assert (certificate.layers_checked, certificate.mismatches) == (1, 0)
 
 

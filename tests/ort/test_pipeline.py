@@ -52,7 +52,7 @@ REPORT_KEYS = {
     "distillation embeddings kv_cache attention peak_rss_bytes resources versions created",
     "perplexity": "original compiled text tokens increase_percent",
     "logits": "sqnr_db cosine kl top1_agreement",
-    "size": "original_bytes original_fp16_bytes compiled_bytes ratio",
+    "size": "original_bytes original_fp16_bytes compiled_bytes ratio linear_bytes lorc_bytes",
     "engine": "target reason path bytes profiles fp8_linears fp8_gemms lint repository",
     "certificate": "layers_checked mismatches problems ok",
     "calibration": "description tokens",

@@ -121,6 +121,13 @@ class _Metric:
         if mean > 0:
             self._moment = (moment / mean).to(device=error.device, dtype=torch.float32)
 
+    @property
+    def norm(self) -> float:
+        """A bound on the moment's largest eigenvalue."""
+        if self._moment is None:
+            return 1.0
+        return float(self._moment.max()) if self._moment.ndim == 1 else float(self._moment.trace())
+
     def __call__(self, columns: torch.Tensor) -> torch.Tensor:
         """Return ``M @ columns`` for columns [K, w]."""
         if self._moment is None:
@@ -153,20 +160,23 @@ def _balanced(v: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def _fitted(error: torch.Tensor, metric: _Metric, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Return the U [r, N] that goes best with a rounded V: least squares ``(V^T M V) U = V^T M E^T``."""
+    """Return the U [r, N] that goes best with a rounded V: least squares ``(V^T M V) U = V^T M E^T``.
+
+    In directions that M does not see, with fewer tokens than channels for one, U stays what it is: there M is
+    rounding, and dividing by it made factors of 1e7.
+    """
     weighted = metric(v).double()
     normal = v.double().t() @ weighted
-    size = float(normal.diagonal().mean())
-    if not size > 0:
-        return u
-    normal.diagonal().add_(1e-6 * size)
-    wanted = torch.empty(v.shape[1], len(error), dtype=torch.float64, device=error.device)
+    energies, directions = torch.linalg.eigh((normal + normal.t()) / 2)
+    rounding = 4 * torch.finfo(torch.float32).eps * metric.norm * float(v.square().sum(dim=0).max())
+    missing = -normal @ u.double()
     step = max(1, _BLOCK // error.shape[1])
     for start in range(0, len(error), step):  # the whole error in float64 would be its size twice over
         block = error[start : start + step].double()
-        wanted[:, start : start + step] = weighted.t() @ block.t()
-    solution: torch.Tensor = torch.linalg.solve(normal, wanted)
-    return solution.to(torch.float32)
+        missing[:, start : start + step] += weighted.t() @ block.t()
+    inverse = torch.where(energies > rounding, 1.0 / energies, 0.0)
+    change: torch.Tensor = (directions * inverse) @ (directions.t() @ missing)
+    return (u + change).to(torch.float32)
 
 
 def round_factor(factor: torch.Tensor, dtype: str, axis: int) -> tuple[torch.Tensor, torch.Tensor | None]:
