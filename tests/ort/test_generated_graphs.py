@@ -1,4 +1,4 @@
-"""200 generated graphs a run, half of them other ones each week; ``docs/generated_graphs.md`` says what must hold.
+"""200 generated graphs a run, half of them other ones each week; ``docs/generated_graphs.md`` has the rest.
 
     python tools/fuzz_graphs.py --seed SEED --count 1
 

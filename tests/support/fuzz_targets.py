@@ -24,6 +24,7 @@ from zqfp_compile.calibrate.samples import load_samples, tokenize
 from zqfp_compile.errors import ZqfpError
 from zqfp_compile.model_io import load_model
 from zqfp_compile.recipe import Recipe
+from zqfp_compile.report.run_comparison import compare_runs
 from zqfp_compile.runtime.folder import ModelFolder
 
 # Larger seeds slow libFuzzer down and teach it nothing.
@@ -109,6 +110,10 @@ def _read_manifest(path: Path) -> None:
     ModelFolder.of(path.parent).onnx_model()
 
 
+def _read_report(path: Path) -> None:
+    compare_runs(path.parent, path.parent)
+
+
 def _read_config(path: Path) -> None:
     position_limit(path.parent)
     ModelFolder(path.parent, None, None).read_json(path.name)
@@ -147,12 +152,14 @@ def _good_npz() -> tuple[bytes, ...]:
 
 _MANIFEST = b'{"tool": "zqfp-compile", "files": {"onnxruntime.onnx": {"sha256": "%s", "bytes": 0}}}'
 _EMPTY_SHA256 = b"e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+_REPORT = (
+    b'{"schema_version": 1, "recipe": {"group_size": 64, "include": ["q"]}, "seconds": {"load": 1.5}, '
+    b'"layers": [{"name": "q", "rewritten": true, "weight_format": "e2m1", "lorc_rank": 16, '
+    b'"sqnr_db": 21.5}], "bits_per_weight": 4.2, "size": {"compiled_bytes": 9}, '
+    b'"perplexity": {"original": 2.0, "compiled": 2.5}}'
+)
 _CONFIG = b'{"max_position_embeddings": 256, "eos_token_id": [1, 2], "rope_scaling": null}'
 _RECIPE = b"auto: bits=4.5\nmax_shapes: {input_ids: [1, 8]}\nexclude: [lm_head]\nseed: 3\n"
-
-
-def _good_manifest() -> tuple[bytes, ...]:
-    return (_MANIFEST % _EMPTY_SHA256,)
 
 
 TARGETS = (
@@ -161,6 +168,7 @@ TARGETS = (
     FuzzTarget(
         "manifest", "m/manifest.json", _read_manifest, lambda: (_MANIFEST % _EMPTY_SHA256,), mutate_json
     ),
+    FuzzTarget("report", "m/report.json", _read_report, lambda: (_REPORT,), mutate_json),
     FuzzTarget("config", "m/config.json", _read_config, lambda: (_CONFIG,), mutate_json),
     FuzzTarget("tokenizer", "m/tokenizer.json", _read_tokenizer, _good_tokenizer, mutate_json),
     FuzzTarget("npz", "a.npz", _read_npz, _good_npz),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from hostile_case import GENERATE, VALIDATE, HostileCase, on_model
+from hostile_case import COMPILE, GENERATE, VALIDATE, HostileCase, on_model
 from hostile_companions import GENERATED
 from hostile_protos import external, node, proto, write_model
 
@@ -35,9 +35,18 @@ def _manifest(wrong: str, content: str | bytes, *says: str) -> HostileCase:
     return _compiled(f"manifest {wrong}", _rewritten(content), "m/manifest.json", *says)
 
 
-def _rewritten(content: str | bytes) -> Callable[[Path], object]:
+def _report(wrong: str, make: Callable[[Path], object], *says: str) -> HostileCase:
+    says = ("m/report.json", *(says or ("is no report",)))
+    return _compiled(f"report {wrong}", make, *says, command=(COMPILE, "--compare", "m", "m"))
+
+
+def _rewritten(content: str | bytes, name: str = "manifest.json") -> Callable[[Path], object]:
     raw = content if isinstance(content, bytes) else content.encode()
-    return lambda folder: (folder / "manifest.json").write_bytes(raw)
+    return lambda folder: (folder / name).write_bytes(raw)
+
+
+def _reported(content: str | bytes) -> Callable[[Path], object]:
+    return _rewritten(content, "report.json")
 
 
 def _files(value: Any) -> str:
@@ -116,6 +125,15 @@ ENGINE_FOLDERS = (
     _compiled(
         "manifest a folder", _instead("manifest.json", Path.mkdir), "m/manifest.json", "Is a directory"
     ),
+    _report("text", _reported("no json")),
+    _report("a list", _reported("[]")),
+    _report("of 100000 brackets", _reported("[" * 100_000)),
+    _report("of another version", _reported('{"schema_version": 99}'), "schema version '99'"),
+    _report("of no layers", _reported('{"schema_version": 1, "layers": 1}'), "layers is not a list"),
+    _report("of a layer that is text", _reported('{"schema_version": 1, "layers": ["a"]}'), "not an object"),
+    _report("of NaN", _reported('{"schema_version": 1, "layers": [], "bits_per_weight": NaN}'), "a number"),
+    _report("no UTF-8", _reported(b"\xff\xfe"), "not UTF-8 text"),
+    _report("of 65 MiB", _reported(b" " * (65 << 20)), "larger than"),
     _compiled("model changed", _flipped(ORT), f"m/{ORT}", "has changed since the compile"),
     _compiled("weights changed", _flipped(f"{ORT}.data"), f"m/{ORT}.data", "has changed since the compile"),
     _compiled("tokenizer changed", _flipped("tokenizer.json"), "m/tokenizer.json", "has changed"),
