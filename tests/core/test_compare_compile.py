@@ -9,11 +9,10 @@ import pytest
 
 
 def test_a_process_is_measured(tool) -> None:  # type: ignore[no-untyped-def]
-    # Larger than this process, whose own peak a child starts with.
     work = "import time; block = b'x' * (1 << 30); time.sleep(0.2)"
     found = tool.measured([sys.executable, "-c", work])
     assert found["seconds"] >= 0.2 and found["cpu_seconds"] > 0
-    assert 1 << 30 < found["peak_rss_bytes"] < 3 << 29
+    assert found["peak_rss_bytes"] > 1 << 30  # no upper bound: a child starts with this process's own peak
     with pytest.raises(SystemExit, match="ended with 3"):
         tool.measured([sys.executable, "-c", "raise SystemExit(3)"])
 

@@ -64,9 +64,9 @@ def test_linears_of_one_activation_are_one_step() -> None:
 def test_parallel_attention_and_mlp_share_their_input() -> None:
     _, parts = cut(
         "n = Relu(x)  q = MatMul(n, Wa)  f = MatMul(n, Wb)  o_in = Tanh(q)  d_in = Gelu(f)"
-        "  o = MatMul(o_in, Wc)  d = MatMul(d_in, Wd)  s = Add(o, d)  y = Add(s, x)  z = MatMul(y, We)"
+        "  o = MatMul(o_in, Wc)  d = MatMul(d_in, Wd)  s = Add(o, d)  t = Add(s, x)  y = MatMul(t, We)"
     )
-    assert [step.activation for step in parts.steps] == ["n", "o_in", "d_in", "y"]
+    assert [step.activation for step in parts.steps] == ["n", "o_in", "d_in", "t"]
     assert parts.segments[1].outputs == ("o_in", "d_in")  # both come from the same step
     assert parts.segments[2].outputs == () and parts.last_use["d_in"] == 3
     assert parts.last_use["o"] == 3  # made at step 1, kept until the sum
