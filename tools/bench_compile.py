@@ -106,15 +106,17 @@ def compile_once(model: Path, output: Path, options: list[str], kill_after: floa
     command = [sys.executable, "-m", "zqfp_compile", str(model), "--output", str(output), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
+    workers: list[int] = []
     while kill_after is not None and process.poll() is None:
         if family_seconds(process.pid) >= kill_after:
+            workers = [each for each in family(process.pid) if each != process.pid]
             process.kill()  # its workers die with it
             break
         time.sleep(0.05)
     code = process.wait()
-    with suppress(ChildProcessError):
-        while True:  # workers, which are ours now
-            os.waitpid(-1, 0)
+    for worker in workers:  # ours now, but for those that had ended
+        with suppress(ChildProcessError):
+            os.waitpid(worker, 0)
     if code not in (0, -signal.SIGKILL):
         raise SystemExit(f"bench_compile: {' '.join(command)} ended with {code}")
     return code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,9 +40,12 @@ def test_seven_billion(tool) -> None:  # type: ignore[no-untyped-def]
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killed_after_so_much_work(tool, tiny_model, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     model, output = tiny_model("llama"), tmp_path / "out"
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     before = tool.processor_seconds()
     assert not tool.compile_once(model, output, ["--target", "none"], kill_after=0.5)
     assert tool.processor_seconds() - before > 0.4 and not output.exists()
     assert tool.compile_once(model, output, ["--help"])
     with pytest.raises(SystemExit, match="ended with 2"):
         tool.compile_once(model, output, ["--target", "nothing"])
+    assert other.poll() is None, "it waited for a process that is none of its own"
+    other.communicate(b"\n")
