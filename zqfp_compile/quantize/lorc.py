@@ -168,7 +168,8 @@ def _fitted(error: torch.Tensor, metric: _Metric, v: torch.Tensor, u: torch.Tens
     weighted = metric(v).double()
     normal = v.double().t() @ weighted
     energies, directions = torch.linalg.eigh((normal + normal.t()) / 2)
-    rounding = 4 * torch.finfo(torch.float32).eps * metric.norm * float(v.square().sum(dim=0).max())
+    # A quarter of the bound: errors of a sum cancel.
+    rounding = torch.finfo(torch.float32).eps / 4 * metric.norm * float(v.square().sum(dim=0).max())
     missing = -normal @ u.double()
     step = max(1, _BLOCK // error.shape[1])
     for start in range(0, len(error), step):  # the whole error in float64 would be its size twice over
