@@ -18,6 +18,9 @@ EXACT_SIZE = 256
 OVERSAMPLING = 32
 POWER_ITERATIONS = 6
 
+# Share of the mean energy that is added to every direction's in the fit of U.
+_RIDGE = 1e-6
+
 # Elements of the error in float64 at once.
 _BLOCK = 1 << 20
 
@@ -167,7 +170,9 @@ def _fitted(error: torch.Tensor, metric: _Metric, v: torch.Tensor, u: torch.Tens
     """
     weighted = metric(v).double()
     normal = v.double().t() @ weighted
-    energies, directions = torch.linalg.eigh((normal + normal.t()) / 2)
+    normal = (normal + normal.t()) / 2
+    normal.diagonal().add_(_RIDGE * normal.diagonal().mean().clamp_min(0))
+    energies, directions = torch.linalg.eigh(normal)
     # A quarter of the bound: errors of a sum cancel.
     rounding = torch.finfo(torch.float32).eps / 4 * metric.norm * float(v.square().sum(dim=0).max())
     missing = -normal @ u.double()
