@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,8 +35,9 @@ def write_html(report: Report, path: str | Path, histograms: Sequence[Histogram]
     Path(path).write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
-def render_html(report: Report, histograms: Sequence[Histogram] = ()) -> str:
-    """Return the page as text."""
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """The templates, compiled once for all reports of a process."""
     # Autoescape always: layer names, paths and warnings come from an untrusted model.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("zqfp_compile.report"),
@@ -45,24 +47,33 @@ def render_html(report: Report, histograms: Sequence[Histogram] = ()) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(FILTERS)
+    return environment
+
+
+def render_html(report: Report, histograms: Sequence[Histogram] = ()) -> str:
+    """Return the page as text."""
     worst = report.worst_layers(WORST_LAYERS)
     total = sum(report.seconds.values())
     defaults = Recipe().to_dict()
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        lint=report.engine.lint if report.engine else None,
-        worst=worst,
-        shades=range(SHADES),
-        sqnr=heat_map(report.layers, SQNR, worst),
-        precision=_precision_maps(report),
-        perplexity_plot=perplexity_plot(report.perplexity),
-        size_plot=size_plot(report.size, report.engine),
-        size_parts=compiled_parts(report.size),
-        histograms=histograms,
-        weight_plot=weight_plot,
-        count_plot=count_plot,
-        changed={name: value for name, value in report.recipe.items() if value != defaults.get(name)},
-        short_steps=[name for name, seconds in report.seconds.items() if seconds < _SHORT_STEP * total],
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            lint=report.engine.lint if report.engine else None,
+            worst=worst,
+            shades=range(SHADES),
+            sqnr=heat_map(report.layers, SQNR, worst),
+            precision=_precision_maps(report),
+            perplexity_plot=perplexity_plot(report.perplexity),
+            size_plot=size_plot(report.size, report.engine),
+            size_parts=compiled_parts(report.size),
+            histograms=histograms,
+            weight_plot=weight_plot,
+            count_plot=count_plot,
+            changed={name: value for name, value in report.recipe.items() if value != defaults.get(name)},
+            short_steps=[name for name, seconds in report.seconds.items() if seconds < _SHORT_STEP * total],
+        )
     )
 
 
