@@ -242,7 +242,7 @@ def variant_times(
     times = []
     for index, name in enumerate(library.kernel_names()):
         tile = int(name[1:].split("r")[0])
-        if tile >= 2 * max(len(x), 8) or tile * 8 < len(x):
+        if tile >= 2 * max(len(x), 8) or tile < min(len(x) // 8, 128):
             continue
         for cut in (0, 1):
             library.tune(index, cut)

@@ -19,7 +19,7 @@ namespace {
 using Half = Ort::Float16_t;
 
 thread_local char message[200];
-bool capturing = std::getenv("FAKE_CAPTURING") != nullptr;
+bool capturing() { return std::getenv("FAKE_CAPTURING") != nullptr; }
 
 zqfpStatus fail(const char* text) {
   std::snprintf(message, sizeof(message), "%s", text);
@@ -124,13 +124,14 @@ int cuMemsetD8Async(unsigned long long pointer, unsigned char value, size_t byte
 }
 // The per-thread default stream has a number in each thread; other streams have that of their handle.
 int cuStreamGetId(void* stream, unsigned long long* id) {
+  if (capturing()) return 900;  // as the driver does, and the capture fails with it
   static thread_local char own;
   const bool each = stream == reinterpret_cast<void*>(2);
   *id = reinterpret_cast<unsigned long long>(each ? static_cast<void*>(&own) : stream);
   return 0;
 }
 int cuStreamIsCapturing(void*, int* status) {
-  *status = capturing;
+  *status = capturing();
   return 0;
 }
 

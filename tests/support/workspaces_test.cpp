@@ -1,5 +1,7 @@
 // Run by tests/ort/test_cuda_call_path.py over the driver of fake_cuda.cpp: which streams share a workspace. Exits 1 when
-// two that may run at once do.
+// two that may run at once do, or when a captured stream does not get its own.
+#include <stdlib.h>
+
 #include <thread>
 
 #include "workspaces.h"
@@ -13,5 +15,7 @@ int main() {
   std::thread([&] { there = at(own); }).join();
   const bool apart = here != there && at(0x1000) != at(0x2000) && at(0x1000) != here;
   const bool kept = here == at(own) && at(0x1000) == at(0x1000);
-  return apart && kept ? 0 : 1;
+  setenv("FAKE_CAPTURING", "1", 1);
+  const bool captured = here == at(own) && at(0x1000) != at(0x2000);
+  return apart && kept && captured ? 0 : 1;
 }

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -62,6 +63,12 @@ void* currentContext() {
   return context;
 }
 
+// The one handle that is another stream in each thread; for all others no thread.
+std::thread::id threadOf(void* stream) {
+  constexpr std::uintptr_t kPerThread = 2;  // CU_STREAM_PER_THREAD
+  return reinterpret_cast<std::uintptr_t>(stream) == kPerThread ? std::this_thread::get_id() : std::thread::id();
+}
+
 }  // namespace
 
 std::shared_ptr<Workspaces> Workspaces::shared() {
@@ -86,12 +93,13 @@ Buffer Workspaces::get(void* stream, std::size_t bytes) {
   if (bytes == 0) return {};
   const std::lock_guard<std::mutex> lock(mutex_);
   void* context = currentContext();
-  unsigned long long id = 0;
-  check(driver().streamId(stream, &id), "asking for a stream's number");
-  Buffer& buffer = current_[{context, id}];
-  if (buffer.bytes >= bytes) return buffer;
   int capturing = 0;
   check(driver().captureStatus(stream, &capturing), "looking at the stream");
+  // Asking a captured stream for its number ends the capture: what its handle stood for before it has to do.
+  unsigned long long& id = numbers_[{context, stream, threadOf(stream)}];
+  if (capturing == 0) check(driver().streamId(stream, &id), "asking for a stream's number");
+  Buffer& buffer = current_[{context, id}];
+  if (buffer.bytes >= bytes) return buffer;
   if (capturing != 0) {
     throw std::runtime_error("zqfp: a workspace would have to grow while a CUDA graph is captured; run once with "
                              "the largest shape before capturing");

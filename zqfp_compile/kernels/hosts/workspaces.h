@@ -12,6 +12,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -39,6 +41,8 @@ class Workspaces {
   // By context and number of the stream: a handle serves another stream after the first is destroyed, and the handle
   // of the per-thread default stream serves one in each thread.
   std::map<std::pair<void*, unsigned long long>, Buffer> current_;
+  // The number that a handle had when it was last seen outside a capture, by context, handle and thread.
+  std::map<std::tuple<void*, void*, std::thread::id>, unsigned long long> numbers_;
   // All memory by context, outgrown buffers too: a captured graph may still use them.
   std::vector<std::pair<void*, void*>> owned_;
 };
