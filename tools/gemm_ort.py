@@ -60,7 +60,10 @@ class OrtContender:
     def __init__(self, model: bytes) -> None:
         import onnxruntime
 
-        stream = {"user_compute_stream": str(torch.cuda.current_stream().cuda_stream)}
+        handle = torch.cuda.current_stream().cuda_stream
+        if handle == 0:  # ONNX Runtime would take a stream of its own, where no event of ours sees it
+            raise RuntimeError("torch's current stream is the default one")
+        stream = {"user_compute_stream": str(handle)}
         self._session = onnxruntime.InferenceSession(model, providers=[("CUDAExecutionProvider", stream)])
         if self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise RuntimeError("onnxruntime fell back to the CPU")
