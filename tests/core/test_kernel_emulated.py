@@ -26,8 +26,8 @@ INTEGERS = ("m", "n", "k", "rank", "per_token", "bfloat", "workers", "cut", "ord
 ZEROED_BYTES = 16384
 
 # emulate.cpp's kernels by number: tokens, rows, slices, cluster, promotion, head start; and their group size.
-T8, T32, T64, T128_PAIR, T256_PAIR, T256 = range(6)
-GROUP_SIZE = {T8: 64, T32: 32, T64: 128, T128_PAIR: 64, T256_PAIR: 64, T256: 32}
+T8, T32, T64, T128_PAIR, T256_PAIR, T256, T128_NARROW = range(7)
+GROUP_SIZE = {T8: 64, T32: 32, T64: 128, T128_PAIR: 64, T256_PAIR: 64, T256: 32, T128_NARROW: 128}
 
 
 class Problem(ctypes.Structure):
@@ -67,6 +67,9 @@ CASES = [
     Case(T256_PAIR, m=300, n=136, k=400, rank=40, workers=2),
     Case(T256_PAIR, m=40, n=328, k=528, rank=64, cut=False, bfloat=True),
     Case(T256, m=257, n=72, k=272, rank=16, workers=2),
+    Case(T128_NARROW, m=200, n=136, k=1040, rank=24, workers=4),
+    # Many tiles of each worker, so that slots of the output's ring are used again.
+    Case(T256, m=700, n=264, k=144, workers=1, cut=False),
     # More units than stages, so that stages are used again.
     Case(T8, m=8, n=136, k=4240, rank=40, workers=1),
     Case(T32, m=20, n=264, k=1552, rank=8, workers=1),

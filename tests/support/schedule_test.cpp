@@ -49,8 +49,24 @@ static bool right(const Schedule& s) {
   return true;
 }
 
+static bool divides(int d) {
+  const Divisor divisor = Divisor::of(d);
+  for (int64_t q = 0; q < 3; ++q) {  // around multiples, where it would go wrong first
+    for (const int64_t n : {q * d - 1, q * d, 0x7fffffff / d * int64_t(d) - q, int64_t(0x7fffffff) - q, int64_t(rand())}) {
+      if (n >= 0 && n <= 0x7fffffff && divisor.divide(int(n)) != int(n) / d) return false;
+    }
+  }
+  return true;
+}
+
 int main() {
   srand(1);
+  for (int d = 1; d < 100000; ++d) {
+    if (!divides(d) || !divides(0x7fffffff - d) || !divides(1 + rand())) {
+      printf("wrong: division by %d or so\n", d);
+      return 1;
+    }
+  }
   for (int i = 0; i < 3000; ++i) {
     Schedule s{};
     s.row_tiles = 1 + rand() % 40;
@@ -60,10 +76,13 @@ int main() {
     s.workers = 1 + rand() % 24;
     const int rounds = s.tiles() / s.workers;
     s.whole_tiles = rand() % 3 == 0 ? s.tiles() : (rounds > 1 ? (rounds - 1) * s.workers : 0);
-    if (s.whole_tiles < s.tiles() && s.workers > s.cut_units()) s.workers = s.cut_units();
+    if (rand() % 4 == 0) s.whole_tiles = rounds * s.workers;
+    s.cut_workers = rand() % 2 == 0 ? s.workers : 1 + rand() % s.workers;
+    if (s.whole_tiles < s.tiles() && s.cut_workers > s.cut_units()) s.cut_workers = s.cut_units();
+    s.prepare();
     if (!right(s)) {
-      printf("wrong: %d x %d tiles, %d units, %d workers, %d whole\n", s.row_tiles, s.token_tiles, s.units, s.workers,
-             s.whole_tiles);
+      printf("wrong: %d x %d tiles, %d units, %d workers, %d of them cut, %d whole\n", s.row_tiles, s.token_tiles,
+             s.units, s.workers, s.cut_workers, s.whole_tiles);
       return 1;
     }
   }

@@ -1,4 +1,5 @@
 // Runs the kernels' own source, but for ptx.cuh and wgmma.cuh, on the CPU.
+#include <algorithm>
 #include <thread>
 
 #define __launch_bounds__(...)  // CUDA's headers leave it undefined for a host compiler
@@ -92,7 +93,8 @@ void run(const Problem& problem) {
   s.token_group = 8;
   s.workers = problem.workers;
   s.whole_tiles = problem.cut ? 0 : s.tiles();
-  if (problem.cut && s.workers > s.cut_units()) s.workers = s.cut_units();
+  s.cut_workers = problem.cut ? std::min(s.workers, s.cut_units()) : 1;
+  s.prepare();
   const auto run_worker = [&](int worker) {
     run_cluster(worker, C::kCluster, C::kBlockThreads, C::kSharedBytes, [&](char* raw) { run_block<C>(p, raw); });
   };
@@ -109,11 +111,12 @@ void run(const Problem& problem) {
 extern "C" int emulate(int config, const Problem* problem) {
   switch (config) {
     case 0: run<Config<8, 1, 4, 64, 1, 4>>(*problem); return 64;
-    case 1: run<Config<32, 4, 1, 32, 1, 4>>(*problem); return 32;
-    case 2: run<Config<64, 2, 2, 128, 1, 0>>(*problem); return 128;
+    case 1: run<Config<32, 2, 2, 32, 1, 4>>(*problem); return 32;
+    case 2: run<Config<64, 1, 4, 128, 1, 0>>(*problem); return 128;
     case 3: run<Config<128, 2, 1, 64, 2, 4>>(*problem); return 64;
     case 4: run<Config<256, 2, 1, 64, 2, 0, 2>>(*problem); return 64;
     case 5: run<Config<256, 2, 1, 32, 1, 0>>(*problem); return 32;
+    case 6: run<Config<128, 1, 2, 128, 1, 4>>(*problem); return 128;
     default: return -1;
   }
 }

@@ -171,10 +171,8 @@ template <typename T>
 T __ldcg(const T* p) { return *p; }
 template <typename T>
 void __stcg(T* p, T v) { *p = v; }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __syncwarp() { emulator::block->warps[threadIdx.x / 32].barrier.sync(32); }
 inline void __syncthreads() { emulator::block->named[0].sync(emulator::block->threads); }
-inline uint32_t atomicAdd(uint32_t* p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
 
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
@@ -193,8 +191,13 @@ using emulator::block;
 constexpr uint64_t kEvictNormal = 0, kEvictFirst = 0, kEvictLast = 0;
 
 inline uint32_t shared_address(const void* pointer) { return block->address(pointer); }
+template <typename T>
+T* shared_pointer(uint32_t address) {
+  return reinterpret_cast<T*>(block->at(address));
+}
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) { block->mbarriers[barrier].init(arrivals); }
 inline void fence_barrier_init() {}
+inline uint32_t add_acq_rel(uint32_t* to, uint32_t value) { return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST); }
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) { block->mbarriers.at(barrier).arrive(bytes); }
 inline void barrier_arrive(uint32_t barrier) { block->mbarriers.at(barrier).arrive(0); }
 inline void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {

@@ -26,7 +26,7 @@ struct Config {
   // the consumers. A block starts with kEntryRegisters per thread: what its threads, in steps of 8, leave for each.
   static constexpr int kBlockThreads = (kWarpgroups + 1) * kThreads;
   static constexpr int kEntryRegisters = 65536 / kBlockThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 72 : 56;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 72 : 64;
   static constexpr int kConsumerRegisters =
       ((kWarpgroups + 1) * kEntryRegisters - kProducerRegisters) / kWarpgroups / 8 * 8;
 
@@ -38,9 +38,14 @@ struct Config {
   static constexpr int kStageBytes = kActivationBytes + kCodeBytes + kScaleBytes;
 
   static constexpr int kReduceBytes = (Slices - 1) * Rows * kAccumulators * kThreads * 4;
+  // Tiles of many tokens leave through a ring of slots (output.cuh), others through rows that are padded against bank
+  // conflicts.
+  static constexpr bool kStoreApart = Slices == 1 && Tokens >= 128;
   static constexpr int kOutTokens = Tokens < 64 ? Tokens : 64;
-  static constexpr int kOutPitch = kBlockRows * 2 + 16;  // 16 bytes off a power of two: no bank conflicts
-  static constexpr int kOutBytes = Rows * kOutTokens * kOutPitch;
+  static constexpr int kOutPitch = kBlockRows * 2 + (kStoreApart ? 0 : 16);
+  static constexpr int kOutSlots = kStoreApart ? 3 : 1;
+  static constexpr int kOutSlotBytes = kOutTokens * kOutPitch;
+  static constexpr int kOutBytes = Rows * kOutSlots * kOutSlotBytes;
   static constexpr int kTokenScaleBytes = kWarpgroups * Tokens * 4;
   static constexpr int kBarrierBytes = 1024, kAlignment = 1024;
   static constexpr int kFixedBytes = kReduceBytes + kOutBytes + kTokenScaleBytes + kBarrierBytes + kAlignment;
@@ -58,6 +63,9 @@ struct Config {
   static constexpr int kOutOffset = kReduceOffset + kReduceBytes;
   static constexpr int kTokenScaleOffset = kOutOffset + kOutBytes;
   static constexpr int kBarrierOffset = kTokenScaleOffset + kTokenScaleBytes;
+  static constexpr int kContentOffset = kBarrierOffset + kBarrierBytes / 2;
+  static_assert((kStages + Rows * kOutSlots) * 2 * 8 <= kBarrierBytes / 2, "room for the barriers");
+  static_assert(!kStoreApart || Rows <= 2, "a warp of the producer's warpgroup stores each row");
 
   // A worker's partial sums in the workspace, in floats; it can hold two.
   static constexpr int kPartialFloats = Rows * kAccumulators * kThreads;

@@ -4,7 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "producer.cuh"
+#include "output.cuh"
 #include "wgmma.cuh"
 
 namespace zqfp {
@@ -21,14 +21,13 @@ class Consumer {
   static constexpr int kCount = C::kAccumulators;
   using Sums = float[kCount];
 
-  __device__ __forceinline__ Consumer(const GemmParams& p, Shared<C> shared, char* memory, int rank, int warpgroup)
+  __device__ __forceinline__ Consumer(const GemmParams& p, Shared<C> shared, int rank, int warpgroup)
       : p_(p),
         shared_(shared),
-        memory_(memory),
         rank_(rank),
         warpgroup_(warpgroup),
-        row_(warpgroup / C::kSlices),
-        slice_(warpgroup % C::kSlices),
+        row_(C::kRows == 1 ? 0 : warpgroup / C::kSlices),
+        slice_(C::kRows == 1 ? warpgroup : warpgroup % C::kSlices),
         thread_(threadIdx.x % kThreads) {}
 
   __device__ __forceinline__ void run(int worker) {
@@ -47,14 +46,15 @@ class Consumer {
       }
     }
     end_head_start();  // where there was nothing to do
+    if constexpr (C::kStoreApart) end_output();
   }
 
  private:
   const GemmParams& p_;
   Shared<C> shared_;
-  char* memory_;  // what `shared_` gives addresses of
   int rank_, warpgroup_, row_, slice_, thread_;
-  Ring<C> ring_;
+  Ring<C::kStages> ring_;
+  Ring<C::kOutSlots> out_;
   bool reduced_before_ = false;
   bool ahead_ = C::kHeadStart > 0 && warpgroup_ == 0;
 
@@ -92,6 +92,7 @@ class Consumer {
     Sums sums;
     multiply_all(units - idle_at_end, sums);
     if (idle_at_end) skip(1);
+    const Bias bias = load_bias(tile);
     apply_scales(edge, sums);
     if (last_units) add_lorc(sums);
     if constexpr (C::kSlices > 1) {
@@ -100,7 +101,7 @@ class Consumer {
     if (segment.begin > 0 || !last_units) {
       if (!add_partials(segment, sums)) return;
     }
-    add_bias(edge, sums);
+    add_bias(bias, sums);
     if (p_.bfloat) {
       store<true>(tile, sums);
     } else {
@@ -108,21 +109,23 @@ class Consumer {
     }
   }
 
-  // Row scales and bias of the thread's two rows, scales of the warpgroup's tokens: read early, used late.
+  // The thread's two rows: h = 0 and 1.
+  __device__ __forceinline__ int weight_row(const Tile& tile, int h) const {
+    return (tile.row_block + row_) * kBlockRows + thread_ / 32 * 16 + thread_ % 32 / 4 + 8 * h;
+  }
+
+  // Scales of the thread's rows and of the warpgroup's tokens: read early, used late.
   struct EdgeScales {
     static constexpr int kTokenScales = (C::kTokens + kThreads - 1) / kThreads;
     float row[2];
-    float bias[2];
     float token[kTokenScales];
   };
 
   __device__ __forceinline__ EdgeScales load_edges(const Tile& tile) const {
     EdgeScales edge;
     for (int h = 0; h < 2; ++h) {
-      const int n = (tile.row_block + row_) * kBlockRows + thread_ / 32 * 16 + thread_ % 32 / 4 + 8 * h;
-      const bool inside = n < p_.n;
-      edge.row[h] = inside ? __ldg(p_.row_scales + n) : 0.f;
-      edge.bias[h] = inside && p_.bias != nullptr ? load_bias(n) : 0.f;
+      const int n = weight_row(tile, h);
+      edge.row[h] = n < p_.n ? __ldg(p_.row_scales + n) : 0.f;
     }
     for (int i = 0; i < EdgeScales::kTokenScales; ++i) {
       const int token = tile.token + thread_ + i * kThreads;
@@ -132,9 +135,21 @@ class Consumer {
     return edge;
   }
 
-  __device__ __forceinline__ float load_bias(int n) const {
-    return p_.bfloat ? __bfloat162float(static_cast<const __nv_bfloat16*>(p_.bias)[n])
-                     : __half2float(static_cast<const __half*>(p_.bias)[n]);
+  // Read after K, when registers are free, and used after the sums have been added up.
+  struct Bias {
+    float row[2];
+  };
+
+  __device__ __forceinline__ Bias load_bias(const Tile& tile) const {
+    Bias bias{};
+    if (p_.bias == nullptr) return bias;
+    for (int h = 0; h < 2; ++h) {
+      const int n = weight_row(tile, h);
+      if (n >= p_.n) continue;
+      bias.row[h] = p_.bfloat ? __bfloat162float(static_cast<const __nv_bfloat16*>(p_.bias)[n])
+                              : __half2float(static_cast<const __half*>(p_.bias)[n]);
+    }
+    return bias;
   }
 
   // ---- multiplication ----------------------------------------------------------------------------------------------
@@ -231,7 +246,7 @@ class Consumer {
 
   // sums[4j + 2h + i] is row q + 8h of token 8j + 2c + i.
   __device__ __forceinline__ void apply_scales(const EdgeScales& edge, Sums& sums) {
-    float* scales = reinterpret_cast<float*>(memory_ + C::kTokenScaleOffset) + warpgroup_ * C::kTokens;
+    float* scales = shared_.template at<float>(C::kTokenScaleOffset) + warpgroup_ * C::kTokens;
     sync_warpgroup();  // the segment before has been read
 #pragma unroll
     for (int i = 0; i < EdgeScales::kTokenScales; ++i) {
@@ -295,7 +310,7 @@ class Consumer {
   // Adds the slices in order. True for the first slice, which goes on with the sum.
   __device__ __forceinline__ bool add_slices(Sums& sums) {
     constexpr int kParties = C::kSlices * kThreads;
-    float4* parts = reinterpret_cast<float4*>(memory_ + C::kReduceOffset) +
+    float4* parts = shared_.template at<float4>(C::kReduceOffset) +
                     row_ * (C::kSlices - 1) * kQuads * kThreads + thread_;
     const bool again = reduced_before_;
     reduced_before_ = true;
@@ -345,26 +360,24 @@ class Consumer {
     uint32_t* arrivals =
         p_.arrivals + (int64_t(tile - p_.schedule.whole_tiles) * C::kCluster + rank_) * C::kRows + row_;
     volatile uint32_t* shared_flag =
-        reinterpret_cast<uint32_t*>(memory_ + C::kTokenScaleOffset) + warpgroup_ * C::kTokens;
-    __threadfence();
+        shared_.template at<uint32_t>(C::kTokenScaleOffset) + warpgroup_ * C::kTokens;
     sync_warpgroup();
     if (thread_ == 0) {
-      const uint32_t before = atomicAdd(arrivals, 1);
+      // Releases what the warpgroup has written before the barrier, acquires what the others have.
+      const uint32_t before = ptx::add_acq_rel(arrivals, 1);
       if (before == uint32_t(parties - 1)) *arrivals = 0;
       *shared_flag = before;
     }
     sync_warpgroup();
-    const bool last = *shared_flag == uint32_t(parties - 1);
-    __threadfence();
-    return last;
+    return *shared_flag == uint32_t(parties - 1);
   }
 
   // ---- output ------------------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void add_bias(const EdgeScales& edge, Sums& sums) const {
+  __device__ __forceinline__ void add_bias(const Bias& bias, Sums& sums) const {
     if (p_.bias == nullptr) return;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sums[i] += edge.bias[i / 2 % 2];
+    for (int i = 0; i < kCount; ++i) sums[i] += bias.row[i / 2 % 2];
   }
 
   template <bool kBfloat>
@@ -378,37 +391,59 @@ class Consumer {
     }
   }
 
-  // Through shared memory, where the tile is turned to rows of tokens, then 128 bytes of a row by eight threads.
+  // Through shared memory, where the tile is turned to rows of tokens, 64 tokens at a time.
   template <bool kBfloat>
-  __device__ __forceinline__ void store(const Tile& tile, const Sums& sums) const {
-    char* staging = memory_ + C::kOutOffset + row_ * C::kOutTokens * C::kOutPitch;
-    const int lane = thread_ % 32;
-    const uint32_t corner = ptx::shared_address(staging) + lane % 8 * C::kOutPitch +
-                            (thread_ / 32 * 16 + lane / 8 % 2 * 8) * 2;
+  __device__ __forceinline__ void store(const Tile& tile, const Sums& sums) {
 #pragma unroll
     for (int part = 0; part < C::kTokens; part += C::kOutTokens) {
-#pragma unroll
-      for (int j = 0; j < C::kOutTokens / 8; ++j) {
-        const float* d = sums + (part / 8 + j) * 4;
-        ptx::store_transposed(corner + j * 8 * C::kOutPitch, pack<kBfloat>(d[0], d[1]),
-                              pack<kBfloat>(d[2], d[3]));
+      if constexpr (C::kStoreApart) {
+        ptx::barrier_wait(shared_.out_empty(row_, out_.stage), out_.parity ^ 1);
+        turn<kBfloat>(sums + part / 2, shared_.out(row_, out_.stage));
+        hand_over(tile.row_block + row_, tile.token + part);
+      } else {
+        turn<kBfloat>(sums + part / 2, shared_.out(row_, 0));
+        sync_warpgroup();
+        store_rows(tile, part);
+        sync_warpgroup();
       }
-      sync_warpgroup();
-      store_rows(staging, tile, part);
-      sync_warpgroup();
     }
   }
 
-  __device__ __forceinline__ const Output& output_of(int row_block) const {
-    int index = 0;
+  // 64 rows of kOutTokens tokens into rows of tokens. In a slot of a ring, pieces of 16 bytes lie as slot_piece says.
+  template <bool kBfloat>
+  __device__ __forceinline__ void turn(const float* sums, uint32_t staging) const {
+    const int token = thread_ % 8, piece = thread_ / 32 * 2 + thread_ % 32 / 8 % 2;
+    const uint32_t corner =
+        staging + (C::kStoreApart ? slot_piece(token, piece) : uint32_t(token * C::kOutPitch + piece * 16));
 #pragma unroll
-    for (int i = 1; i < kMaxOutputs; ++i) index += row_block >= p_.outputs[i].first_block;
-    return p_.outputs[index];
+    for (int j = 0; j < C::kOutTokens / 8; ++j) {
+      const float* d = sums + j * 4;
+      ptx::store_transposed(corner + j * 8 * C::kOutPitch, pack<kBfloat>(d[0], d[1]), pack<kBfloat>(d[2], d[3]));
+    }
   }
 
-  __device__ __forceinline__ void store_rows(const char* staging, const Tile& tile, int part) const {
+  // Says what the slot holds, and goes to the next.
+  __device__ __forceinline__ void hand_over(int row_block, int token) {
+    if (thread_ == 0) {
+      volatile SlotContent* content = slot_content<C>(shared_, row_, out_.stage);
+      content->row_block = row_block;
+      content->token = token;
+    }
+    __syncwarp();
+    if (thread_ % 32 == 0) ptx::barrier_arrive(shared_.out_full(row_, out_.stage));
+    out_.advance();
+  }
+
+  __device__ __forceinline__ void end_output() {
+    ptx::barrier_wait(shared_.out_empty(row_, out_.stage), out_.parity ^ 1);
+    hand_over(0, -1);
+  }
+
+  // 128 bytes of a row by eight threads.
+  __device__ __forceinline__ void store_rows(const Tile& tile, int part) const {
+    const char* staging = ptx::shared_pointer<char>(shared_.out(row_, 0));
     const int row_block = tile.row_block + row_;
-    const Output& output = output_of(row_block);
+    const Output& output = output_of(p_, row_block);
 #pragma unroll
     for (int i = thread_; i < C::kOutTokens * 8; i += kThreads) {
       const int token = tile.token + part + i / 8;

@@ -1,4 +1,4 @@
-// The kernel: a producer and consumer warpgroups of one persistent block.
+// The kernel: a producer's and consumer warpgroups of one persistent block.
 #pragma once
 
 #include "consumer.cuh"
@@ -8,8 +8,16 @@ namespace zqfp {
 template <class C>
 __device__ __forceinline__ void init_barriers(Shared<C> shared) {
   for (int stage = 0; stage < C::kStages; ++stage) {
-    ptx::barrier_init(shared.full(stage), 1);
+    ptx::barrier_init(shared.full(stage), 2);  // weights and activations
     ptx::barrier_init(shared.empty(stage), C::kWarpgroups * (kThreads / 32) * C::kCluster);
+  }
+  if constexpr (C::kStoreApart) {
+    for (int row = 0; row < C::kRows; ++row) {
+      for (int slot = 0; slot < C::kOutSlots; ++slot) {
+        ptx::barrier_init(shared.out_full(row, slot), kThreads / 32);
+        ptx::barrier_init(shared.out_empty(row, slot), 1);
+      }
+    }
   }
   ptx::fence_barrier_init();
 }
@@ -23,29 +31,44 @@ __device__ __forceinline__ void sync_blocks() {
   }
 }
 
+// The warps of the producer's warpgroup: weights, activations, and one for each row that stores apart. The weights are
+// on their way before the block's threads have met.
+template <class C>
+__device__ __forceinline__ void run_producers(const GemmParams& p, Shared<C> shared, int worker, int rank) {
+  const int warp = threadIdx.x % kThreads / 32;
+  const bool leader = threadIdx.x % 32 == 0;
+  Producer<C> producer(p, shared, worker, rank);
+  if (leader && warp == 0) {
+    init_barriers<C>(shared);
+    producer.start_weights();
+  }
+  if (leader && warp == 1) ptx::prefetch_map(&p.x8);
+  __syncwarp();
+  sync_blocks<C>();
+  ptx::fewer_registers<C::kProducerRegisters>();
+  if (leader && warp == 0) producer.run_weights();
+  if (leader && warp == 1) producer.run_tokens();
+  if constexpr (C::kStoreApart) {
+    if (warp >= 2 && warp - 2 < C::kRows) Storer<C>(p, shared, warp - 2).run();
+  }
+  __syncwarp();
+}
+
 template <class C>
 __device__ __forceinline__ void run_block(const GemmParams& p, char* raw) {
   // Every block aligns in the same way: what one block of a cluster writes lies at the same offset in the others.
-  char* memory = raw + (-ptx::shared_address(raw) & 1023u);
-  const Shared<C> shared{ptx::shared_address(memory)};
+  const Shared<C> shared{(ptx::shared_address(raw) + 1023u) & ~1023u};
   const int rank = C::kCluster > 1 ? ptx::cluster_block() : 0;
   const int worker = blockIdx.x / C::kCluster;
   const int warpgroup = threadIdx.x / kThreads;
 
   ptx::release_kernel_after();
-  if (threadIdx.x == 0) init_barriers<C>(shared);
-  sync_blocks<C>();
-
   if (warpgroup == C::kWarpgroups) {
-    ptx::fewer_registers<C::kProducerRegisters>();
-    if (threadIdx.x == C::kWarpgroups * kThreads) {
-      ptx::prefetch_map(&p.x8);
-      Producer<C>(p, shared, rank).run(worker);
-    }
-    __syncwarp();
+    run_producers<C>(p, shared, worker, rank);
   } else {
+    sync_blocks<C>();
     ptx::more_registers<C::kConsumerRegisters>();
-    Consumer<C>(p, shared, memory, rank, warpgroup).run(worker);
+    Consumer<C>(p, shared, rank, warpgroup).run(worker);
   }
   // No block of a cluster ends while another may still write to it.
   if constexpr (C::kCluster > 1) ptx::cluster_sync();

@@ -18,7 +18,20 @@ struct Kernel {
 };
 
 // The kernels that plans choose from, by number; those beyond are there to be tried (zqfpTune).
-enum KernelId { kT8, kT16, kT32, kT32Wide, kT64, kT64Wide, kT128, kT128Pair, kT256, kT256Pair, kKernelCount };
+enum KernelId {
+  kT8,
+  kT8Wide,
+  kT16,
+  kT16Wide,
+  kT32,
+  kT32Wide,
+  kT64,
+  kT128Narrow,
+  kT128,
+  kT256,
+  kT256Pair,
+  kKernelCount
+};
 
 struct KernelTable {
   const Kernel* kernels;

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cstdint>
 
 namespace zqfp {
 namespace {
@@ -10,54 +11,89 @@ constexpr int kMaxRowsPerTile = 4;
 static_assert(2 * kMaxProcessors * kMaxRowsPerTile * sizeof(uint32_t) <= ZQFP_WORKSPACE_ZEROED_BYTES,
               "a counter for each row of warpgroups of each cut tile; workers are fewer where they are clusters");
 
-// Shares of the multiprocessors' time that must be in use before a schedule gives up cutting tiles.
-constexpr double kGoodUse = 0.92;
-constexpr double kGoodUseOfAlignedCuts = 0.95;
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t tiles_of(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel) {
-  const int64_t rows = int64_t(kBlockRows) * kernel.rows * kernel.cluster;
-  return divide_up(desc.n, rows) * divide_up(m, kernel.tokens);
+// What kernels cost on an H100, in cycles of a multiprocessor: a unit of K, the start and end of a tile, and the exchange
+// of sums where tiles are cut. Fitted to what bench_gemm.py --variants measures (docs/performance.md); only their ratios
+// matter.
+struct Cost {
+  int unit, tile, cut;
+};
+constexpr Cost kCosts[kKernelCount] = {
+    {1100, 1200, 3000},    // kT8
+    {1100, 1000, 4000},    // kT8Wide
+    {1110, 1250, 3000},    // kT16
+    {1110, 1050, 4000},    // kT16Wide
+    {1130, 1300, 3200},    // kT32
+    {1130, 1100, 4500},    // kT32Wide
+    {1350, 1600, 3500},    // kT64
+    {1240, 2500, 6500},    // kT128Narrow
+    {980, 3200, 14000},    // kT128
+    {1190, 6000, 22000},   // kT256
+    {1180, 6600, 22000},   // kT256Pair
+};
+
+Schedule tiles_of(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel) {
+  Schedule s{};
+  s.row_tiles = int(divide_up(desc.n, int64_t(kBlockRows) * kernel.rows * kernel.cluster));
+  s.token_tiles = int(divide_up(m, kernel.tokens));
+  s.units = int(divide_up(divide_up(desc.k, kBlockColumns), kernel.slices));
+  s.token_group = kTokenGroup;
+  return s;
 }
 
-// Without pairs, reading the tokens from L2 would bound the tensor cores; one row tile cannot make a pair.
-int choose_many_tokens(const zqfpLinearDesc& desc, int64_t m, int processors, const KernelTable& table) {
-  // 128 tokens per tile decode each weight twice as often per product; worth it to waste fewer tokens or processors.
-  const int64_t computed_128 = divide_up(m, 128) * 128, computed_256 = divide_up(m, 256) * 256;
-  const bool few_tiles = tiles_of(desc, m, table.kernels[kT256]) < processors;
-  const bool pair = tiles_of(desc, 1, table.kernels[kT128]) > 1;
-  if (few_tiles || computed_128 * 5 < computed_256 * 4) return pair ? kT128Pair : kT128;
-  return pair ? kT256Pair : kT256;
+// A schedule and the cycles it takes.
+struct Deal {
+  Schedule schedule;
+  int64_t cycles;
+};
+
+Deal deal_whole(Schedule s, int processors, const Cost& cost) {
+  s.workers = std::min(s.tiles(), processors);
+  s.whole_tiles = s.tiles();
+  s.cut_workers = 1;
+  return {s, divide_up(s.tiles(), processors) * (int64_t(s.units) * cost.unit + cost.tile)};
 }
 
-int choose(const zqfpLinearDesc& desc, int64_t m, int processors, const KernelTable& table) {
-  if (m <= 8) return kT8;
-  if (m <= 16) return kT16;
-  const bool wide = tiles_of(desc, 1, table.kernels[kT32Wide]) * 2 >= processors;
-  if (m <= 32) return wide ? kT32Wide : kT32;
-  if (m <= 64) return wide ? kT64Wide : kT64;
-  return choose_many_tokens(desc, m, processors, table);
+// The last `rest` tiles are cut. So many pieces each that all are cut at the same places, if that idles few.
+Deal deal_cut(Schedule s, int processors, const Cost& cost, int rest) {
+  constexpr double kFew = 0.05;
+  const int pieces = rest < processors ? processors / rest : 0;
+  const bool aligned = rest * pieces >= processors * (1 - kFew);
+  s.whole_tiles = s.tiles() - rest;
+  s.workers = processors;
+  s.cut_workers = std::min(aligned || pieces > 1 ? rest * pieces : processors, s.cut_units());
+  if (s.whole_tiles == 0) s.workers = s.cut_workers;
+  const int64_t whole = s.whole_tiles / processors * (int64_t(s.units) * cost.unit + cost.tile);
+  const int64_t cut = divide_up(s.cut_units(), s.cut_workers) * cost.unit + divide_up(rest, processors) * cost.tile;
+  return {s, whole + cut + cost.cut};
 }
 
-// Fewer workers than processors, where that cuts every tile at the same places and idles few.
-int aligned_workers(int tiles, int processors) {
-  const int pieces = processors / tiles;
-  return tiles * pieces >= processors * kGoodUseOfAlignedCuts ? tiles * pieces : processors;
-}
-
-void deal_out(Schedule& s, int processors, bool streaming, Cut cut) {
-  const int tiles = s.tiles(), rounds = tiles / processors, rest = tiles % processors;
-  const double use = double(tiles) / (double(divide_up(tiles, processors)) * processors);
-  const bool cut_tiles = cut == Cut::kAlways || (cut == Cut::kAuto && (streaming || use < kGoodUse));
-  if (rest == 0 || !cut_tiles) {
-    s.workers = std::min(tiles, processors);
-    s.whole_tiles = tiles;
-    return;
+Deal deal_out(const Schedule& tiles, int processors, const Cost& cost, Cut cut) {
+  const int rounds = tiles.tiles() / processors, rest = tiles.tiles() % processors;
+  Deal best = deal_whole(tiles, processors, cost);
+  if (rest == 0 || cut == Cut::kNever) return best;
+  if (cut == Cut::kAlways) best.cycles = INT64_MAX;
+  // What is left after the last full round, alone or with that round, which cuts it into larger pieces.
+  for (const int more : {0, rounds > 0 ? processors : 0}) {
+    const Deal deal = deal_cut(tiles, processors, cost, rest + more);
+    if (deal.cycles < best.cycles) best = deal;
   }
-  s.whole_tiles = std::max(0, rounds - 1) * processors;
-  s.workers = rounds == 0 ? aligned_workers(tiles, processors) : processors;
-  s.workers = std::min(s.workers, s.cut_units());
+  return best;
+}
+
+// Variants beyond those that plans choose from cost what the one of the same tile does.
+const Cost& cost_of(const KernelTable& table, int id) {
+  int like = id < kKernelCount ? id : kT256;
+  for (int i = 0; id >= kKernelCount && i < kKernelCount; ++i) {
+    if (table.kernels[i].tokens == table.kernels[id].tokens && table.kernels[i].rows == table.kernels[id].rows) like = i;
+  }
+  return kCosts[like];
+}
+
+// Whether a plan may choose it: at most the next larger tile, which the workspace is made for, and no pair of one row tile.
+bool is_candidate(const Kernel& kernel, const zqfpLinearDesc& desc, int64_t m) {
+  return kernel.tokens < 2 * m + 8 && (kernel.cluster == 1 || desc.n > int64_t(kBlockRows) * kernel.rows);
 }
 
 }  // namespace
@@ -65,15 +101,19 @@ void deal_out(Schedule& s, int processors, bool streaming, Cut cut) {
 Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuning& tuning) {
   const KernelTable table = kernels_of(desc.group_size);
   processors = std::min(processors, kMaxProcessors);
-  const int id = tuning.kernel >= 0 ? tuning.kernel : choose(desc, m, processors, table);
-  const Kernel& kernel = table.kernels[id];
-  Schedule s{};
-  s.row_tiles = int(divide_up(desc.n, int64_t(kBlockRows) * kernel.rows * kernel.cluster));
-  s.token_tiles = int(divide_up(m, kernel.tokens));
-  s.units = int(divide_up(divide_up(desc.k, kBlockColumns), kernel.slices));
-  s.token_group = kTokenGroup;
-  deal_out(s, processors / kernel.cluster, kernel.tokens <= 64, tuning.cut);
-  return {&kernel, s};
+  Plan plan{};
+  int64_t fewest = INT64_MAX;
+  const int first = std::max(tuning.kernel, 0), last = tuning.kernel < 0 ? kKernelCount - 1 : tuning.kernel;
+  for (int id = first; id <= last; ++id) {
+    const Kernel& kernel = table.kernels[id];
+    if (tuning.kernel < 0 && !is_candidate(kernel, desc, m)) continue;
+    const Deal deal = deal_out(tiles_of(desc, m, kernel), processors / kernel.cluster, cost_of(table, id), tuning.cut);
+    if (deal.cycles >= fewest) continue;
+    fewest = deal.cycles;
+    plan = {&kernel, deal.schedule};
+  }
+  plan.schedule.prepare();
+  return plan;
 }
 
 bool plan_fits(const zqfpLinearDesc& desc, int64_t m) {
@@ -88,8 +128,7 @@ size_t workspace_bytes(const zqfpLinearDesc& desc, int64_t m, const Tuning& tuni
   size_t floats = 0;
   for (int i = 0; i < table.count; ++i) {
     const Kernel& kernel = table.kernels[i];
-    // A plan takes at most the next larger tile than m, and those beyond kKernelCount only when told to.
-    const bool possible = tuning.kernel >= 0 ? tuning.kernel == i : i < kKernelCount && kernel.tokens < 2 * m + 8;
+    const bool possible = tuning.kernel >= 0 ? tuning.kernel == i : i < kKernelCount && is_candidate(kernel, desc, m);
     if (possible) floats = std::max(floats, size_t(kernel.partial_floats));
   }
   return ZQFP_WORKSPACE_ZEROED_BYTES + 2 * kMaxProcessors * floats * sizeof(float);

@@ -1,4 +1,4 @@
-// The producer: one thread that keeps the copy engine busy, a stage of shared memory after the other.
+// The producer: two threads that keep the copy engine busy, a stage of shared memory after the other.
 #pragma once
 
 #include "config.h"
@@ -7,14 +7,14 @@
 
 namespace zqfp {
 
-// Position in the ring of stages; the parity flips each time round.
-template <class C>
+// Position in a ring of stages; the parity flips each time round.
+template <int kCount>
 struct Ring {
   int stage = 0;
   uint32_t parity = 0;
 
   __device__ __forceinline__ void advance() {
-    if (++stage == C::kStages) {
+    if (++stage == kCount) {
       stage = 0;
       parity ^= 1;
     }
@@ -37,6 +37,21 @@ struct Shared {
   }
   __device__ __forceinline__ uint32_t full(int stage) const { return base + C::kBarrierOffset + stage * 8; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(stage + C::kStages); }
+  // What lies at an offset from the beginning.
+  template <typename T>
+  __device__ __forceinline__ T* at(int offset) const {
+    return ptx::shared_pointer<T>(base + offset);
+  }
+  // Of the output's ring (output.cuh).
+  __device__ __forceinline__ uint32_t out(int row, int slot) const {
+    return base + C::kOutOffset + (row * C::kOutSlots + slot) * C::kOutSlotBytes;
+  }
+  __device__ __forceinline__ uint32_t out_full(int row, int slot) const {
+    return full(2 * C::kStages + row * C::kOutSlots + slot);
+  }
+  __device__ __forceinline__ uint32_t out_empty(int row, int slot) const {
+    return out_full(row, slot + C::kRows * C::kOutSlots);
+  }
 };
 
 // Where a block's tile lies in the matrices.
@@ -54,96 +69,138 @@ __device__ __forceinline__ Tile locate(const GemmParams& p, int tile, int rank) 
   return {row_block, left < 0 ? 0 : (left < C::kRows ? left : C::kRows), at.token_tile * C::kTokens};
 }
 
+// The stages of one worker, one after the other: units of K, and behind the last of a tile the steps of LoRC.
+template <class C>
+class Cursor {
+ public:
+  __device__ __forceinline__ Cursor(const GemmParams& p, int worker, int rank)
+      : walk_(p.schedule, worker), rank_(rank) {}
+
+  // Goes to the next stage; false behind the last.
+  __device__ __forceinline__ bool next(const GemmParams& p) {
+    if (++unit < end_) return true;
+    Segment segment;
+    if (!walk_.next(p.schedule, segment)) return false;
+    tile = locate<C>(p, segment.tile, rank_);
+    unit = segment.begin;
+    end_ = segment.end + (segment.end == p.schedule.units ? p.lorc_steps : 0);
+    return true;
+  }
+
+  Tile tile{};
+  int unit = 0;  // from Schedule::units on: steps of LoRC
+
+ private:
+  Walk walk_;
+  int rank_;
+  int end_ = 0;
+};
+
+// Two threads fill the stages, each saying what it will bring: one the weights, which no kernel before makes, and one
+// the activations.
 template <class C>
 class Producer {
  public:
-  __device__ __forceinline__ Producer(const GemmParams& p, Shared<C> shared, int rank)
+  __device__ __forceinline__ Producer(const GemmParams& p, Shared<C> shared, int worker, int rank)
       : p_(p),
         shared_(shared),
         rank_(rank),
+        cursor_(p, worker, rank),
+        // With one tile of tokens, each weight is read once.
         weight_policy_(p.schedule.token_tiles == 1 ? ptx::kEvictFirst : ptx::kEvictNormal),
         token_policy_(p.schedule.token_tiles == 1 ? ptx::kEvictLast : ptx::kEvictNormal) {}
 
-  __device__ __forceinline__ void run(int worker) {
-    Walk walk(p_.schedule, worker);
-    Segment segment;
-    for (bool first = true; walk.next(p_.schedule, segment); first = false) {
-      const Tile tile = locate<C>(p_, segment.tile, rank_);
-      const int weights_ready = segment.begin + (first ? start(tile, segment) : 0);
-      for (int unit = segment.begin; unit < segment.end; ++unit) {
-        if (unit >= weights_ready) load_weights(tile, unit);
-        load_activations(tile, unit);
-        ring_.advance();
-      }
-      if (segment.end < p_.schedule.units) continue;
-      for (int step = 0; step < p_.lorc_steps; ++step) load_lorc(tile, step);
+  // Fills the ring for the first time, for which it needs nobody.
+  __device__ __forceinline__ void start_weights() {
+    while (started_ < C::kStages && (more_ = cursor_.next(p_))) {
+      load_weights();
+      ++started_;
     }
+  }
+
+  __device__ __forceinline__ void run_weights() {
+    while (more_ && cursor_.next(p_)) load_weights();
+  }
+
+  __device__ __forceinline__ void run_tokens() {
+    ptx::wait_for_kernel_before();
+    while (cursor_.next(p_)) load_tokens();
   }
 
  private:
-  // Fills the ring with weights while the kernel before may still be making the activations; returns the units.
-  __device__ __forceinline__ int start(const Tile& tile, const Segment& segment) {
-    const int length = segment.end - segment.begin;
-    const int units = length < C::kStages ? length : C::kStages;
-    for (int i = 0; i < units; ++i) {
-      load_weights(tile, segment.begin + i);
-      ring_.advance();
-    }
-    ring_ = Ring<C>();
-    ptx::wait_for_kernel_before();
-    return units;
-  }
+  const GemmParams& p_;
+  Shared<C> shared_;
+  int rank_;
+  Cursor<C> cursor_;
+  uint64_t weight_policy_, token_policy_;
+  Ring<C::kStages> ring_;
+  int started_ = 0;
+  bool more_ = true;
 
   // Waits for the stage and says what will come.
-  __device__ __forceinline__ void acquire(uint32_t bytes) {
+  __device__ __forceinline__ uint32_t acquire(uint32_t bytes) {
+    const uint32_t barrier = shared_.full(ring_.stage);
     ptx::barrier_wait(shared_.empty(ring_.stage), ring_.parity ^ 1);
-    ptx::barrier_expect(shared_.full(ring_.stage), bytes);
+    ptx::barrier_expect(barrier, bytes);
+    return barrier;
   }
 
   // Of the kSlices blocks of K of a unit, those that exist: fewer at the end.
-  __device__ __forceinline__ int slices_of(int unit) const {
-    const int left = p_.k_blocks - unit * C::kSlices;
+  __device__ __forceinline__ int slices() const {
+    const int left = p_.k_blocks - cursor_.unit * C::kSlices;
     return left < C::kSlices ? left : C::kSlices;
   }
 
-  __device__ __forceinline__ void load_weights(const Tile& tile, int unit) {
+  __device__ __forceinline__ void load_weights() {
+    const int lorc_step = cursor_.unit - p_.schedule.units;
+    lorc_step < 0 ? load_codes() : load_u(lorc_step);
+    ring_.advance();
+  }
+
+  __device__ __forceinline__ void load_codes() {
     constexpr int kScaleBlock = scale_block_bytes(C::kGroup);
-    const int slices = slices_of(unit);
-    acquire(slices * C::kTileBytes + tile.row_blocks * slices * (kBlockBytes + kScaleBlock));
-    const uint32_t barrier = shared_.full(ring_.stage);
+    const Tile& tile = cursor_.tile;
+    const int count = slices();
+    const uint32_t barrier = acquire(tile.row_blocks * count * (kBlockBytes + kScaleBlock));
 #pragma unroll 1  // few registers are left to the producer
     for (int row = 0; row < tile.row_blocks; ++row) {
-      const int64_t index = int64_t(tile.row_block + row) * p_.k_blocks + unit * C::kSlices;
+      const int64_t index = int64_t(tile.row_block + row) * p_.k_blocks + cursor_.unit * C::kSlices;
       ptx::copy_bytes(shared_.codes(ring_.stage, row * C::kSlices), p_.codes + index * kBlockBytes,
-                      slices * kBlockBytes, barrier, weight_policy_);
+                      count * kBlockBytes, barrier, weight_policy_);
       ptx::copy_bytes(shared_.scales(ring_.stage, row * C::kSlices), p_.group_scales + index * kScaleBlock,
-                      slices * kScaleBlock, barrier, weight_policy_);
+                      count * kScaleBlock, barrier, weight_policy_);
     }
   }
 
-  __device__ __forceinline__ void load_activations(const Tile& tile, int unit) {
-    const int slices = slices_of(unit);
-    for (int slice = 0; slice < slices; ++slice) {
-      load_tokens(&p_.x8, slice, (unit * C::kSlices + slice) * kBlockColumns, tile.token);
-    }
-  }
-
-  // kLorcStep ranks of u in place of codes and of xv in place of activations; u has a row of 128 bytes per rank.
-  __device__ __forceinline__ void load_lorc(const Tile& tile, int step) {
-    acquire(C::kTileBytes + tile.row_blocks * kBlockBytes);
+  // kLorcStep ranks of u in place of codes; u has a row of 128 bytes per rank.
+  __device__ __forceinline__ void load_u(int step) {
+    const Tile& tile = cursor_.tile;
+    const uint32_t barrier = acquire(tile.row_blocks * kBlockBytes);
 #pragma unroll 1
     for (int row = 0; row < tile.row_blocks; ++row) {
       ptx::copy_box(shared_.codes(ring_.stage, row), &p_.u, (tile.row_block + row) * kBlockRows, step * kLorcStep,
-                    shared_.full(ring_.stage), ptx::kEvictNormal);
+                    barrier, ptx::kEvictNormal);
     }
-    load_tokens(&p_.xv, 0, step * kLorcStep, tile.token);
+  }
+
+  // x8 of every slice, or kLorcStep ranks of xv in place of the first.
+  __device__ __forceinline__ void load_tokens() {
+    const int lorc_step = cursor_.unit - p_.schedule.units;
+    const int count = lorc_step < 0 ? slices() : 1;
+    const uint32_t barrier = acquire(count * C::kTileBytes);
+    const CUtensorMap* map = lorc_step < 0 ? &p_.x8 : &p_.xv;
+    const int column = lorc_step < 0 ? cursor_.unit * C::kSlices * kBlockColumns : lorc_step * kLorcStep;
+#pragma unroll 1
+    for (int slice = 0; slice < count; ++slice) {
+      load_box(map, slice, column + slice * kBlockColumns, barrier);
+    }
     ring_.advance();
   }
 
   // 128 bytes of each token of the tile; in a cluster each block loads its part for all.
-  __device__ __forceinline__ void load_tokens(const CUtensorMap* map, int slice, int column, int token) {
+  __device__ __forceinline__ void load_box(const CUtensorMap* map, int slice, int column, uint32_t barrier) {
     const uint32_t to = shared_.activations(ring_.stage, slice);
-    const uint32_t barrier = shared_.full(ring_.stage);
+    const int token = cursor_.tile.token;
     if constexpr (C::kCluster == 1) {
       ptx::copy_box(to, map, column, token, barrier, token_policy_);
     } else {
@@ -152,12 +209,6 @@ class Producer {
                                (1 << C::kCluster) - 1, token_policy_);
     }
   }
-
-  const GemmParams& p_;
-  Shared<C> shared_;
-  int rank_;
-  uint64_t weight_policy_, token_policy_;  // with one tile of tokens, each weight is read once
-  Ring<C> ring_;
 };
 
 }  // namespace zqfp

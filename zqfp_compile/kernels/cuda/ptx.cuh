@@ -16,6 +16,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+template <typename T>
+__device__ __forceinline__ T* shared_pointer(uint32_t address) {
+  return static_cast<T*>(__cvta_shared_to_generic(address));
+}
+
 // ---- mbarrier ------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -24,7 +29,7 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
 
 // Makes initialised barriers visible to the copy engine and to the cluster.
 __device__ __forceinline__ void fence_barrier_init() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
@@ -113,6 +118,15 @@ __device__ __forceinline__ void copy_box_to_cluster(uint32_t to, const CUtensorM
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+// Adds `value`, for the whole GPU to see what this thread has seen written, and the other way round; returns the old one.
+__device__ __forceinline__ uint32_t add_acq_rel(uint32_t* to, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
+  return before;
 }
 
 // ---- cluster, named barriers, registers ----------------------------------------------------------------------------
