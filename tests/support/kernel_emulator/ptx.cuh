@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
@@ -25,7 +26,7 @@
 struct Index {
   unsigned x;
 };
-inline thread_local Index threadIdx, blockIdx;
+inline thread_local Index threadIdx, blockIdx, blockDim;
 
 namespace emulator {
 
@@ -120,7 +121,7 @@ struct Block {
   char* base;  // shared address 1024 + 16
   std::map<uint32_t, MBarrier> mbarriers;
   Barrier named[16];
-  Exchange warpgroups[5], warps[20];
+  Exchange warpgroups[5], warps[32];
   Cluster* cluster;
   int rank;
   int threads;
@@ -177,6 +178,24 @@ inline void __syncthreads() { emulator::block->named[0].sync(emulator::block->th
 inline uint32_t atomicAdd(uint32_t* p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
 
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
+  emulator::Exchange& warp = emulator::block->warps[threadIdx.x / 32];
+  warp.words[threadIdx.x % 32][0] = value;
+  warp.barrier.sync(32);
+  for (int lane = 0; lane < 32; ++lane) value = warp.words[lane][0] > value ? warp.words[lane][0] : value;
+  warp.barrier.sync(32);
+  return value;
+}
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   emulator::Exchange& warp = emulator::block->warps[threadIdx.x / 32];
   std::memcpy(warp.words[threadIdx.x % 32], &value, 4);
@@ -222,6 +241,16 @@ inline void prefetch_map(const CUtensorMap*) {}
 
 inline uint32_t cluster_block() { return block->rank; }
 inline void cluster_sync() { block->cluster->barrier.sync(block->cluster->threads); }
+// The hardware may wait as early as this.
+inline void cluster_arrive() { cluster_sync(); }
+inline void cluster_wait() {}
+inline float load_remote(const float* mine, uint32_t rank) {
+  return *reinterpret_cast<const float*>(block->cluster->blocks[rank]->base +
+                                         (reinterpret_cast<const char*>(mine) - block->base));
+}
+inline float limit(float x, float most) {
+  return std::isnan(x) ? x : std::copysign(std::fmin(std::fabs(x), most), x);
+}
 inline void sync_threads(int id, int threads) { block->named[id].sync(threads); }
 inline void arrive_threads(int id, int threads) { block->named[id].arrive(threads); }
 template <int>

@@ -127,6 +127,23 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// In two parts: what a thread does between them may be done while others have not arrived.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+// The number at the same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ float load_remote(const float* mine, uint32_t block) {
+  float number;
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [remote];\n}"
+      : "=f"(number)
+      : "r"(shared_address(mine)), "r"(block)
+      : "memory");
+  return number;
+}
+
 __device__ __forceinline__ void sync_threads(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -188,6 +205,15 @@ __device__ __forceinline__ void store_transposed(uint32_t address, uint32_t firs
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(first),
                "r"(second)
                : "memory");
+}
+
+// ---- numbers -------------------------------------------------------------------------------------------------------
+
+// x, or the number of x's sign and magnitude `most` if that is nearer to 0. NaN stays NaN.
+__device__ __forceinline__ float limit(float x, float most) {
+  float limited;
+  asm("min.NaN.xorsign.abs.f32 %0, %1, %2;" : "=f"(limited) : "f"(x), "f"(most));
+  return limited;
 }
 
 // ---- mma of a warp: m16n8k16 ---------------------------------------------------------------------------------------

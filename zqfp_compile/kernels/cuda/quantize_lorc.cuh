@@ -1,0 +1,282 @@
+// x -> E4M3 and its scale, and x @ V in the same pass over x.
+//
+// The blocks of a cluster have the same 16 * kTiles tokens and 16 * kPairs ranks and share them along K; of the clusters
+// with the same tokens each quantises a part. A warp takes chunks of 32 columns: thread 4q + c loads columns 8c..8c+7 of
+// tokens q + 8r and uses them both as numbers to quantise and as operand A of two m16n8k16 steps, whose 16 columns are
+// 8c + 4s + {0, 1, 2, 3} for the four c: a sum does not mind the order.
+#pragma once
+
+#include "decode.h"
+#include "quantize_value.cuh"
+
+namespace zqfp {
+
+constexpr int kChunk = 32;
+constexpr int kMaxRank = 64;
+constexpr int kMaxClusterBlocks = 8;
+
+// Few tokens: many blocks, each with little of V, all of it under way at once. Many tokens: V is read once for 64 of
+// them; twelve warps, as each thread has 64 sums.
+template <typename Number, int Tiles, int Pairs, int Batch, int Warps, bool PerToken>
+struct LorcShape {
+  using T = Number;
+  static constexpr int kTiles = Tiles, kPairs = Pairs, kWarps = Warps;
+  static constexpr int kBatch = Batch;  // chunks that a warp has under way
+  static constexpr bool kPerToken = PerToken;
+  static constexpr int kTokens = 16 * Tiles, kRanks = 16 * Pairs, kThreads = 32 * Warps;
+  static constexpr int kRows = 2 * Tiles;         // tokens of a thread
+  static constexpr int kSums = 8 * Tiles * Pairs;  // of a thread
+  static constexpr int kRound = kSums < 16 ? kSums : 16;  // of them, added up at a time
+};
+template <typename T, bool kPerToken>
+using FewTokens = LorcShape<T, 1, 1, 4, 16, kPerToken>;
+template <typename T, bool kPerToken>
+using ManyTokens = LorcShape<T, 4, 2, 1, 12, kPerToken>;
+
+// Of a block. `sum` and `range` are read by the other blocks of the cluster.
+template <class S>
+struct LorcShared {
+  float sum[32 * S::kSums];
+  float range[S::kTokens];
+  float scale[S::kTokens];
+  float warp_range[S::kWarps][S::kTokens];
+  float parts[S::kWarps][32 * S::kRound];
+};
+
+// What a thread has of 32 rows of V: of rows 8c + 4s + i the ranks 2 * kPairs * q + 2p + {0, 1}.
+template <int kPairs>
+struct RowsOfV {
+  uint32_t word[2][4][kPairs];
+
+  template <typename T>
+  __device__ __forceinline__ void load(const T* from, int rank, bool inside) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const T* row = from + (4 * s + i) * rank;
+        if constexpr (kPairs == 1) {
+          word[s][i][0] = inside ? __ldg(reinterpret_cast<const uint32_t*>(row)) : 0;
+        } else {
+          const uint2 two = inside ? __ldg(reinterpret_cast<const uint2*>(row)) : uint2{0, 0};
+          word[s][i][0] = two.x;
+          word[s][i][1] = two.y;
+        }
+      }
+    }
+  }
+};
+
+// One thread's part.
+template <class S>
+class LorcQuantizer {
+  using T = typename S::T;
+
+ public:
+  __device__ __forceinline__ LorcQuantizer(const QuantizeParams& p, LorcShared<S>& shared) : p_(p), shared_(shared) {
+    const int groups = (p.rank + S::kRanks - 1) / S::kRanks, cluster = blockIdx.x / p.share;
+    q_ = threadIdx.x % 32 / 4;
+    c_ = threadIdx.x % 4;
+    warp_ = threadIdx.x / 32;
+    block_ = blockIdx.x % p.share;
+    group_ = cluster % groups;
+    groups_ = groups;
+    first_token_ = cluster / groups * S::kTokens;
+    first_column_ = (block_ * S::kWarps + warp_) * kChunk + 8 * c_;
+    stride_ = p.share * S::kWarps * kChunk;
+  }
+
+  __device__ __forceinline__ void run() {
+    ptx::release_kernel_after();
+    RowsOfV<S::kPairs> v[S::kBatch];
+    load_v(v, first_column_);  // a weight: it may be read before the kernel before has ended
+    ptx::wait_for_kernel_before();
+    const float scale = S::kPerToken ? 1.f : *p_.scale;
+    read(v, scale);
+    if constexpr (S::kPerToken) share_warp_ranges();
+    add_warps();
+    if constexpr (S::kPerToken) share_block_ranges();
+    ptx::cluster_sync();
+    if constexpr (S::kPerToken) find_scales();
+    store_product();
+    ptx::cluster_arrive();
+    if constexpr (S::kPerToken) write_per_token();
+    if (!S::kPerToken && blockIdx.x == 0 && threadIdx.x == 0 && p_.a != nullptr) p_.a[0] = scale;
+    ptx::cluster_wait();  // no block ends while another reads its shared memory
+  }
+
+ private:
+  const QuantizeParams& p_;
+  LorcShared<S>& shared_;
+  int q_, c_, warp_, block_, group_, groups_, first_token_, first_column_, stride_;
+  float range_[S::kRows] = {};
+  float sums_[S::kTiles][S::kPairs][2][4] = {};  // [.][p][t][2h + i]: rank 2 * kPairs * (2c + i) + 2p + t
+
+  __device__ __forceinline__ int token(int row) const { return first_token_ + q_ + 8 * row; }
+  __device__ __forceinline__ int64_t offset(int row, int column) const { return int64_t(token(row)) * p_.k + column; }
+  __device__ __forceinline__ bool inside(int row, int column) const { return token(row) < p_.m && column < p_.k; }
+  __device__ __forceinline__ bool is_mine(int column) const { return column / kChunk % groups_ == group_; }
+
+  __device__ __forceinline__ void load_v(RowsOfV<S::kPairs> (&v)[S::kBatch], int column) const {
+    const int rank = group_ * S::kRanks + 2 * S::kPairs * q_;
+#pragma unroll
+    for (int b = 0; b < S::kBatch; ++b, column += stride_) {
+      const T* from = static_cast<const T*>(p_.v) + int64_t(column) * p_.rank + rank;
+      v[b].load(from, p_.rank, column < p_.k && rank < p_.rank);
+    }
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void load_x(Eight<T> (&x)[kCount][S::kRows], int column) const {
+#pragma unroll
+    for (int b = 0; b < kCount; ++b, column += stride_) {
+#pragma unroll
+      for (int r = 0; r < S::kRows; ++r) {
+        x[b][r] = load_eight(static_cast<const T*>(p_.x) + offset(r, column), inside(r, column));
+      }
+    }
+  }
+
+  // Ranges and x @ V, and with a static scale all there is to do. All lanes of a warp run the same chunks, as mma
+  // needs them all.
+  __device__ __forceinline__ void read(RowsOfV<S::kPairs> (&v)[S::kBatch], float scale) {
+    Eight<T> x[S::kBatch][S::kRows];
+    load_x(x, first_column_);
+    const Divisor divide(scale);  // not before: the loads of x must not wait for the scale
+    for (int column = first_column_; column - 8 * c_ < p_.k;) {
+#pragma unroll
+      for (int b = 0; b < S::kBatch; ++b) {
+        const int at = column + b * stride_;
+        if (at - 8 * c_ < p_.k) use(x[b], v[b], at, divide);
+      }
+      column += S::kBatch * stride_;
+      load_v(v, column);
+      load_x(x, column);
+    }
+  }
+
+  __device__ __forceinline__ void use(const Eight<T> (&x)[S::kRows], const RowsOfV<S::kPairs>& v, int column,
+                                      const Divisor& divide) {
+    multiply(x, v);
+    if constexpr (S::kPerToken) {
+#pragma unroll
+      for (int r = 0; r < S::kRows; ++r) range_[r] = x[r].widen(range_[r]);
+    } else if (is_mine(column)) {
+#pragma unroll
+      for (int r = 0; r < S::kRows; ++r) {
+        if (inside(r, column)) store_quantized(x[r], divide, p_.x8 + offset(r, column));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply(const Eight<T> (&x)[S::kRows], const RowsOfV<S::kPairs>& v) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+#pragma unroll
+      for (int p = 0; p < S::kPairs; ++p) {
+        const uint32_t row[4] = {v.word[s][0][p], v.word[s][1][p], v.word[s][2][p], v.word[s][3][p]};
+        const uint32_t even[2] = {prmt(row[0], row[1], 0x5410), prmt(row[2], row[3], 0x5410)};
+        const uint32_t odd[2] = {prmt(row[0], row[1], 0x7632), prmt(row[2], row[3], 0x7632)};
+#pragma unroll
+        for (int i = 0; i < S::kTiles; ++i) {
+          const uint32_t a[4] = {x[2 * i].word[2 * s], x[2 * i + 1].word[2 * s], x[2 * i].word[2 * s + 1],
+                                 x[2 * i + 1].word[2 * s + 1]};
+          ptx::mma(sums_[i][p][0], a, even[0], even[1], T());
+          ptx::mma(sums_[i][p][1], a, odd[0], odd[1], T());
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void share_warp_ranges() {
+#pragma unroll
+    for (int r = 0; r < S::kRows; ++r) {
+      range_[r] = fmaxf(range_[r], __shfl_xor_sync(~0u, range_[r], 1));
+      range_[r] = fmaxf(range_[r], __shfl_xor_sync(~0u, range_[r], 2));
+      if (c_ == 0) shared_.warp_range[warp_][q_ + 8 * r] = range_[r];
+    }
+  }
+
+  // The warps' sums to shared memory and the block's out of it: each thread adds up all warps, in their order.
+  __device__ __forceinline__ void add_warps() {
+    const float* mine = &sums_[0][0][0][0];
+#pragma unroll
+    for (int first = 0; first < S::kSums; first += S::kRound) {
+#pragma unroll
+      for (int i = 0; i < S::kRound; ++i) shared_.parts[warp_][32 * i + threadIdx.x % 32] = mine[first + i];
+      __syncthreads();
+      for (int at = threadIdx.x; at < 32 * S::kRound; at += S::kThreads) {
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < S::kWarps; ++w) sum += shared_.parts[w][at];
+        shared_.sum[32 * first + at] = sum;
+      }
+      __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ void share_block_ranges() {
+    if (threadIdx.x >= S::kTokens) return;
+    float largest = kSmallestRange;
+#pragma unroll
+    for (int w = 0; w < S::kWarps; ++w) largest = fmaxf(largest, shared_.warp_range[w][threadIdx.x]);
+    shared_.range[threadIdx.x] = largest;
+  }
+
+  // Reads a number of every block of the cluster; 0 for those it does not have.
+  __device__ __forceinline__ void read_blocks(const float* mine, float (&all)[kMaxClusterBlocks]) const {
+#pragma unroll
+    for (int b = 0; b < kMaxClusterBlocks; ++b) all[b] = b < p_.share ? ptx::load_remote(mine, b) : 0.f;
+  }
+
+  __device__ __forceinline__ void find_scales() {
+    if (threadIdx.x >= S::kTokens) return;
+    float all[kMaxClusterBlocks], largest = 0.f;
+    read_blocks(&shared_.range[threadIdx.x], all);
+#pragma unroll
+    for (int b = 0; b < kMaxClusterBlocks; ++b) largest = fmaxf(largest, all[b]);
+    const float scale = __fdiv_rn(largest, kLargestE4m3);
+    shared_.scale[threadIdx.x] = scale;
+    const int token = first_token_ + int(threadIdx.x);
+    if (group_ == 0 && block_ == 0 && token < p_.m) p_.a[token] = scale;
+  }
+
+  // Each block adds up its part of the cluster's sums, in the order of the blocks.
+  __device__ __forceinline__ void store_product() {
+    const int part = 32 * S::kSums / p_.share;
+    for (int at = block_ * part + threadIdx.x; at < (block_ + 1) * part; at += S::kThreads) {
+      float all[kMaxClusterBlocks], sum = 0.f;
+      read_blocks(&shared_.sum[at], all);
+#pragma unroll
+      for (int b = 0; b < kMaxClusterBlocks; ++b) sum += all[b];
+      const int q = at % 32 / 4, c = at % 4, i = at / 32 % 2, h = at / 64 % 2, t = at / 128 % 2;
+      const int pair = at / 256 % S::kPairs, tile = at / 256 / S::kPairs;
+      const int token = first_token_ + 16 * tile + 8 * h + q;
+      const int rank = group_ * S::kRanks + 2 * S::kPairs * (2 * c + i) + 2 * pair + t;
+      if (token < p_.m && rank < p_.rank) static_cast<T*>(p_.xv)[int64_t(token) * p_.rank + rank] = T(sum);
+    }
+  }
+
+  // x once more, now out of the cache.
+  __device__ __forceinline__ void write_per_token() {
+    __syncthreads();
+    for (int column = first_column_; column < p_.k; column += stride_) {
+      if (!is_mine(column)) continue;
+      Eight<T> x[1][S::kRows];
+      load_x(x, column);
+#pragma unroll
+      for (int r = 0; r < S::kRows; ++r) {
+        if (!inside(r, column)) continue;
+        store_quantized(x[0][r], Divisor(shared_.scale[q_ + 8 * r]), p_.x8 + offset(r, column));
+      }
+    }
+  }
+};
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads) quantize_lorc_kernel(QuantizeParams p) {
+  __shared__ LorcShared<S> shared;
+  LorcQuantizer<S>(p, shared).run();
+}
+
+}  // namespace zqfp
