@@ -41,24 +41,24 @@ void wait(std::condition_variable& changed, std::unique_lock<std::mutex>& lock, 
 // bar.sync and bar.arrive.
 class Barrier {
  public:
-  void arrive(int parties) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    arrive_locked(parties);
-  }
-  void sync(int parties) {
+  // Returns what to wait for.
+  uint64_t arrive(int parties) {
     std::unique_lock<std::mutex> lock(mutex_);
     const uint64_t generation = generation_;
-    arrive_locked(parties);
+    if (++arrived_ == parties) {
+      arrived_ = 0;
+      ++generation_;
+      changed_.notify_all();
+    }
+    return generation;
+  }
+  void wait_for(uint64_t generation) {
+    std::unique_lock<std::mutex> lock(mutex_);
     wait(changed_, lock, "other threads", [&] { return generation_ != generation; });
   }
+  void sync(int parties) { wait_for(arrive(parties)); }
 
  private:
-  void arrive_locked(int parties) {
-    if (++arrived_ < parties) return;
-    arrived_ = 0;
-    ++generation_;
-    changed_.notify_all();
-  }
   std::mutex mutex_;
   std::condition_variable changed_;
   int arrived_ = 0;
@@ -177,6 +177,7 @@ inline void __syncwarp() { emulator::block->warps[threadIdx.x / 32].barrier.sync
 inline void __syncthreads() { emulator::block->named[0].sync(emulator::block->threads); }
 inline uint32_t atomicAdd(uint32_t* p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
 
+inline int __clz(int x) { return __builtin_clz(unsigned(x)); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
@@ -241,12 +242,13 @@ inline void prefetch_map(const CUtensorMap*) {}
 
 inline uint32_t cluster_block() { return block->rank; }
 inline void cluster_sync() { block->cluster->barrier.sync(block->cluster->threads); }
-// The hardware may wait as early as this.
-inline void cluster_arrive() { cluster_sync(); }
-inline void cluster_wait() {}
-inline float load_remote(const float* mine, uint32_t rank) {
-  return *reinterpret_cast<const float*>(block->cluster->blocks[rank]->base +
-                                         (reinterpret_cast<const char*>(mine) - block->base));
+inline thread_local uint64_t cluster_generation;
+inline void cluster_arrive() { cluster_generation = block->cluster->barrier.arrive(block->cluster->threads); }
+inline void cluster_wait() { block->cluster->barrier.wait_for(cluster_generation); }
+inline void store_remote(const float* mine, float number, uint32_t barrier, uint32_t rank) {
+  emulator::Block& to = *block->cluster->blocks[rank];
+  std::memcpy(to.at(block->address(mine)), &number, sizeof number);
+  to.mbarriers.at(barrier).complete(sizeof number);
 }
 inline float limit(float x, float most) {
   return std::isnan(x) ? x : std::copysign(std::fmin(std::fabs(x), most), x);

@@ -127,21 +127,22 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// In two parts: what a thread does between them may be done while others have not arrived.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+// cluster_sync in two parts, between which there may be work, and without a fence: writes before it are not published.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
-// The number at the same place in the shared memory of another block of the cluster.
-__device__ __forceinline__ float load_remote(const float* mine, uint32_t block) {
-  float number;
+// Writes a number to the place of `mine` in another block of the cluster and counts its bytes on the barrier there.
+__device__ __forceinline__ void store_remote(const float* mine, float number, uint32_t barrier, uint32_t block) {
   asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %1, %2;\n"
-      "ld.shared::cluster.f32 %0, [remote];\n}"
-      : "=f"(number)
-      : "r"(shared_address(mine)), "r"(block)
+      "{\n.reg .b32 to, remote;\n"
+      "mapa.shared::cluster.u32 to, %0, %3;\n"
+      "mapa.shared::cluster.u32 remote, %2, %3;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %1, [remote];\n}" ::"r"(
+          shared_address(mine)),
+      "f"(number), "r"(barrier), "r"(block)
       : "memory");
-  return number;
 }
 
 __device__ __forceinline__ void sync_threads(int id, int threads) {

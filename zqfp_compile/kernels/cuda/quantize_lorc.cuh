@@ -33,11 +33,13 @@ using FewTokens = LorcShape<T, 1, 1, 4, 16, kPerToken>;
 template <typename T, bool kPerToken>
 using ManyTokens = LorcShape<T, 4, 2, 1, 12, kPerToken>;
 
-// Of a block. `sum` and `range` are read by the other blocks of the cluster.
+// Of a block. The blocks of the cluster write to each other's `sum` and `range`, and count the bytes on the barriers; so
+// nobody reads what is not there, and no block needs to outlive another.
 template <class S>
 struct LorcShared {
-  float sum[32 * S::kSums];
-  float range[S::kTokens];
+  uint64_t sum_barrier, range_barrier;
+  float sum[32 * S::kSums];  // of each block the numbers that this one adds up
+  float range[kMaxClusterBlocks][S::kTokens];
   float scale[S::kTokens];
   float warp_range[S::kWarps][S::kTokens];
   float parts[S::kWarps][32 * S::kRound];
@@ -48,6 +50,7 @@ template <int kPairs>
 struct RowsOfV {
   uint32_t word[2][4][kPairs];
 
+  // Not __ldg: the compiler would move that behind the wait for the kernel before.
   template <typename T>
   __device__ __forceinline__ void load(const T* from, int rank, bool inside) {
 #pragma unroll
@@ -56,9 +59,9 @@ struct RowsOfV {
       for (int i = 0; i < 4; ++i) {
         const T* row = from + (4 * s + i) * rank;
         if constexpr (kPairs == 1) {
-          word[s][i][0] = inside ? __ldg(reinterpret_cast<const uint32_t*>(row)) : 0;
+          word[s][i][0] = inside ? *reinterpret_cast<const uint32_t*>(row) : 0;
         } else {
-          const uint2 two = inside ? __ldg(reinterpret_cast<const uint2*>(row)) : uint2{0, 0};
+          const uint2 two = inside ? *reinterpret_cast<const uint2*>(row) : uint2{0, 0};
           word[s][i][0] = two.x;
           word[s][i][1] = two.y;
         }
@@ -74,11 +77,14 @@ class LorcQuantizer {
 
  public:
   __device__ __forceinline__ LorcQuantizer(const QuantizeParams& p, LorcShared<S>& shared) : p_(p), shared_(shared) {
-    const int groups = (p.rank + S::kRanks - 1) / S::kRanks, cluster = blockIdx.x / p.share;
+    const unsigned groups = (p.rank + S::kRanks - 1) / S::kRanks;
+    const int shift = 31 - __clz(p.share);  // a power of two
+    const unsigned cluster = blockIdx.x >> shift;
+    part_ = 32 * S::kSums >> shift;
     q_ = threadIdx.x % 32 / 4;
     c_ = threadIdx.x % 4;
     warp_ = threadIdx.x / 32;
-    block_ = blockIdx.x % p.share;
+    block_ = blockIdx.x & (p.share - 1);
     group_ = cluster % groups;
     groups_ = groups;
     first_token_ = cluster / groups * S::kTokens;
@@ -88,39 +94,60 @@ class LorcQuantizer {
 
   __device__ __forceinline__ void run() {
     ptx::release_kernel_after();
+    open_barriers();
+    ptx::cluster_arrive();
     RowsOfV<S::kPairs> v[S::kBatch];
     load_v(v, first_column_);  // a weight: it may be read before the kernel before has ended
     ptx::wait_for_kernel_before();
     const float scale = S::kPerToken ? 1.f : *p_.scale;
     read(v, scale);
+    ptx::cluster_wait();  // every block has opened its barriers
     if constexpr (S::kPerToken) share_warp_ranges();
     add_warps();
-    if constexpr (S::kPerToken) share_block_ranges();
-    ptx::cluster_sync();
-    if constexpr (S::kPerToken) find_scales();
+    if constexpr (S::kPerToken) {
+      send_ranges();
+      find_scales();
+      write_per_token();
+    } else if (blockIdx.x == 0 && threadIdx.x == 0 && p_.a != nullptr) {
+      p_.a[0] = scale;
+    }
     store_product();
-    ptx::cluster_arrive();
-    if constexpr (S::kPerToken) write_per_token();
-    if (!S::kPerToken && blockIdx.x == 0 && threadIdx.x == 0 && p_.a != nullptr) p_.a[0] = scale;
-    ptx::cluster_wait();  // no block ends while another reads its shared memory
   }
 
  private:
   const QuantizeParams& p_;
   LorcShared<S>& shared_;
   int q_, c_, warp_, block_, group_, groups_, first_token_, first_column_, stride_;
+  int part_;  // sums that a block adds up for its cluster
   float range_[S::kRows] = {};
   float sums_[S::kTiles][S::kPairs][2][4] = {};  // [.][p][t][2h + i]: rank 2 * kPairs * (2c + i) + 2p + t
 
   __device__ __forceinline__ int token(int row) const { return first_token_ + q_ + 8 * row; }
   __device__ __forceinline__ int64_t offset(int row, int column) const { return int64_t(token(row)) * p_.k + column; }
   __device__ __forceinline__ bool inside(int row, int column) const { return token(row) < p_.m && column < p_.k; }
-  __device__ __forceinline__ bool is_mine(int column) const { return column / kChunk % groups_ == group_; }
+  // Of four chunks one after the other, each of the up to four clusters quantises as many as can be.
+  __device__ __forceinline__ bool is_mine(int column) const {
+    return (column / kChunk % 4u) * groups_ / 4u == unsigned(group_);
+  }
+  // Whether the warp's chunk at a thread's column is there; the thread's own part may lie outside.
+  __device__ __forceinline__ bool has_chunk(int column) const { return column - 8 * c_ < p_.k; }
+
+  __device__ __forceinline__ void open_barriers() {
+    if (threadIdx.x != 0) return;
+    open(shared_.sum_barrier, sizeof shared_.sum);
+    if constexpr (S::kPerToken) open(shared_.range_barrier, p_.share * sizeof shared_.range[0]);
+    ptx::fence_barrier_init();
+  }
+  __device__ __forceinline__ static void open(uint64_t& barrier, uint32_t bytes) {
+    ptx::barrier_init(ptx::shared_address(&barrier), 1);
+    ptx::barrier_expect(ptx::shared_address(&barrier), bytes);
+  }
 
   __device__ __forceinline__ void load_v(RowsOfV<S::kPairs> (&v)[S::kBatch], int column) const {
     const int rank = group_ * S::kRanks + 2 * S::kPairs * q_;
 #pragma unroll
     for (int b = 0; b < S::kBatch; ++b, column += stride_) {
+      if (!has_chunk(column)) return;
       const T* from = static_cast<const T*>(p_.v) + int64_t(column) * p_.rank + rank;
       v[b].load(from, p_.rank, column < p_.k && rank < p_.rank);
     }
@@ -130,6 +157,7 @@ class LorcQuantizer {
   __device__ __forceinline__ void load_x(Eight<T> (&x)[kCount][S::kRows], int column) const {
 #pragma unroll
     for (int b = 0; b < kCount; ++b, column += stride_) {
+      if (!has_chunk(column)) return;
 #pragma unroll
       for (int r = 0; r < S::kRows; ++r) {
         x[b][r] = load_eight(static_cast<const T*>(p_.x) + offset(r, column), inside(r, column));
@@ -143,11 +171,11 @@ class LorcQuantizer {
     Eight<T> x[S::kBatch][S::kRows];
     load_x(x, first_column_);
     const Divisor divide(scale);  // not before: the loads of x must not wait for the scale
-    for (int column = first_column_; column - 8 * c_ < p_.k;) {
+    for (int column = first_column_; has_chunk(column);) {
 #pragma unroll
       for (int b = 0; b < S::kBatch; ++b) {
         const int at = column + b * stride_;
-        if (at - 8 * c_ < p_.k) use(x[b], v[b], at, divide);
+        if (has_chunk(at)) use(x[b], v[b], at, divide);
       }
       column += S::kBatch * stride_;
       load_v(v, column);
@@ -197,69 +225,74 @@ class LorcQuantizer {
     }
   }
 
-  // The warps' sums to shared memory and the block's out of it: each thread adds up all warps, in their order.
+  // The warps' sums to shared memory and the block's out of it: each thread adds up all warps, in their order, and sends
+  // the sum to the block that adds up the blocks.
   __device__ __forceinline__ void add_warps() {
     const float* mine = &sums_[0][0][0][0];
 #pragma unroll
     for (int first = 0; first < S::kSums; first += S::kRound) {
+      if (first > 0) __syncthreads();
 #pragma unroll
       for (int i = 0; i < S::kRound; ++i) shared_.parts[warp_][32 * i + threadIdx.x % 32] = mine[first + i];
       __syncthreads();
+#pragma unroll 1
       for (int at = threadIdx.x; at < 32 * S::kRound; at += S::kThreads) {
         float sum = 0.f;
 #pragma unroll
         for (int w = 0; w < S::kWarps; ++w) sum += shared_.parts[w][at];
-        shared_.sum[32 * first + at] = sum;
+        const int all = 32 * first + at, to = unsigned(all * p_.share) / (32 * S::kSums);
+        const int place = (block_ - to) * part_ + all;
+        ptx::store_remote(&shared_.sum[place], sum, ptx::shared_address(&shared_.sum_barrier), to);
       }
-      __syncthreads();
     }
   }
 
-  __device__ __forceinline__ void share_block_ranges() {
+  // The block's largest number of each token, to all blocks.
+  __device__ __forceinline__ void send_ranges() {
     if (threadIdx.x >= S::kTokens) return;
     float largest = kSmallestRange;
 #pragma unroll
     for (int w = 0; w < S::kWarps; ++w) largest = fmaxf(largest, shared_.warp_range[w][threadIdx.x]);
-    shared_.range[threadIdx.x] = largest;
-  }
-
-  // Reads a number of every block of the cluster; 0 for those it does not have.
-  __device__ __forceinline__ void read_blocks(const float* mine, float (&all)[kMaxClusterBlocks]) const {
-#pragma unroll
-    for (int b = 0; b < kMaxClusterBlocks; ++b) all[b] = b < p_.share ? ptx::load_remote(mine, b) : 0.f;
+    const float* place = &shared_.range[block_][threadIdx.x];
+    for (int b = 0; b < p_.share; ++b) {
+      ptx::store_remote(place, largest, ptx::shared_address(&shared_.range_barrier), b);
+    }
   }
 
   __device__ __forceinline__ void find_scales() {
-    if (threadIdx.x >= S::kTokens) return;
-    float all[kMaxClusterBlocks], largest = 0.f;
-    read_blocks(&shared_.range[threadIdx.x], all);
-#pragma unroll
-    for (int b = 0; b < kMaxClusterBlocks; ++b) largest = fmaxf(largest, all[b]);
-    const float scale = __fdiv_rn(largest, kLargestE4m3);
-    shared_.scale[threadIdx.x] = scale;
-    const int token = first_token_ + int(threadIdx.x);
-    if (group_ == 0 && block_ == 0 && token < p_.m) p_.a[token] = scale;
+    if (threadIdx.x < S::kTokens) {
+      ptx::barrier_wait(ptx::shared_address(&shared_.range_barrier), 0);
+      float largest = 0.f;
+      for (int b = 0; b < p_.share; ++b) largest = fmaxf(largest, shared_.range[b][threadIdx.x]);
+      const float scale = __fdiv_rn(largest, kLargestE4m3);
+      shared_.scale[threadIdx.x] = scale;
+      const int token = first_token_ + int(threadIdx.x);
+      if (group_ == 0 && block_ == 0 && token < p_.m) p_.a[token] = scale;
+    }
+    __syncthreads();
   }
 
   // Each block adds up its part of the cluster's sums, in the order of the blocks.
   __device__ __forceinline__ void store_product() {
-    const int part = 32 * S::kSums / p_.share;
-    for (int at = block_ * part + threadIdx.x; at < (block_ + 1) * part; at += S::kThreads) {
-      float all[kMaxClusterBlocks], sum = 0.f;
-      read_blocks(&shared_.sum[at], all);
-#pragma unroll
-      for (int b = 0; b < kMaxClusterBlocks; ++b) sum += all[b];
-      const int q = at % 32 / 4, c = at % 4, i = at / 32 % 2, h = at / 64 % 2, t = at / 128 % 2;
-      const int pair = at / 256 % S::kPairs, tile = at / 256 / S::kPairs;
-      const int token = first_token_ + 16 * tile + 8 * h + q;
-      const int rank = group_ * S::kRanks + 2 * S::kPairs * (2 * c + i) + 2 * pair + t;
-      if (token < p_.m && rank < p_.rank) static_cast<T*>(p_.xv)[int64_t(token) * p_.rank + rank] = T(sum);
+    ptx::barrier_wait(ptx::shared_address(&shared_.sum_barrier), 0);
+    for (int i = threadIdx.x; i < part_; i += S::kThreads) {
+      float sum = 0.f;
+      for (int b = 0; b < p_.share; ++b) sum += shared_.sum[b * part_ + i];
+      store_number(block_ * part_ + i, sum);
     }
+  }
+
+  // Sum `at` of a block: 32 * (which of a thread's sums_) + lane.
+  __device__ __forceinline__ void store_number(int at, float sum) {
+    const int q = at % 32 / 4, c = at % 4, i = at / 32 % 2, h = at / 64 % 2, t = at / 128 % 2;
+    const int pair = at / 256 % S::kPairs, tile = at / 256 / S::kPairs;
+    const int token = first_token_ + 16 * tile + 8 * h + q;
+    const int rank = group_ * S::kRanks + 2 * S::kPairs * (2 * c + i) + 2 * pair + t;
+    if (token < p_.m && rank < p_.rank) static_cast<T*>(p_.xv)[int64_t(token) * p_.rank + rank] = T(sum);
   }
 
   // x once more, now out of the cache.
   __device__ __forceinline__ void write_per_token() {
-    __syncthreads();
     for (int column = first_column_; column < p_.k; column += stride_) {
       if (!is_mine(column)) continue;
       Eight<T> x[1][S::kRows];
