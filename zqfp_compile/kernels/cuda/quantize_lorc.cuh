@@ -254,6 +254,7 @@ class LorcQuantizer {
 #pragma unroll
     for (int w = 0; w < S::kWarps; ++w) largest = fmaxf(largest, shared_.warp_range[w][threadIdx.x]);
     const float* place = &shared_.range[block_][threadIdx.x];
+#pragma unroll 1
     for (int b = 0; b < p_.share; ++b) {
       ptx::store_remote(place, largest, ptx::shared_address(&shared_.range_barrier), b);
     }
@@ -263,7 +264,10 @@ class LorcQuantizer {
     if (threadIdx.x < S::kTokens) {
       ptx::barrier_wait(ptx::shared_address(&shared_.range_barrier), 0);
       float largest = 0.f;
-      for (int b = 0; b < p_.share; ++b) largest = fmaxf(largest, shared_.range[b][threadIdx.x]);
+#pragma unroll
+      for (int b = 0; b < kMaxClusterBlocks; ++b) {
+        if (b < p_.share) largest = fmaxf(largest, shared_.range[b][threadIdx.x]);
+      }
       const float scale = __fdiv_rn(largest, kLargestE4m3);
       shared_.scale[threadIdx.x] = scale;
       const int token = first_token_ + int(threadIdx.x);
@@ -275,9 +279,11 @@ class LorcQuantizer {
   // Each block adds up its part of the cluster's sums, in the order of the blocks.
   __device__ __forceinline__ void store_product() {
     ptx::barrier_wait(ptx::shared_address(&shared_.sum_barrier), 0);
+#pragma unroll 1
     for (int i = threadIdx.x; i < part_; i += S::kThreads) {
       float sum = 0.f;
-      for (int b = 0; b < p_.share; ++b) sum += shared_.sum[b * part_ + i];
+#pragma unroll
+      for (int b = 0; b < kMaxClusterBlocks; ++b) sum += b < p_.share ? shared_.sum[b * part_ + i] : 0.f;
       store_number(block_ * part_ + i, sum);
     }
   }
