@@ -2,8 +2,8 @@
 //
 // The blocks of a cluster have the same 16 * kTiles tokens and 16 * kPairs ranks and share them along K; of the clusters
 // with the same tokens each quantises a part. A warp takes chunks of 32 columns: thread 4q + c loads columns 8c..8c+7 of
-// tokens q + 8r and uses them both as numbers to quantise and as operand A of two m16n8k16 steps, whose 16 columns are
-// 8c + 4s + {0, 1, 2, 3} for the four c: a sum does not mind the order.
+// tokens q + 8r and uses them both as numbers to quantise and as operand B of two m16n8k16 steps, whose 16 columns are
+// 8c + 4s + {0, 1, 2, 3} for the four c: a sum does not mind the order. V is operand A: x goes in as it was loaded.
 #pragma once
 
 #include "decode.h"
@@ -120,7 +120,7 @@ class LorcQuantizer {
   int q_, c_, warp_, block_, group_, groups_, first_token_, first_column_, stride_;
   int part_;  // sums that a block adds up for its cluster
   float range_[S::kRows] = {};
-  float sums_[S::kTiles][S::kPairs][2][4] = {};  // [.][p][t][2h + i]: rank 2 * kPairs * (2c + i) + 2p + t
+  float sums_[S::kRows][S::kPairs][4] = {};  // [r][p][2h + i]: token 8r + 2c + i, rank 2 * kPairs * q + 2p + h
 
   __device__ __forceinline__ int token(int row) const { return first_token_ + q_ + 8 * row; }
   __device__ __forceinline__ int64_t offset(int row, int column) const { return int64_t(token(row)) * p_.k + column; }
@@ -203,14 +203,11 @@ class LorcQuantizer {
 #pragma unroll
       for (int p = 0; p < S::kPairs; ++p) {
         const uint32_t row[4] = {v.word[s][0][p], v.word[s][1][p], v.word[s][2][p], v.word[s][3][p]};
-        const uint32_t even[2] = {prmt(row[0], row[1], 0x5410), prmt(row[2], row[3], 0x5410)};
-        const uint32_t odd[2] = {prmt(row[0], row[1], 0x7632), prmt(row[2], row[3], 0x7632)};
+        const uint32_t a[4] = {prmt(row[0], row[1], 0x5410), prmt(row[0], row[1], 0x7632),
+                               prmt(row[2], row[3], 0x5410), prmt(row[2], row[3], 0x7632)};
 #pragma unroll
-        for (int i = 0; i < S::kTiles; ++i) {
-          const uint32_t a[4] = {x[2 * i].word[2 * s], x[2 * i + 1].word[2 * s], x[2 * i].word[2 * s + 1],
-                                 x[2 * i + 1].word[2 * s + 1]};
-          ptx::mma(sums_[i][p][0], a, even[0], even[1], T());
-          ptx::mma(sums_[i][p][1], a, odd[0], odd[1], T());
+        for (int r = 0; r < S::kRows; ++r) {
+          ptx::mma(sums_[r][p], a, x[r].word[2 * s], x[r].word[2 * s + 1], T());
         }
       }
     }
@@ -228,7 +225,7 @@ class LorcQuantizer {
   // The warps' sums to shared memory and the block's out of it: each thread adds up all warps, in their order, and sends
   // the sum to the block that adds up the blocks.
   __device__ __forceinline__ void add_warps() {
-    const float* mine = &sums_[0][0][0][0];
+    const float* mine = &sums_[0][0][0];
 #pragma unroll
     for (int first = 0; first < S::kSums; first += S::kRound) {
       if (first > 0) __syncthreads();
@@ -290,10 +287,10 @@ class LorcQuantizer {
 
   // Sum `at` of a block: 32 * (which of a thread's sums_) + lane.
   __device__ __forceinline__ void store_number(int at, float sum) {
-    const int q = at % 32 / 4, c = at % 4, i = at / 32 % 2, h = at / 64 % 2, t = at / 128 % 2;
-    const int pair = at / 256 % S::kPairs, tile = at / 256 / S::kPairs;
-    const int token = first_token_ + 16 * tile + 8 * h + q;
-    const int rank = group_ * S::kRanks + 2 * S::kPairs * (2 * c + i) + 2 * pair + t;
+    const int q = at % 32 / 4, c = at % 4, i = at / 32 % 2, h = at / 64 % 2;
+    const int pair = at / 128 % S::kPairs, row = at / 128 / S::kPairs;
+    const int token = first_token_ + 8 * row + 2 * c + i;
+    const int rank = group_ * S::kRanks + 2 * S::kPairs * q + 2 * pair + h;
     if (token < p_.m && rank < p_.rank) static_cast<T*>(p_.xv)[int64_t(token) * p_.rank + rank] = T(sum);
   }
 
