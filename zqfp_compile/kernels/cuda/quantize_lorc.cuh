@@ -97,7 +97,8 @@ class LorcQuantizer {
     open_barriers();
     ptx::cluster_arrive();
     RowsOfV<S::kPairs> v[S::kBatch];
-    load_v(v, first_column_);  // a weight: it may be read before the kernel before has ended
+    // A weight: it may be read before the kernel before has ended.
+    load_first([&](int b, int column) { load_v(v[b], column); });
     ptx::wait_for_kernel_before();
     const float scale = S::kPerToken ? 1.f : *p_.scale;
     read(v, scale);
@@ -143,25 +144,22 @@ class LorcQuantizer {
     ptx::barrier_expect(ptx::shared_address(&barrier), bytes);
   }
 
-  __device__ __forceinline__ void load_v(RowsOfV<S::kPairs> (&v)[S::kBatch], int column) const {
+  __device__ __forceinline__ void load_v(RowsOfV<S::kPairs>& v, int column) const {
     const int rank = group_ * S::kRanks + 2 * S::kPairs * q_;
-#pragma unroll
-    for (int b = 0; b < S::kBatch; ++b, column += stride_) {
-      if (!has_chunk(column)) return;
-      const T* from = static_cast<const T*>(p_.v) + int64_t(column) * p_.rank + rank;
-      v[b].load(from, p_.rank, column < p_.k && rank < p_.rank);
-    }
+    const T* from = static_cast<const T*>(p_.v) + int64_t(column) * p_.rank + rank;
+    v.load(from, p_.rank, column < p_.k && rank < p_.rank);
   }
 
-  template <int kCount>
-  __device__ __forceinline__ void load_x(Eight<T> (&x)[kCount][S::kRows], int column) const {
+  __device__ __forceinline__ Eight<T> load_x(int row, int column) const {
+    return load_eight(static_cast<const T*>(p_.x) + offset(row, column), inside(row, column));
+  }
+
+  // Runs `load` for the thread's columns of the first chunks that the warp has under way.
+  template <typename Load>
+  __device__ __forceinline__ void load_first(Load load) const {
 #pragma unroll
-    for (int b = 0; b < kCount; ++b, column += stride_) {
-      if (!has_chunk(column)) return;
-#pragma unroll
-      for (int r = 0; r < S::kRows; ++r) {
-        x[b][r] = load_eight(static_cast<const T*>(p_.x) + offset(r, column), inside(r, column));
-      }
+    for (int b = 0; b < S::kBatch; ++b) {
+      if (has_chunk(first_column_ + b * stride_)) load(b, first_column_ + b * stride_);
     }
   }
 
@@ -169,31 +167,34 @@ class LorcQuantizer {
   // needs them all.
   __device__ __forceinline__ void read(RowsOfV<S::kPairs> (&v)[S::kBatch], float scale) {
     Eight<T> x[S::kBatch][S::kRows];
-    load_x(x, first_column_);
+    load_first([&](int b, int column) {
+#pragma unroll
+      for (int r = 0; r < S::kRows; ++r) x[b][r] = load_x(r, column);
+    });
     const Divisor divide(scale);  // not before: the loads of x must not wait for the scale
-    for (int column = first_column_; has_chunk(column);) {
+    for (int column = first_column_; has_chunk(column); column += S::kBatch * stride_) {
 #pragma unroll
       for (int b = 0; b < S::kBatch; ++b) {
-        const int at = column + b * stride_;
-        if (has_chunk(at)) use(x[b], v[b], at, divide);
+        if (has_chunk(column + b * stride_)) use(x[b], v[b], column + b * stride_, divide);
       }
-      column += S::kBatch * stride_;
-      load_v(v, column);
-      load_x(x, column);
     }
   }
 
-  __device__ __forceinline__ void use(const Eight<T> (&x)[S::kRows], const RowsOfV<S::kPairs>& v, int column,
+  // Uses a chunk, and puts the next one in the place of each part that has served.
+  __device__ __forceinline__ void use(Eight<T> (&x)[S::kRows], RowsOfV<S::kPairs>& v, int column,
                                       const Divisor& divide) {
+    const int next = column + S::kBatch * stride_;
+    const bool more = has_chunk(next);
     multiply(x, v);
-    if constexpr (S::kPerToken) {
+    if (more) load_v(v, next);
 #pragma unroll
-      for (int r = 0; r < S::kRows; ++r) range_[r] = x[r].widen(range_[r]);
-    } else if (is_mine(column)) {
-#pragma unroll
-      for (int r = 0; r < S::kRows; ++r) {
-        if (inside(r, column)) store_quantized(x[r], divide, p_.x8 + offset(r, column));
+    for (int r = 0; r < S::kRows; ++r) {
+      if constexpr (S::kPerToken) {
+        range_[r] = x[r].widen(range_[r]);
+      } else if (is_mine(column) && inside(r, column)) {
+        store_quantized(x[r], divide, p_.x8 + offset(r, column));
       }
+      if (more) x[r] = load_x(r, next);
     }
   }
 
@@ -298,12 +299,13 @@ class LorcQuantizer {
   __device__ __forceinline__ void write_per_token() {
     for (int column = first_column_; column < p_.k; column += stride_) {
       if (!is_mine(column)) continue;
-      Eight<T> x[1][S::kRows];
-      load_x(x, column);
+      Eight<T> x[S::kRows];
+#pragma unroll
+      for (int r = 0; r < S::kRows; ++r) x[r] = load_x(r, column);
 #pragma unroll
       for (int r = 0; r < S::kRows; ++r) {
         if (!inside(r, column)) continue;
-        store_quantized(x[0][r], Divisor(shared_.scale[q_ + 8 * r]), p_.x8 + offset(r, column));
+        store_quantized(x[r], Divisor(shared_.scale[q_ + 8 * r]), p_.x8 + offset(r, column));
       }
     }
   }
