@@ -293,7 +293,7 @@ def test_make_kernels_without_nvcc_says_so(repo_root):
 
 
 def test_an_overlapping_quantizer_reads_nothing_that_is_still_being_made(repo_root, tmp_path):
-    """Before the wait it loads LoRC's V at most, and nothing by ld.global.nc, which may run ahead of the wait."""
+    """Before the wait it loads LoRC's V at most, and nothing by ld.global.nc, which may run ahead of it."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
     kernels = repo_root / "zqfp_compile" / "kernels"
@@ -308,4 +308,5 @@ def test_an_overlapping_quantizer_reads_nothing_that_is_still_being_made(repo_ro
         assert "ld.global.v4" in after
         loads = set(re.findall(r"ld\.global[.\w]*", before))
         # Four bytes or eight of a row of V, and x, of which a thread has sixteen, only after the wait.
-        assert loads <= ({"ld.global.u32", "ld.global.v2.u32"} if "LorcShape" in entry.split("(")[0] else set())
+        lorc = "LorcShape" in entry.split("(")[0]
+        assert loads <= ({"ld.global.u32", "ld.global.v2.u32"} if lorc else set())

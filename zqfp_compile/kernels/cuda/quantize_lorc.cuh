@@ -101,14 +101,15 @@ class LorcQuantizer {
     load_first([&](int b, int column) { load_v(v[b], column); });
     ptx::wait_for_kernel_before();
     const float scale = S::kPerToken ? 1.f : *p_.scale;
-    read(v, scale);
+    Eight<T> x[S::kBatch][S::kRows];
+    read(x, v, scale);
     ptx::cluster_wait();  // every block has opened its barriers
     if constexpr (S::kPerToken) share_warp_ranges();
     add_warps();
     if constexpr (S::kPerToken) {
       send_ranges();
       find_scales();
-      write_per_token();
+      write_per_token(x);
     } else if (blockIdx.x == 0 && threadIdx.x == 0 && p_.a != nullptr) {
       p_.a[0] = scale;
     }
@@ -154,6 +155,11 @@ class LorcQuantizer {
     return load_eight(static_cast<const T*>(p_.x) + offset(row, column), inside(row, column));
   }
 
+  __device__ __forceinline__ void load_rows(Eight<T> (&x)[S::kRows], int column) const {
+#pragma unroll
+    for (int r = 0; r < S::kRows; ++r) x[r] = load_x(r, column);
+  }
+
   // Runs `load` for the thread's columns of the first chunks that the warp has under way.
   template <typename Load>
   __device__ __forceinline__ void load_first(Load load) const {
@@ -165,12 +171,9 @@ class LorcQuantizer {
 
   // Ranges and x @ V, and with a static scale all there is to do. All lanes of a warp run the same chunks, as mma
   // needs them all.
-  __device__ __forceinline__ void read(RowsOfV<S::kPairs> (&v)[S::kBatch], float scale) {
-    Eight<T> x[S::kBatch][S::kRows];
-    load_first([&](int b, int column) {
-#pragma unroll
-      for (int r = 0; r < S::kRows; ++r) x[b][r] = load_x(r, column);
-    });
+  __device__ __forceinline__ void read(Eight<T> (&x)[S::kBatch][S::kRows], RowsOfV<S::kPairs> (&v)[S::kBatch],
+                                       float scale) {
+    load_first([&](int b, int column) { load_rows(x[b], column); });
     const Divisor divide(scale);  // not before: the loads of x must not wait for the scale
     for (int column = first_column_; has_chunk(column); column += S::kBatch * stride_) {
 #pragma unroll
@@ -295,17 +298,20 @@ class LorcQuantizer {
     if (token < p_.m && rank < p_.rank) static_cast<T*>(p_.xv)[int64_t(token) * p_.rank + rank] = T(sum);
   }
 
-  // x once more, now out of the cache.
-  __device__ __forceinline__ void write_per_token() {
-    for (int column = first_column_; column < p_.k; column += stride_) {
-      if (!is_mine(column)) continue;
-      Eight<T> x[S::kRows];
+  // x where it still is in registers, or once more out of the cache.
+  __device__ __forceinline__ void write_per_token(Eight<T> (&x)[S::kBatch][S::kRows]) {
+    const bool held = !has_chunk(first_column_ + S::kBatch * stride_);
+    for (int column = first_column_; has_chunk(column); column += S::kBatch * stride_) {
 #pragma unroll
-      for (int r = 0; r < S::kRows; ++r) x[r] = load_x(r, column);
+      for (int b = 0; b < S::kBatch; ++b) {
+        const int at = column + b * stride_;
+        if (!has_chunk(at) || !is_mine(at)) continue;
+        if (!held) load_rows(x[b], at);
 #pragma unroll
-      for (int r = 0; r < S::kRows; ++r) {
-        if (!inside(r, column)) continue;
-        store_quantized(x[r], Divisor(shared_.scale[q_ + 8 * r]), p_.x8 + offset(r, column));
+        for (int r = 0; r < S::kRows; ++r) {
+          if (!inside(r, at)) continue;
+          store_quantized(x[b][r], Divisor(shared_.scale[q_ + 8 * r]), p_.x8 + offset(r, at));
+        }
       }
     }
   }
