@@ -145,6 +145,23 @@ class LorcQuantizer {
     ptx::barrier_expect(ptx::shared_address(&barrier), bytes);
   }
 
+  // A number to a place in a block of the cluster. A block that is its own cluster is launched without one.
+  __device__ __forceinline__ void send(float& place, float number, uint64_t& barrier, int block) const {
+    if (p_.share == 1) {
+      place = number;
+    } else {
+      ptx::store_remote(&place, number, ptx::shared_address(&barrier), block);
+    }
+  }
+  // Waits for all that the blocks send on the barrier. All threads call it.
+  __device__ __forceinline__ void receive(uint64_t& barrier) const {
+    if (p_.share == 1) {
+      __syncthreads();
+    } else {
+      ptx::barrier_wait(ptx::shared_address(&barrier), 0);
+    }
+  }
+
   __device__ __forceinline__ void load_v(RowsOfV<S::kPairs>& v, int column) const {
     const int rank = group_ * S::kRanks + 2 * S::kPairs * q_;
     const T* from = static_cast<const T*>(p_.v) + int64_t(column) * p_.rank + rank;
@@ -243,7 +260,7 @@ class LorcQuantizer {
         for (int w = 0; w < S::kWarps; ++w) sum += shared_.parts[w][at];
         const int all = 32 * first + at, to = unsigned(all * p_.share) / (32 * S::kSums);
         const int place = (block_ - to) * part_ + all;
-        ptx::store_remote(&shared_.sum[place], sum, ptx::shared_address(&shared_.sum_barrier), to);
+        send(shared_.sum[place], sum, shared_.sum_barrier, to);
       }
     }
   }
@@ -254,16 +271,13 @@ class LorcQuantizer {
     float largest = kSmallestRange;
 #pragma unroll
     for (int w = 0; w < S::kWarps; ++w) largest = fmaxf(largest, shared_.warp_range[w][threadIdx.x]);
-    const float* place = &shared_.range[block_][threadIdx.x];
 #pragma unroll 1
-    for (int b = 0; b < p_.share; ++b) {
-      ptx::store_remote(place, largest, ptx::shared_address(&shared_.range_barrier), b);
-    }
+    for (int b = 0; b < p_.share; ++b) send(shared_.range[block_][threadIdx.x], largest, shared_.range_barrier, b);
   }
 
   __device__ __forceinline__ void find_scales() {
+    receive(shared_.range_barrier);
     if (threadIdx.x < S::kTokens) {
-      ptx::barrier_wait(ptx::shared_address(&shared_.range_barrier), 0);
       float largest = 0.f;
 #pragma unroll
       for (int b = 0; b < kMaxClusterBlocks; ++b) {
@@ -279,7 +293,7 @@ class LorcQuantizer {
 
   // Each block adds up its part of the cluster's sums, in the order of the blocks.
   __device__ __forceinline__ void store_product() {
-    ptx::barrier_wait(ptx::shared_address(&shared_.sum_barrier), 0);
+    receive(shared_.sum_barrier);
 #pragma unroll 1
     for (int i = threadIdx.x; i < part_; i += S::kThreads) {
       float sum = 0.f;
