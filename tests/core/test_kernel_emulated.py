@@ -271,7 +271,7 @@ SCALES = [1.0, 0.02, 1 / 3, 448.0, 1.9999999, 1.0000001, 3e-5, 2.0**-126, 1e-40,
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_quantizer_divides_as_the_reference_near_ties(emulator, scale):
-    """Numbers halfway between two of E4M3 times the scale and their neighbours in float32; and the extremes."""
+    """Numbers halfway between two of E4M3 times the scale, their neighbours in float32, the extremes."""
     numbers = np.unique(E4M3FN.decode(np.arange(0x7F, dtype=np.uint8)).astype(np.float64))
     ties = np.concatenate([numbers, (numbers[1:] + numbers[:-1]) / 2, [464.0, 480.0, 1024.0]])
     with np.errstate(over="ignore"):

@@ -62,7 +62,9 @@ template <typename T>
 zqfpStatus quantize(QuantizeParams* p, int device, int processors, void* stream) {
   const int64_t eights = p->k / 8;
   if (p->scale != nullptr) {
-    p->share = p->m * eights <= int64_t(processors) * kStreamThreads ? 1 : kHeld;
+    // No more of them in a thread than leave each processor two blocks.
+    const int64_t share = p->m * eights / (2 * processors * kStreamThreads);
+    p->share = int(std::clamp<int64_t>(share, 1, kHeld));
     const int64_t blocks = divide_up(p->m * eights, p->share * kStreamThreads);
     return launch<quantize_static_kernel<T>>(blocks, kStreamThreads, 1, device, p, stream);
   }

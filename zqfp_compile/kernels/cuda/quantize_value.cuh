@@ -6,6 +6,7 @@
 #include <cuda_fp8.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "ptx.cuh"
 
@@ -72,11 +73,23 @@ struct Eight {
     }
   }
 
-  // The largest magnitude, or `range` if that is larger.
+  // The largest magnitude, or `range` if that is larger. NaN is none.
   __device__ __forceinline__ float widen(float range) const {
+    if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) range = fmaxf(range, fmaxf(fabsf(pair(i).x), fabsf(pair(i).y)));
-    return range;
+      for (int i = 0; i < 8; ++i) range = fmaxf(range, fabsf(__uint_as_float(word[i])));
+      return range;
+    } else {
+      const float2 largest = unpack_pair(larger(larger(word[0], word[1]), larger(word[2], word[3])), T());
+      return fmaxf(range, fmaxf(fabsf(largest.x), fabsf(largest.y)));
+    }
+  }
+
+  // Of each half the larger magnitude.
+  __device__ __forceinline__ static uint32_t larger(uint32_t a, uint32_t b) {
+    using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    const Two two = __hmax2(__habs2(*reinterpret_cast<const Two*>(&a)), __habs2(*reinterpret_cast<const Two*>(&b)));
+    return *reinterpret_cast<const uint32_t*>(&two);
   }
 };
 
