@@ -209,32 +209,98 @@ def test_a_workspace_serves_one_layer_after_the_other(emulator):
         check(case, arrays, emulate(emulator, case, arrays, dtype, workspace))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "m", "k", "rank", "blocks", "scale"),
-    [
-        ("float16", 1, 1040, 32, 2, None),
-        ("float16", 19, 528, 64, 1, 0.02),
-        ("bfloat16", 5, 272, 24, 4, None),
-        ("bfloat16", 16, 512, 0, 1, 0.03),
-        ("float32", 17, 80, 0, 2, None),
-    ],
-)
-def test_quantizer_computes_the_reference(emulator, dtype, m, k, rank, blocks, scale):
-    rng = np.random.default_rng(m)
-    types = {"float16": (1, np.float16), "bfloat16": (2, ml_dtypes.bfloat16), "float32": (3, np.float32)}
-    number, dtype = types[dtype]
-    x = (rng.standard_normal((m, k)) * np.exp2(rng.integers(-6, 6, (m, 1)))).astype(dtype)
-    v = rng.standard_normal((k, rank)).astype(dtype)
-    x8, a = aligned(np.full(m * k, 0x7F, np.uint8)), np.full(m if scale is None else 1, np.nan, np.float32)
-    xv = aligned(np.full((m, rank), np.nan, dtype))
-    static = None if scale is None else np.array([scale], np.float32)
-    held = [aligned(x), static, x8, a, aligned(v) if rank else None, xv]
+@dataclass(frozen=True)
+class Quantizer:
+    dtype: str
+    m: int
+    k: int
+    scale: float | None = None
+    rank: int = 0
+    share: int = 1  # without LoRC: eights of a thread; with LoRC: blocks of a cluster
+    size: int = 0  # without LoRC: threads of a token's block; with LoRC: 0 for few tokens, 1 for many
+
+
+TYPES = {"float16": (1, np.float16), "bfloat16": (2, ml_dtypes.bfloat16), "float32": (3, np.float32)}
+QUANTIZERS = [
+    Quantizer("float16", 3, 1040, 0.02),
+    Quantizer("bfloat16", 19, 528, 0.03, share=4),
+    Quantizer("float32", 9, 1040, 0.02, share=4),
+    Quantizer("float16", 3, 1040, size=160),
+    Quantizer("bfloat16", 2, 2080, size=64),  # more than the threads hold
+    Quantizer("float32", 2, 528, size=32),
+    Quantizer("float16", 1, 1040, 0.02, rank=32, share=2),
+    Quantizer("float16", 19, 528, 0.02, rank=24),
+    Quantizer("float16", 1, 2640, rank=8),  # more than the warps have under way
+    Quantizer("bfloat16", 16, 1040, rank=40, share=4),
+    Quantizer("float16", 70, 528, 0.02, rank=64, size=1),
+    Quantizer("bfloat16", 40, 272, rank=24, size=1),
+    Quantizer("float16", 64, 1040, rank=40, share=2, size=1),
+]
+
+
+def quantized(emulator, case, x, v=None):
+    """Run the quantizer on poisoned outputs; return x8 as bytes [M, K], a, and x @ V [M, rank]."""
+    number, dtype = TYPES[case.dtype]
+    x8 = aligned(np.full(case.m * case.k, 0x7F, np.uint8))
+    a = np.full(case.m if case.scale is None else 1, np.nan, np.float32)
+    xv = aligned(np.full((case.m, case.rank), np.nan, dtype))
+    static = None if case.scale is None else np.array([case.scale], np.float32)
+    held = [aligned(x), static, x8, a, None if v is None else aligned(v), xv]
     at = [None if array is None else ctypes.c_void_p(array.ctypes.data) for array in held]
-    emulator.emulate_quantizer(at[0], number, m, k, at[1], at[2], at[3], at[4], rank, at[5], blocks)
-    wanted, wanted_scale = reference.quantize_activation(x.astype(np.float32), scale)
+    emulator.emulate_quantizer(
+        *(at[0], number, case.m, case.k, at[1], at[2], at[3], at[4], case.rank, at[5]),
+        *(case.share, case.size),
+    )
+    return x8.reshape(case.m, case.k), a, xv.view(dtype).reshape(case.m, case.rank)
+
+
+@pytest.mark.parametrize("case", QUANTIZERS, ids=str)
+def test_quantizer_computes_the_reference(emulator, case):
+    rng, dtype = np.random.default_rng(case.m), TYPES[case.dtype][1]
+    x = (rng.standard_normal((case.m, case.k)) * np.exp2(rng.integers(-6, 6, (case.m, 1)))).astype(dtype)
+    v = rng.standard_normal((case.k, case.rank)).astype(dtype) if case.rank else None
+    x8, a, xv = quantized(emulator, case, x, v)
+    wanted, wanted_scale = reference.quantize_activation(x.astype(np.float32), case.scale)
     assert np.array_equal(a, wanted_scale)
-    assert np.array_equal(E4M3FN.decode(x8).reshape(m, k), wanted)
-    if rank:
+    assert np.array_equal(E4M3FN.decode(x8), wanted)
+    if v is not None:
         product = x.astype(np.float64) @ v.astype(np.float64)
-        error = np.linalg.norm(xv.view(dtype).reshape(m, rank).astype(np.float64) - product)
-        assert error < (3e-3 if number == 2 else 4e-4) * np.linalg.norm(product)
+        error = np.linalg.norm(xv.astype(np.float64) - product)
+        assert error < (3e-3 if case.dtype == "bfloat16" else 4e-4) * np.linalg.norm(product)
+
+
+SCALES = [1.0, 0.02, 1 / 3, 448.0, 1.9999999, 1.0000001, 3e-5, 2.0**-126, 1e-40, 2.0**-149, 3e37, 3.4e38]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_quantizer_divides_as_the_reference_near_ties(emulator, scale):
+    """Numbers halfway between two of E4M3 times the scale, their neighbours in float32, the extremes."""
+    numbers = np.unique(E4M3FN.decode(np.arange(0x7F, dtype=np.uint8)).astype(np.float64))
+    ties = np.concatenate([numbers, (numbers[1:] + numbers[:-1]) / 2, [464.0, 480.0, 1024.0]])
+    with np.errstate(over="ignore"):
+        near = (ties * np.float32(scale)).astype(np.float32)
+    steps = np.arange(-8, 9, dtype=np.int32)
+    near = (near[:, None].view(np.int32) + steps).view(np.float32).reshape(-1)
+    near = near[np.isfinite(near)]
+    largest = np.finfo(np.float32).max
+    x = np.concatenate([near, [0.0, 2.0**-149, 2.0**-126, 1e-20, 1e20, largest, np.inf]]).astype(np.float32)
+    x = np.concatenate([x, -x])
+    x = np.pad(x, (0, -len(x) % 16))[None]
+    case = Quantizer("float32", 1, x.shape[1], scale, share=4)
+    x8, _, _ = quantized(emulator, case, x)
+    with np.errstate(over="ignore"):
+        wanted = reference.quantize_activation(x, scale)[0]
+    assert np.array_equal(E4M3FN.decode(x8), wanted)
+    assert np.array_equal(np.signbit(E4M3FN.decode(x8)), np.signbit(x))
+
+
+@pytest.mark.parametrize("size", [0, 1])
+@pytest.mark.parametrize("scale", [None, 0.0, np.inf])
+def test_quantizer_divides_as_ieee_by_infinity_and_zero(emulator, scale, size):
+    x = np.tile(np.array([1.0, -2.0, 0.0, np.inf, -np.inf, np.nan, 3.0, -0.0], np.float16), 34)[None]
+    v = np.zeros((x.shape[1], 8), np.float16)
+    x8, a, _ = quantized(emulator, Quantizer("float16", 1, x.shape[1], scale, rank=8, size=size), x, v)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        quotient = x.astype(np.float32) / a
+    wanted = np.where(np.isinf(quotient), np.copysign(448.0, quotient), quotient)
+    assert np.array_equal(E4M3FN.decode(x8), wanted, equal_nan=True)

@@ -4,7 +4,8 @@
 
 #define __launch_bounds__(...)  // CUDA's headers leave it undefined for a host compiler
 #include "gemm_kernel.cuh"
-#include "quantize_kernel.cuh"
+#include "quantize_lorc.cuh"
+#include "quantize_stream.cuh"
 
 using namespace zqfp;
 
@@ -37,6 +38,7 @@ void run_cluster(int index, int blocks, int block_threads, int shared_bytes, Bod
       threads.emplace_back([=, &cluster] {
         emulator::block = cluster.blocks[rank].get();
         threadIdx.x = thread;
+        blockDim.x = block_threads;
         blockIdx.x = index * blocks + rank;
         body(emulator::block->base);
       });
@@ -45,18 +47,42 @@ void run_cluster(int index, int blocks, int block_threads, int shared_bytes, Bod
   for (std::thread& thread : threads) thread.join();
 }
 
-template <typename T, bool kLorc>
-void quantize(const QuantizeParams& p, int blocks) {
-  using Shared = QuantizeShared<T, kLorc>;
-  for (int tile = 0; tile * kQuantizeTokens < p.m; ++tile) {
-    run_cluster(tile, blocks, kQuantizeWarps * 32, sizeof(Shared), [&](char* memory) {
-      const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
-      Quantizer<T, kLorc>(p, *reinterpret_cast<Shared*>(memory), cluster).run();
+int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+
+template <class S>
+void quantize_lorc(const QuantizeParams& p) {
+  const int clusters = divide_up(p.m, S::kTokens) * divide_up(p.rank, S::kRanks);
+  for (int cluster = 0; cluster < clusters; ++cluster) {
+    run_cluster(cluster, p.share, S::kThreads, sizeof(LorcShared<S>), [&](char* memory) {
+      LorcQuantizer<S>(p, *reinterpret_cast<LorcShared<S>*>(memory)).run();
     });
   }
 }
 
-int divide_up(int a, int b) { return (a + b - 1) / b; }
+// `size`: threads of a token's block without LoRC; with LoRC 0 for the kernel for few tokens, 1 for many.
+template <typename T>
+void quantize(const QuantizeParams& p, int size) {
+  if constexpr (sizeof(T) == 2) {
+    if (p.v != nullptr && p.scale == nullptr) {
+      return size == 0 ? quantize_lorc<FewTokens<T, true>>(p) : quantize_lorc<ManyTokens<T, true>>(p);
+    }
+    if (p.v != nullptr) {
+      return size == 0 ? quantize_lorc<FewTokens<T, false>>(p) : quantize_lorc<ManyTokens<T, false>>(p);
+    }
+  }
+  const int64_t per_block = int64_t(p.share) * kStreamThreads * 8;
+  const int blocks = p.scale == nullptr ? p.m : int((int64_t(p.m) * p.k + per_block - 1) / per_block);
+  for (int index = 0; index < blocks; ++index) {
+    if (p.scale != nullptr) {
+      run_cluster(index, 1, kStreamThreads, 0, [&](char*) { quantize_static<T>(p); });
+    } else {
+      run_cluster(index, 1, size, 128, [&](char* memory) {
+        quantize_token<T>(p, reinterpret_cast<uint32_t*>(memory));
+      });
+    }
+  }
+}
 
 template <class C>
 void run(const Problem& problem) {
@@ -123,9 +149,7 @@ extern "C" int emulate(int config, const Problem* problem) {
 
 // dtype as in zqfp.h; v null: no LoRC.
 extern "C" void emulate_quantizer(const void* x, int dtype, int m, int k, const float* scale, void* x8, float* a,
-                                  const void* v, int rank, void* xv, int blocks) {
-  const QuantizeParams p{x, scale, static_cast<uint8_t*>(x8), a, v, xv, m, k, v == nullptr ? 0 : rank};
-  if (dtype == 3) quantize<float, false>(p, blocks);
-  if (dtype == 1) v ? quantize<__half, true>(p, blocks) : quantize<__half, false>(p, blocks);
-  if (dtype == 2) v ? quantize<__nv_bfloat16, true>(p, blocks) : quantize<__nv_bfloat16, false>(p, blocks);
+                                  const void* v, int rank, void* xv, int share, int size) {
+  const QuantizeParams p{x, scale, static_cast<uint8_t*>(x8), a, v, xv, m, k, v == nullptr ? 0 : rank, share};
+  dtype == 3 ? quantize<float>(p, size) : dtype == 1 ? quantize<__half>(p, size) : quantize<__nv_bfloat16>(p, size);
 }

@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
@@ -25,7 +26,7 @@
 struct Index {
   unsigned x;
 };
-inline thread_local Index threadIdx, blockIdx;
+inline thread_local Index threadIdx, blockIdx, blockDim;
 
 namespace emulator {
 
@@ -40,24 +41,24 @@ void wait(std::condition_variable& changed, std::unique_lock<std::mutex>& lock, 
 // bar.sync and bar.arrive.
 class Barrier {
  public:
-  void arrive(int parties) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    arrive_locked(parties);
-  }
-  void sync(int parties) {
+  // Returns what to wait for.
+  uint64_t arrive(int parties) {
     std::unique_lock<std::mutex> lock(mutex_);
     const uint64_t generation = generation_;
-    arrive_locked(parties);
+    if (++arrived_ == parties) {
+      arrived_ = 0;
+      ++generation_;
+      changed_.notify_all();
+    }
+    return generation;
+  }
+  void wait_for(uint64_t generation) {
+    std::unique_lock<std::mutex> lock(mutex_);
     wait(changed_, lock, "other threads", [&] { return generation_ != generation; });
   }
+  void sync(int parties) { wait_for(arrive(parties)); }
 
  private:
-  void arrive_locked(int parties) {
-    if (++arrived_ < parties) return;
-    arrived_ = 0;
-    ++generation_;
-    changed_.notify_all();
-  }
   std::mutex mutex_;
   std::condition_variable changed_;
   int arrived_ = 0;
@@ -120,7 +121,7 @@ struct Block {
   char* base;  // shared address 1024 + 16
   std::map<uint32_t, MBarrier> mbarriers;
   Barrier named[16];
-  Exchange warpgroups[5], warps[20];
+  Exchange warpgroups[5], warps[32];
   Cluster* cluster;
   int rank;
   int threads;
@@ -174,7 +175,26 @@ void __stcg(T* p, T v) { *p = v; }
 inline void __syncwarp() { emulator::block->warps[threadIdx.x / 32].barrier.sync(32); }
 inline void __syncthreads() { emulator::block->named[0].sync(emulator::block->threads); }
 
+inline int __clz(int x) { return __builtin_clz(unsigned(x)); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
+  emulator::Exchange& warp = emulator::block->warps[threadIdx.x / 32];
+  warp.words[threadIdx.x % 32][0] = value;
+  warp.barrier.sync(32);
+  for (int lane = 0; lane < 32; ++lane) value = warp.words[lane][0] > value ? warp.words[lane][0] : value;
+  warp.barrier.sync(32);
+  return value;
+}
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   emulator::Exchange& warp = emulator::block->warps[threadIdx.x / 32];
   std::memcpy(warp.words[threadIdx.x % 32], &value, 4);
@@ -225,6 +245,17 @@ inline void prefetch_map(const CUtensorMap*) {}
 
 inline uint32_t cluster_block() { return block->rank; }
 inline void cluster_sync() { block->cluster->barrier.sync(block->cluster->threads); }
+inline thread_local uint64_t cluster_generation;
+inline void cluster_arrive() { cluster_generation = block->cluster->barrier.arrive(block->cluster->threads); }
+inline void cluster_wait() { block->cluster->barrier.wait_for(cluster_generation); }
+inline void store_remote(const float* mine, float number, uint32_t barrier, uint32_t rank) {
+  emulator::Block& to = *block->cluster->blocks[rank];
+  std::memcpy(to.at(block->address(mine)), &number, sizeof number);
+  to.mbarriers.at(barrier).complete(sizeof number);
+}
+inline float limit(float x, float most) {
+  return std::isnan(x) ? x : std::copysign(std::fmin(std::fabs(x), most), x);
+}
 inline void sync_threads(int id, int threads) { block->named[id].sync(threads); }
 inline void arrive_threads(int id, int threads) { block->named[id].arrive(threads); }
 template <int>

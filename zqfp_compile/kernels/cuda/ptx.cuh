@@ -141,6 +141,24 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// cluster_sync in two parts, between which there may be work, and without a fence: writes before it are not published.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+// Writes a number to the place of `mine` in another block of the cluster and counts its bytes on the barrier there.
+__device__ __forceinline__ void store_remote(const float* mine, float number, uint32_t barrier, uint32_t block) {
+  asm volatile(
+      "{\n.reg .b32 to, remote;\n"
+      "mapa.shared::cluster.u32 to, %0, %3;\n"
+      "mapa.shared::cluster.u32 remote, %2, %3;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %1, [remote];\n}" ::"r"(
+          shared_address(mine)),
+      "f"(number), "r"(barrier), "r"(block)
+      : "memory");
+}
+
 __device__ __forceinline__ void sync_threads(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -202,6 +220,15 @@ __device__ __forceinline__ void store_transposed(uint32_t address, uint32_t firs
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(first),
                "r"(second)
                : "memory");
+}
+
+// ---- numbers -------------------------------------------------------------------------------------------------------
+
+// x, or the number of x's sign and magnitude `most` if that is nearer to 0. NaN stays NaN.
+__device__ __forceinline__ float limit(float x, float most) {
+  float limited;
+  asm("min.NaN.xorsign.abs.f32 %0, %1, %2;" : "=f"(limited) : "f"(x), "f"(most));
+  return limited;
 }
 
 // ---- mma of a warp: m16n8k16 ---------------------------------------------------------------------------------------

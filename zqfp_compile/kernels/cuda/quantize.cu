@@ -1,13 +1,15 @@
 // zqfpQuantizeActivation.
+#include <algorithm>
+#include <atomic>
+
 #include "check.h"
 #include "device.h"
 #include "launch.h"
-#include "quantize_kernel.cuh"
+#include "quantize_lorc.cuh"
+#include "quantize_stream.cuh"
 
 namespace zqfp {
 namespace {
-
-constexpr int kMaxClusterBlocks = 8;
 
 zqfpStatus check_shape(int32_t x_dtype, int64_t m, int64_t k) {
   if (x_dtype < ZQFP_FLOAT16 || x_dtype > ZQFP_FLOAT32) return fail(ZQFP_INVALID_VALUE, "unknown dtype %d", x_dtype);
@@ -31,28 +33,77 @@ zqfpStatus check_lorc(int32_t x_dtype, const void* v, int32_t rank, const void* 
   return check_pointer(xv, "xv");
 }
 
-const void* choose_kernel(int32_t x_dtype, bool lorc) {
-  const void* function = nullptr;
-  if (x_dtype == ZQFP_FLOAT32) {
-    function = reinterpret_cast<const void*>(&quantize_kernel<float, false>);
-  } else if (x_dtype == ZQFP_FLOAT16) {
-    function = lorc ? reinterpret_cast<const void*>(&quantize_kernel<__half, true>)
-                    : reinterpret_cast<const void*>(&quantize_kernel<__half, false>);
-  } else {
-    function = lorc ? reinterpret_cast<const void*>(&quantize_kernel<__nv_bfloat16, true>)
-                    : reinterpret_cast<const void*>(&quantize_kernel<__nv_bfloat16, false>);
-  }
-  return function;
+// From so many tokens on reading V less often outweighs having fewer blocks.
+constexpr int64_t kManyTokens = 512;
+
+// A kernel may leave a processor's memory to its L1 cache; these leave it to shared memory, as the GEMM needs it: with
+// another division the next kernel could not start before this one's last block on the processor has ended. Once per
+// device.
+zqfpStatus prefer_shared_memory(const void* function, int device, std::atomic<uint64_t>* done) {
+  if (device < kMaxDevices && done->load(std::memory_order_relaxed) >> device & 1) return ZQFP_SUCCESS;
+  ZQFP_RETURN_IF_FAILED(check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                        cudaSharedmemCarveoutMaxShared),
+                                   "asking for shared memory"));
+  if (device < kMaxDevices) done->fetch_or(uint64_t(1) << device, std::memory_order_relaxed);
+  return ZQFP_SUCCESS;
 }
 
-// As many blocks along K as give every processor one, while each of their warps has a chunk.
-int choose_blocks(int64_t m, int64_t k, int processors) {
-  const int64_t tiles = (m + kQuantizeTokens - 1) / kQuantizeTokens, chunks = (k + kChunk - 1) / kChunk;
-  int blocks = 1;
-  while (blocks < kMaxClusterBlocks && tiles * blocks * 2 <= processors && blocks * kQuantizeWarps < chunks) {
-    blocks *= 2;
+template <void (*kKernel)(QuantizeParams)>
+zqfpStatus launch(int64_t blocks, int threads, int cluster, int device, QuantizeParams* p, void* stream) {
+  static std::atomic<uint64_t> prepared{0};
+  const void* function = reinterpret_cast<const void*>(kKernel);
+  ZQFP_RETURN_IF_FAILED(prefer_shared_memory(function, device, &prepared));
+  return launch_kernel(function, {int(blocks), threads, 0, cluster}, p, stream, "launching the quantizer");
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+zqfpStatus quantize(QuantizeParams* p, int device, int processors, void* stream) {
+  const int64_t eights = p->k / 8;
+  if (p->scale != nullptr) {
+    // No more of them in a thread than leave each processor two blocks.
+    const int64_t share = p->m * eights / (2 * processors * kStreamThreads);
+    p->share = int(std::clamp<int64_t>(share, 1, kHeld));
+    const int64_t blocks = divide_up(p->m * eights, p->share * kStreamThreads);
+    return launch<quantize_static_kernel<T>>(blocks, kStreamThreads, 1, device, p, stream);
   }
-  return blocks;
+  const int64_t busy = p->m <= processors ? eights : divide_up(eights, kHeld);
+  const int threads = int(std::min<int64_t>(divide_up(busy, 32) * 32, kMaxRowThreads));
+  return launch<quantize_token_kernel<T>>(p->m, threads, 1, device, p, stream);
+}
+
+// Into how many blocks a cluster divides K: more as long as each warp has a chunk and the processors have less to do.
+// Of a scale per token always as many as there can be: x is read twice, and the fewer tokens are being worked on at a
+// time, the surer it is still in the cache.
+template <class S>
+int choose_blocks(const QuantizeParams& p, int64_t clusters, int processors) {
+  int64_t best = 1;
+  for (int64_t blocks = 2; blocks <= kMaxClusterBlocks; blocks *= 2) {
+    if (blocks / 2 * S::kWarps * kChunk >= p.k) break;
+    const int64_t rounds = divide_up(clusters * blocks, processors), best_rounds = divide_up(clusters * best, processors);
+    if (S::kPerToken || rounds * best < best_rounds * blocks) best = blocks;
+  }
+  return int(best);
+}
+
+template <class S>
+zqfpStatus quantize_lorc(QuantizeParams* p, int device, int processors, void* stream) {
+  const int64_t clusters = divide_up(p->m, S::kTokens) * divide_up(p->rank, S::kRanks);
+  p->share = choose_blocks<S>(*p, clusters, processors);
+  return launch<quantize_lorc_kernel<S>>(clusters * p->share, S::kThreads, p->share, device, p, stream);
+}
+
+template <typename T>
+zqfpStatus quantize_half(QuantizeParams* p, int device, int processors, void* stream) {
+  if (p->v == nullptr) return quantize<T>(p, device, processors, stream);
+  const bool per_token = p->scale == nullptr;
+  if (p->m < kManyTokens) {
+    return per_token ? quantize_lorc<FewTokens<T, true>>(p, device, processors, stream)
+                     : quantize_lorc<FewTokens<T, false>>(p, device, processors, stream);
+  }
+  return per_token ? quantize_lorc<ManyTokens<T, true>>(p, device, processors, stream)
+                   : quantize_lorc<ManyTokens<T, false>>(p, device, processors, stream);
 }
 
 }  // namespace
@@ -71,8 +122,8 @@ zqfpStatus zqfpQuantizeActivation(const void* x, int32_t x_dtype, int64_t m, int
   ZQFP_RETURN_IF_FAILED(check_alignment(a, "a"));
   int device = 0, processors = 0;
   ZQFP_RETURN_IF_FAILED(find_device(&device, &processors));
-  QuantizeParams p{x, scale, static_cast<uint8_t*>(x8), a, v, xv, int(m), int(k), v == nullptr ? 0 : rank};
-  const int blocks = choose_blocks(m, k, processors);
-  const LaunchShape shape{(p.m + kQuantizeTokens - 1) / kQuantizeTokens * blocks, kQuantizeWarps * 32, 0, blocks};
-  return launch_kernel(choose_kernel(x_dtype, v != nullptr), shape, &p, stream, "launching the quantizer");
+  QuantizeParams p{x, scale, static_cast<uint8_t*>(x8), a, v, xv, int(m), int(k), v == nullptr ? 0 : rank, 1};
+  if (x_dtype == ZQFP_FLOAT32) return quantize<float>(&p, device, processors, stream);
+  if (x_dtype == ZQFP_FLOAT16) return quantize_half<__half>(&p, device, processors, stream);
+  return quantize_half<__nv_bfloat16>(&p, device, processors, stream);
 }
