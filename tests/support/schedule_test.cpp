@@ -13,7 +13,7 @@ static bool right(const Schedule& s) {
     Walk walk(s, worker);
     Segment g;
     int inner_starts = 0, open_ends = 0;
-    while (walk.next(s, g)) {
+    while (walk.next(s, worker, g)) {
       if (g.tile < 0 || g.tile >= s.tiles() || g.begin >= g.end || g.end > s.units) return false;
       if (g.begin == 0) {
         const TilePosition at = tile_position(s, g.tile);
@@ -50,7 +50,7 @@ static bool right(const Schedule& s) {
 }
 
 static bool divides(int d) {
-  const Divisor divisor = Divisor::of(d);
+  const FastDivisor divisor = FastDivisor::of(d);
   for (int64_t q = 0; q < 3; ++q) {  // around multiples, where it would go wrong first
     for (const int64_t n : {q * d - 1, q * d, 0x7fffffff / d * int64_t(d) - q, int64_t(0x7fffffff) - q, int64_t(rand())}) {
       if (n >= 0 && n <= 0x7fffffff && divisor.divide(int(n)) != int(n) / d) return false;

@@ -30,12 +30,12 @@ class Consumer {
         slice_(C::kRows == 1 ? warpgroup : warpgroup % C::kSlices),
         thread_(threadIdx.x % kThreads) {}
 
-  __device__ __forceinline__ void run(int worker) {
+  __device__ __forceinline__ void run() {
     ptx::wait_for_kernel_before();
     if (C::kHeadStart > 0 && warpgroup_ == 1) ptx::sync_threads(kHeadStartOver, 2 * kThreads);
-    Walk walk(p_.schedule, worker);
+    Walk walk(p_.schedule, this_worker<C>());
     Segment segment;
-    while (walk.next(p_.schedule, segment)) {
+    while (walk.next(p_.schedule, this_worker<C>(), segment)) {
       const Tile tile = locate<C>(p_, segment.tile, rank_);
       const bool last_units = segment.end == p_.schedule.units;
       if (row_ >= tile.row_blocks) {
@@ -342,8 +342,7 @@ class Consumer {
   // Leaves the sums in the workspace. True for the last to arrive, with the sum of all in the order of K.
   __device__ __forceinline__ bool add_partials(const Segment& segment, Sums& sums) {
     const Sharers who = sharers(p_.schedule, segment.tile);
-    const int worker = blockIdx.x / C::kCluster;
-    float4* mine = partial(worker, segment.begin == 0);
+    float4* mine = partial(this_worker<C>(), segment.begin == 0);
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) __stcg(mine + i * kThreads, quad(sums, i));
     if (!last_to_arrive(segment.tile, who.last - who.first + 1)) return false;

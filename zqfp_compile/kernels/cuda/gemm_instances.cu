@@ -40,6 +40,7 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       instance<32, 1, 4, 1, 4>("t32r1s4p4"),
       instance<32, 2, 2, 1, 4>("t32r2s2p4"),
       instance<64, 1, 4, 1, 0>("t64r1s4"),
+      instance<64, 2, 2, 1, 0>("t64r2s2"),
       instance<128, 1, 2, 1, 4>("t128r1s2p4"),
       instance<128, 2, 1, 1, 4>("t128r2s1p4"),
       instance<256, 2, 1, 1, 0>("t256r2s1"),

@@ -34,10 +34,10 @@ __device__ __forceinline__ void sync_blocks() {
 // The warps of the producer's warpgroup: weights, activations, and one for each row that stores apart. The weights are
 // on their way before the block's threads have met.
 template <class C>
-__device__ __forceinline__ void run_producers(const GemmParams& p, Shared<C> shared, int worker, int rank) {
+__device__ __forceinline__ void run_producers(const GemmParams& p, Shared<C> shared, int rank) {
   const int warp = threadIdx.x % kThreads / 32;
   const bool leader = threadIdx.x % 32 == 0;
-  Producer<C> producer(p, shared, worker, rank);
+  Producer<C> producer(p, shared, rank);
   if (leader && warp == 0) {
     init_barriers<C>(shared);
     producer.start_weights();
@@ -59,16 +59,15 @@ __device__ __forceinline__ void run_block(const GemmParams& p, char* raw) {
   // Every block aligns in the same way: what one block of a cluster writes lies at the same offset in the others.
   const Shared<C> shared{(ptx::shared_address(raw) + 1023u) & ~1023u};
   const int rank = C::kCluster > 1 ? ptx::cluster_block() : 0;
-  const int worker = blockIdx.x / C::kCluster;
   const int warpgroup = threadIdx.x / kThreads;
 
   ptx::release_kernel_after();
   if (warpgroup == C::kWarpgroups) {
-    run_producers<C>(p, shared, worker, rank);
+    run_producers<C>(p, shared, rank);
   } else {
     sync_blocks<C>();
     ptx::more_registers<C::kConsumerRegisters>();
-    Consumer<C>(p, shared, rank, warpgroup).run(worker);
+    Consumer<C>(p, shared, rank, warpgroup).run();
   }
   // No block of a cluster ends while another may still write to it.
   if constexpr (C::kCluster > 1) ptx::cluster_sync();

@@ -26,6 +26,7 @@ enum KernelId {
   kT32,
   kT32Wide,
   kT64,
+  kT64Wide,
   kT128Narrow,
   kT128,
   kT256,

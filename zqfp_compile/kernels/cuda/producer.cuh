@@ -54,6 +54,11 @@ struct Shared {
   }
 };
 
+template <class C>
+__device__ __forceinline__ int this_worker() {
+  return blockIdx.x / C::kCluster;
+}
+
 // Where a block's tile lies in the matrices.
 struct Tile {
   int row_block;   // first block of 64 rows
@@ -73,14 +78,13 @@ __device__ __forceinline__ Tile locate(const GemmParams& p, int tile, int rank) 
 template <class C>
 class Cursor {
  public:
-  __device__ __forceinline__ Cursor(const GemmParams& p, int worker, int rank)
-      : walk_(p.schedule, worker), rank_(rank) {}
+  __device__ __forceinline__ Cursor(const GemmParams& p, int rank) : walk_(p.schedule, this_worker<C>()), rank_(rank) {}
 
   // Goes to the next stage; false behind the last.
   __device__ __forceinline__ bool next(const GemmParams& p) {
     if (++unit < end_) return true;
     Segment segment;
-    if (!walk_.next(p.schedule, segment)) return false;
+    if (!walk_.next(p.schedule, this_worker<C>(), segment)) return false;
     tile = locate<C>(p, segment.tile, rank_);
     unit = segment.begin;
     end_ = segment.end + (segment.end == p.schedule.units ? p.lorc_steps : 0);
@@ -101,11 +105,11 @@ class Cursor {
 template <class C>
 class Producer {
  public:
-  __device__ __forceinline__ Producer(const GemmParams& p, Shared<C> shared, int worker, int rank)
+  __device__ __forceinline__ Producer(const GemmParams& p, Shared<C> shared, int rank)
       : p_(p),
         shared_(shared),
         rank_(rank),
-        cursor_(p, worker, rank),
+        cursor_(p, rank),
         // With one tile of tokens, each weight is read once.
         weight_policy_(p.schedule.token_tiles == 1 ? ptx::kEvictFirst : ptx::kEvictNormal),
         token_policy_(p.schedule.token_tiles == 1 ? ptx::kEvictLast : ptx::kEvictNormal) {}

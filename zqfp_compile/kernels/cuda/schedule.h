@@ -14,11 +14,11 @@ namespace zqfp {
 
 // Division of 0..2^31-1 by what the host knows: a product and a shift, where the GPU's own takes a hundred cycles.
 // With l = ceil(log2 d) and m = ceil(2^(31+l) / d) <= 2^32 - 1, n / d = n m >> (31 + l) (Granlund & Montgomery 1994).
-struct Divisor {
+struct FastDivisor {
   uint32_t multiplier;
   int shift;
 
-  static Divisor of(int d) {
+  static FastDivisor of(int d) {
     int log = 0;
     while ((int64_t(1) << log) < d) ++log;
     const uint64_t power = uint64_t(1) << (31 + log);
@@ -35,7 +35,7 @@ struct Schedule {
   int units;        // K units of a tile
   int whole_tiles;  // tiles that are not cut
   int token_group;  // token tiles that are walked before the next row tile, for the L2 cache
-  Divisor by_cut_workers, by_cut_units, by_units, by_group_tiles, by_group, by_last_group;
+  FastDivisor by_cut_workers, by_cut_units, by_units, by_group_tiles, by_group, by_last_group;
 
   ZQFP_HOST_DEVICE int tiles() const { return row_tiles * token_tiles; }
   ZQFP_HOST_DEVICE int cut_units() const { return (tiles() - whole_tiles) * units; }
@@ -48,12 +48,12 @@ struct Schedule {
   // Fills in the divisors, when all else is known.
   void prepare() {
     const int last = token_tiles % token_group;
-    by_cut_workers = Divisor::of(cut_workers > 0 ? cut_workers : 1);
-    by_cut_units = Divisor::of(cut_units() > 0 ? cut_units() : 1);
-    by_units = Divisor::of(units);
-    by_group_tiles = Divisor::of(row_tiles * token_group);
-    by_group = Divisor::of(token_group);
-    by_last_group = Divisor::of(last > 0 ? last : token_group);
+    by_cut_workers = FastDivisor::of(cut_workers > 0 ? cut_workers : 1);
+    by_cut_units = FastDivisor::of(cut_units() > 0 ? cut_units() : 1);
+    by_units = FastDivisor::of(units);
+    by_group_tiles = FastDivisor::of(row_tiles * token_group);
+    by_group = FastDivisor::of(token_group);
+    by_last_group = FastDivisor::of(last > 0 ? last : token_group);
   }
 };
 
@@ -91,15 +91,16 @@ ZQFP_HOST_DEVICE Sharers sharers(const Schedule& s, int tile) {
 class Walk {
  public:
   ZQFP_HOST_DEVICE Walk(const Schedule& schedule, int worker)
-      : worker_(worker), next_tile_(worker), position_(schedule.range_begin(worker)) {}
+      : next_tile_(worker), position_(schedule.range_begin(worker)) {}
 
-  ZQFP_HOST_DEVICE bool next(const Schedule& schedule, Segment& segment) {
+  // `worker` again, as registers are few and a thread knows it anyway.
+  ZQFP_HOST_DEVICE bool next(const Schedule& schedule, int worker, Segment& segment) {
     if (next_tile_ < schedule.whole_tiles) {
       segment = {next_tile_, 0, schedule.units};
       next_tile_ += schedule.workers;
       return true;
     }
-    const int end = schedule.range_begin(worker_ + 1);
+    const int end = schedule.range_begin(worker + 1);
     if (position_ >= end) return false;
     const int tile = schedule.by_units.divide(position_);
     const int begin = position_ - tile * schedule.units;
@@ -111,7 +112,6 @@ class Walk {
   }
 
  private:
-  int worker_;
   int next_tile_;
   int position_;
 };
