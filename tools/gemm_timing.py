@@ -1,7 +1,4 @@
 """Timing of GPU calls: medians of single calls, L2 flushed in between, and the chip's two ceilings.
-
-The flush reads. One that writes leaves L2 full of lines that are yet to be written to memory, up to 50 MB on an
-H100, and the timed call pays for that: 17 us at 3 TB/s, as much as reading 50 MB more.
 """
 
 from __future__ import annotations
@@ -11,15 +8,17 @@ from collections.abc import Callable
 
 import torch
 
-# Five times the 50 MB of an H100's L2: also long enough for the host to get ahead of the GPU.
+# Five times the 50 MB of an H100's L2.
 FLUSH_BYTES = 256 << 20
+# The GPU spins so many cycles, some 100 us, before each timed call: or it waits for the host, and the clock runs.
+HEAD_START_CYCLES = 200_000
 
 
 class Timer:
     """Times calls on the current stream."""
 
     def __init__(self) -> None:
-        self._flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
     def median_us(self, call: Callable[[], object], budget_ms: float = 60) -> float:
         """Return the median of single calls in microseconds, after warming up; 7 to 50 of them."""
@@ -32,7 +31,8 @@ class Timer:
     def _times(self, call: Callable[[], object], repeats: int) -> list[float]:
         pairs = []
         for _ in range(repeats):
-            self._flush.sum()
+            self._flush.zero_()
+            torch.cuda._sleep(HEAD_START_CYCLES)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             call()

@@ -339,27 +339,56 @@ class Consumer {
     return reinterpret_cast<float4*>(p_.partials) + (slot * C::kRows + row_) * kQuads * kThreads + thread_;
   }
 
-  // Leaves the sums in the workspace. True for the last to arrive, with the sum of all in the order of K.
+  // Adds up what the sharers of a tile have, in the order of K. True for the one that goes on with the sum.
   __device__ __forceinline__ bool add_partials(const Segment& segment, Sums& sums) {
     const Sharers who = sharers(p_.schedule, segment.tile);
-    float4* mine = partial(this_worker<C>(), segment.begin == 0);
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i) __stcg(mine + i * kThreads, quad(sums, i));
-    if (!last_to_arrive(segment.tile, who.last - who.first + 1)) return false;
-    clear(sums);
-    for (int other = who.first; other <= who.last; ++other) {
-      const float4* part = partial(other, other == who.first);
-#pragma unroll
-      for (int i = 0; i < kQuads; ++i) add_quad(sums, i, __ldcg(part + i * kThreads));
+    const int parties = who.last - who.first + 1;
+    uint32_t* arrivals =
+        p_.arrivals + (int64_t(segment.tile - p_.schedule.whole_tiles) * C::kCluster + rank_) * C::kRows + row_;
+    if constexpr (C::kTokens >= 128) {
+      if (parties == 2) return add_other(arrivals, segment.begin == 0 ? who.last : who.first, segment, sums);
     }
+    leave(segment, sums);
+    if (arrive(arrivals, parties) != uint32_t(parties - 1)) return false;
+    clear(sums);
+    for (int other = who.first; other <= who.last; ++other) add(partial(other, other == who.first), sums);
     return true;
   }
 
-  __device__ __forceinline__ bool last_to_arrive(int tile, int parties) const {
-    uint32_t* arrivals =
-        p_.arrivals + (int64_t(tile - p_.schedule.whole_tiles) * C::kCluster + rank_) * C::kRows + row_;
-    volatile uint32_t* shared_flag =
-        shared_.template at<uint32_t>(C::kTokenScaleOffset) + warpgroup_ * C::kTokens;
+  // Of two sharers of a large tile only the first to arrive leaves its sums; the second, which the first cannot keep
+  // waiting for long, adds them to its own. Their order makes no difference to a sum of two.
+  __device__ __forceinline__ bool add_other(uint32_t* arrivals, int other, const Segment& segment, Sums& sums) {
+    constexpr uint32_t kBothArrivedOneLeft = 3;
+    if (arrive(arrivals, 0) == 0) {
+      leave(segment, sums);
+      sync_warpgroup();
+      if (thread_ == 0) ptx::add_acq_rel(arrivals, 1);
+      return false;
+    }
+    if (thread_ == 0) {
+      while (ptx::load_acquire(arrivals) != kBothArrivedOneLeft) {
+      }
+      *arrivals = 0;
+    }
+    sync_warpgroup();
+    add(partial(other, segment.begin != 0), sums);
+    return true;
+  }
+
+  __device__ __forceinline__ void leave(const Segment& segment, const Sums& sums) const {
+    float4* mine = partial(this_worker<C>(), segment.begin == 0);
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) __stcg(mine + i * kThreads, quad(sums, i));
+  }
+
+  __device__ __forceinline__ static void add(const float4* part, Sums& sums) {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) add_quad(sums, i, __ldcg(part + i * kThreads));
+  }
+
+  // Counts an arrival of the warpgroup and returns how many there were before; the last of `parties` resets the counter.
+  __device__ __forceinline__ uint32_t arrive(uint32_t* arrivals, int parties) const {
+    volatile uint32_t* shared_flag = shared_.template at<uint32_t>(C::kTokenScaleOffset) + warpgroup_ * C::kTokens;
     sync_warpgroup();
     if (thread_ == 0) {
       // Releases what the warpgroup has written before the barrier, acquires what the others have.
@@ -368,7 +397,7 @@ class Consumer {
       *shared_flag = before;
     }
     sync_warpgroup();
-    return *shared_flag == uint32_t(parties - 1);
+    return *shared_flag;
   }
 
   // ---- output ------------------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ Kernel instance(const char* name) {
 
 KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
   // Few tokens: all four warpgroups on 64 rows, each a quarter of K, so that a tile is small and cut rarely; or on 128,
-  // half of K each, where that fills the GPU better. Pairs share the tokens. Sums are promoted where registers allow,
-  // and cut into slices where not, except for 256 tokens. The order is KernelId's.
+  // half of K each, where that fills the GPU better. Up to 32 tokens the tensor core's sums are promoted, up to 128
+  // most are cut into slices. The order is KernelId's.
   static const Kernel kernels[] = {
       instance<8, 1, 4, 1, 4>("t8r1s4p4"),
       instance<8, 2, 2, 1, 4>("t8r2s2p4"),
@@ -41,19 +41,16 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       instance<32, 2, 2, 1, 4>("t32r2s2p4"),
       instance<64, 1, 4, 1, 0>("t64r1s4"),
       instance<64, 2, 2, 1, 0>("t64r2s2"),
-      instance<128, 1, 2, 1, 4>("t128r1s2p4"),
-      instance<128, 2, 1, 1, 4>("t128r2s1p4"),
+      instance<128, 1, 2, 1, 0>("t128r1s2"),
+      instance<128, 2, 1, 1, 0>("t128r2s1"),
       instance<256, 2, 1, 1, 0>("t256r2s1"),
-      instance<256, 2, 1, 2, 0>("t256r2s1c2"),
 #ifdef ZQFP_VARIANTS
       instance<256, 2, 1, 1, 0, 1>("t256r2s1h1"),
-      instance<256, 2, 1, 1, 0, 2>("t256r2s1h2"),
+      instance<256, 2, 1, 2, 0>("t256r2s1c2"),
       instance<256, 2, 1, 2, 0, 1>("t256r2s1c2h1"),
-      instance<256, 2, 1, 2, 0, 2>("t256r2s1c2h2"),
-      instance<128, 2, 1, 2, 4>("t128r2s1c2p4"),
-      instance<128, 2, 1, 1, 0>("t128r2s1"),
-      instance<128, 2, 1, 1, 0, 2>("t128r2s1h2"),
-      instance<128, 1, 2, 1, 0>("t128r1s2"),
+      instance<128, 1, 2, 1, 4>("t128r1s2p4"),
+      instance<128, 2, 1, 1, 4>("t128r2s1p4"),
+      instance<128, 2, 1, 2, 0>("t128r2s1c2"),
       instance<64, 1, 2, 1, 4>("t64r1s2p4"),
       instance<8, 1, 4, 1, 0>("t8r1s4"),
 #endif

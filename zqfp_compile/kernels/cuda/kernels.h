@@ -30,7 +30,6 @@ enum KernelId {
   kT128Narrow,
   kT128,
   kT256,
-  kT256Pair,
   kKernelCount
 };
 

@@ -5,7 +5,7 @@
 
 namespace zqfp {
 
-constexpr bool kOverlapByDefault = false;
+constexpr bool kOverlapByDefault = true;
 
 // Whether a kernel may start while the one before it on the stream ends (programmatic dependent launch). zqfpTune.
 extern bool overlap_kernels;

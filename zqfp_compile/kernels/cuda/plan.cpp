@@ -14,24 +14,23 @@ static_assert(2 * kMaxProcessors * kMaxRowsPerTile * sizeof(uint32_t) <= ZQFP_WO
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What kernels cost on an H100, in cycles of a multiprocessor: a unit of K, the start and end of a tile, and the exchange
-// of sums where tiles are cut. Fitted to what bench_gemm.py --variants measures (docs/performance.md); only their ratios
-// matter.
+// of sums where tiles are cut, in two or more. Fitted to what bench_gemm.py --variants measures (docs/performance.md); only
+// their ratios matter.
 struct Cost {
-  int unit, tile, cut;
+  int unit, tile, cut_in_two, cut;
 };
 constexpr Cost kCosts[kKernelCount] = {
-    {1100, 1200, 3000},    // kT8
-    {1100, 1000, 4000},    // kT8Wide
-    {1110, 1250, 3000},    // kT16
-    {1110, 1050, 4000},    // kT16Wide
-    {1130, 1300, 3200},    // kT32
-    {1130, 1100, 4500},    // kT32Wide
-    {1350, 1600, 3500},    // kT64
-    {1350, 1500, 5000},    // kT64Wide
-    {1240, 2500, 6500},    // kT128Narrow
-    {980, 3200, 14000},    // kT128
-    {1190, 6000, 22000},   // kT256
-    {1180, 6600, 22000},   // kT256Pair
+    {1052, 1200, 3000, 3000},   // kT8
+    {1090, 900, 4000, 4000},    // kT8Wide
+    {1025, 1250, 3000, 3000},   // kT16
+    {1100, 950, 4000, 4000},    // kT16Wide
+    {1130, 1300, 3200, 3200},   // kT32
+    {1212, 1000, 4500, 4500},   // kT32Wide
+    {1350, 1600, 3500, 3500},   // kT64
+    {1348, 1500, 5000, 5000},   // kT64Wide
+    {884, 2459, 4500, 5000},    // kT128Narrow
+    {976, 3200, 6000, 14000},   // kT128
+    {1003, 3602, 8000, 24000},  // kT256
 };
 
 Schedule tiles_of(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel) {
@@ -67,7 +66,7 @@ Deal deal_cut(Schedule s, int processors, const Cost& cost, int rest) {
   if (s.whole_tiles == 0) s.workers = s.cut_workers;
   const int64_t whole = s.whole_tiles / processors * (int64_t(s.units) * cost.unit + cost.tile);
   const int64_t cut = divide_up(s.cut_units(), s.cut_workers) * cost.unit + divide_up(rest, processors) * cost.tile;
-  return {s, whole + cut + cost.cut};
+  return {s, whole + cut + (s.cut_workers == 2 * rest ? cost.cut_in_two : cost.cut)};
 }
 
 Deal deal_out(const Schedule& tiles, int processors, const Cost& cost, Cut cut) {
@@ -92,10 +91,8 @@ const Cost& cost_of(const KernelTable& table, int id) {
   return kCosts[like];
 }
 
-// Whether a plan may choose it: at most the next larger tile, which the workspace is made for, and no pair of one row tile.
-bool is_candidate(const Kernel& kernel, const zqfpLinearDesc& desc, int64_t m) {
-  return kernel.tokens < 2 * m + 8 && (kernel.cluster == 1 || desc.n > int64_t(kBlockRows) * kernel.rows);
-}
+// Plans choose at most the next larger tile, which is what the workspace is made for.
+bool is_candidate(const Kernel& kernel, int64_t m) { return kernel.tokens < 2 * m + 8; }
 
 }  // namespace
 
@@ -107,7 +104,7 @@ Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuni
   const int first = std::max(tuning.kernel, 0), last = tuning.kernel < 0 ? kKernelCount - 1 : tuning.kernel;
   for (int id = first; id <= last; ++id) {
     const Kernel& kernel = table.kernels[id];
-    if (tuning.kernel < 0 && !is_candidate(kernel, desc, m)) continue;
+    if (tuning.kernel < 0 && !is_candidate(kernel, m)) continue;
     const Deal deal = deal_out(tiles_of(desc, m, kernel), processors / kernel.cluster, cost_of(table, id), tuning.cut);
     if (deal.cycles >= fewest) continue;
     fewest = deal.cycles;
@@ -129,7 +126,7 @@ size_t workspace_bytes(const zqfpLinearDesc& desc, int64_t m, const Tuning& tuni
   size_t floats = 0;
   for (int i = 0; i < table.count; ++i) {
     const Kernel& kernel = table.kernels[i];
-    const bool possible = tuning.kernel >= 0 ? tuning.kernel == i : i < kKernelCount && is_candidate(kernel, desc, m);
+    const bool possible = tuning.kernel >= 0 ? tuning.kernel == i : i < kKernelCount && is_candidate(kernel, m);
     if (possible) floats = std::max(floats, size_t(kernel.partial_floats));
   }
   return ZQFP_WORKSPACE_ZEROED_BYTES + 2 * kMaxProcessors * floats * sizeof(float);

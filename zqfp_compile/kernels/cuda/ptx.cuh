@@ -129,6 +129,12 @@ __device__ __forceinline__ uint32_t add_acq_rel(uint32_t* to, uint32_t value) {
   return before;
 }
 
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
 // ---- cluster, named barriers, registers ----------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t cluster_block() {
