@@ -37,6 +37,11 @@ def providers_for(device: str) -> tuple[str, ...]:
     return (CPU_PROVIDER,)
 
 
+def activation_room(device: str) -> int:
+    """Return the bytes of a GPU's memory that activations of a walk may take; 0 on a CPU."""
+    return (free_memory(device) or 0) // 2 if device == "cuda" else 0
+
+
 def free_memory(device: str) -> int | None:
     """Return the bytes that are free on ``cpu`` or ``cuda``; ``None`` where the system does not say."""
     import torch

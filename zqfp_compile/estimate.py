@@ -53,7 +53,14 @@ def _worker_bytes(elements: int) -> int:
 
 
 def estimate(
-    model: ir.Model, plan: QuantPlan, recipe: Recipe, *, builds: bool, processes: int, cores: int
+    model: ir.Model,
+    plan: QuantPlan,
+    recipe: Recipe,
+    *,
+    builds: bool,
+    processes: int,
+    cores: int,
+    activation_room: int = 0,
 ) -> Estimate:
     """Estimate a compile.
 
@@ -64,6 +71,7 @@ def estimate(
         builds: Whether something is made to run: an engine, or a model for ONNX Runtime.
         processes: How many processes quantise; as many threads certify.
         cores: Cores there are.
+        activation_room: Bytes of GPU memory for what GPTQ keeps of activations; the rest lies on disk.
     """
     sizes = [site.k * site.n for site in plan.linears]
     weights = model_bytes(model)
@@ -93,7 +101,7 @@ def estimate(
         + sum(forms) * lowered
         + emitted
         + rows
-        + _activation_bytes(weights, plan, recipe),
+        + max(0, _activation_bytes(weights, plan, recipe) - activation_room),
         seconds=_seconds(sum(sizes), plan, recipe, tokens, processes, cores),
     )
 

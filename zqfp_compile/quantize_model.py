@@ -256,10 +256,10 @@ class _Layers:
             return Replacement(weight)
         if layer is None:
             self.tensors[site.name] = self._known(site)
-            return Replacement.of(self._read(site))
+            return Replacement.of(self._read(site), weight.device)
         packed = pack_layer(site.name, layer.weight, layer.lorc, site.dtype)
         self.tensors[site.name] = _tensors(self._store.add(self._item(site), packed))
-        return Replacement.of(layer)
+        return Replacement.of(layer, weight.device)
 
     def _known(self, site: LinearSite) -> LinearTensors:
         """Return the tensors of a layer that is finished, or that shares its weight with one."""

@@ -24,17 +24,23 @@ import torch
 from zqfp_compile.backends.ort import is_large
 from zqfp_compile.calibrate.activation_cache import ActivationCache
 from zqfp_compile.calibrate.block_runs import finite_range
-from zqfp_compile.calibrate.linears import ActivationQuantizer, FloatLinear, QuantizedLinear, Replacement
+from zqfp_compile.calibrate.linears import (
+    ActivationQuantizer,
+    FloatLinear,
+    QuantizedLinear,
+    Replacement,
+    load_weight,
+)
 from zqfp_compile.calibrate.segments import Partition, Step, partition, segment_model
 from zqfp_compile.calibrate.sessions import open_model, run_bound, run_session, widened
 from zqfp_compile.calibrate.statistics import CalibrationResult, activation_scale
 from zqfp_compile.calibrate.torch_segment import TorchSegment, runs_in_torch
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
-from zqfp_compile.device import CUDA_PROVIDER, providers_for
+from zqfp_compile.device import CUDA_PROVIDER, activation_room, providers_for
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.plan import LinearSite, QuantPlan
 from zqfp_compile.quantize.moments import InputMoments
-from zqfp_compile.weights import read_bias, read_weight
+from zqfp_compile.weights import read_bias
 from zqfp_compile.work_folder import WorkFolder
 
 Array = npt.NDArray[Any]
@@ -112,7 +118,7 @@ def walk(
     per_run = -(-rows_per_activation // len(feeds))
     picks = [np.sort(random.uniform(0.0, 0.999, per_run)) for _ in feeds]
     with ExitStack() as stack:
-        room = torch.cuda.mem_get_info()[0] // 4 if device == "cuda" else 0
+        room = activation_room(device) // 2
         kept = None if work is None or room else _Kept(work, key)
         place = scratch if kept is None else kept.folder
         caches = [
@@ -273,9 +279,7 @@ class _Walk:
 
     def _visit(self, step: Step, quantizer: ActivationQuantizer) -> _Visited:
         layers = []
-        weights = [
-            torch.from_numpy(read_weight(self.model, site.weight)).to(self.device) for site in step.sites
-        ]
+        weights = [load_weight(self.model, site.weight, self.device) for site in step.sites]
         moments = None if self.finished(step.sites) else self._measure(step, quantizer)
         replacements = self.quantize(step.sites, weights, moments)
         for site, weight, replacement in zip(step.sites, weights, replacements, strict=True):

@@ -103,6 +103,7 @@ def refit_scales(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.T
     rows = torch.from_numpy(quantized.row_scales).to(device)[:, None]
     weight = decoded(quantized, device)
     slope = (target - weight) @ gram
+    table = torch.from_numpy(legal_scales("e4m3", book)).to(device)
     size = values.shape[1] if quantized.group_size == 0 else quantized.group_size
     for index in range(scales.shape[1]):
         part = slice(index * size, min((index + 1) * size, quantized.k))
@@ -110,7 +111,6 @@ def refit_scales(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.T
         if quantized.scale_constraint == "none":
             best, change = group.fit(scales[:, index])
         else:
-            table = torch.from_numpy(legal_scales("e4m3", book)).to(device)
             best, change = group.search(scales[:, index].contiguous(), table)
         scales[:, index] = best
         slope -= change @ gram[part]
