@@ -11,10 +11,10 @@ second, processor time and peak memory, and puts a row into ``docs/results/compi
 then compiles once more, kills that at five random moments (of its processor time, which other programs do not
 move much), goes on each time, says what this cost, and fails unless the files are the same.
 
-    python tools/bench_compile.py --size 7B --layers 4 --algorithm gptq --device cuda --jobs 6 \
+    python tools/bench_compile.py --size 7B --layers 4 --algorithm gptq --devices cuda --jobs 6 \
         --calibration-samples 64 --calibration-length 2048
 
-is GPTQ on a GPU, four layers of the model first; calibration text are random tokens.
+is GPTQ on a GPU, for four layers of that model; the calibration text are random tokens.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="default: the command's")
     parser.add_argument("--algorithm", choices=("rtn", "gptq"), default="rtn")
     parser.add_argument("--lorc-rank", type=int, default=32)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--devices", default="cpu", help="such as cuda or cuda:0,cuda:1; default %(default)s")
     parser.add_argument("--calibration-samples", type=int, help="default: the command's")
     parser.add_argument("--calibration-length", type=int, help="default: the command's")
     parser.add_argument("--models", type=Path, help="existing folder that keeps the model; default: removed")
@@ -230,7 +230,7 @@ def main() -> None:
             make_large(model.parent, shape)
             print(f"model made in {time.monotonic() - begin:.0f} s", flush=True)
         chosen = ["--jobs", str(jobs), "--algorithm", given.algorithm]
-        chosen += ["--lorc-rank", str(given.lorc_rank), "--device", given.device]
+        chosen += ["--lorc-rank", str(given.lorc_rank), "--devices", given.devices]
         for flag in ("calibration_samples", "calibration_length"):
             value = getattr(given, flag)
             chosen += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
@@ -253,10 +253,10 @@ def main() -> None:
         "algorithm": given.algorithm,
         "lorc_rank": given.lorc_rank,
         "jobs": jobs,
-        "device": given.device,
+        "device": given.devices,
         **measured,
         "load_before": round(load, 1),
-        "hardware": hardware(given.device),
+        "hardware": hardware(given.devices.partition(":")[0]),
         "date": today(),
         "command": f"python tools/bench_compile.py --size {given.size} "
         + ("" if given.layers is None else f"--layers {given.layers} ")

@@ -12,7 +12,7 @@ from zqfp_compile.quantize.activation import ACTIVATION_MAX, quantize_activation
 from zqfp_compile.quantize.grid import decoded_w8
 from zqfp_compile.quantize.layer import QuantizedLayer
 from zqfp_compile.quantize.lorc import LowRank
-from zqfp_compile.quantize.products import short_products
+from zqfp_compile.quantize.products import full_products, short_products
 from zqfp_compile.torch_graph.dtypes import from_array
 from zqfp_compile.weights import StoredWeight, locate_weight
 
@@ -67,9 +67,7 @@ class Replacement:
 
     def to(self, device: str) -> Replacement:
         """Return it with its tensors on ``device``."""
-        lorc = self.lorc
-        if lorc is not None:
-            lorc = LowRank(lorc.v.to(device), lorc.u.to(device))
+        lorc = None if self.lorc is None else self.lorc.to(device)
         rows = None if self.row_scales is None else self.row_scales.to(device)
         return Replacement(self.weight.to(device), rows, lorc, self.exact)
 
@@ -112,7 +110,8 @@ class FloatLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [T, K] -> [T, N] in the layer's type."""
-        y = x @ self.weight.t() if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
+        with full_products():
+            y = x @ self.weight.t() if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
         return y.to(self.dtype)
 
 
@@ -138,8 +137,9 @@ class QuantizedLinear:
         """
         y = self._product(x8, a).to(self.dtype)
         if self.replacement.lorc is not None:
-            down = (x @ self.replacement.lorc.v).to(self.dtype).float()
-            y = y + (down @ self.replacement.lorc.u).to(self.dtype)
+            with full_products():
+                down = (x @ self.replacement.lorc.v).to(self.dtype).float()
+                y = y + (down @ self.replacement.lorc.u).to(self.dtype)
         return y if self.bias is None else y + self.bias.to(self.dtype)
 
     def _product(self, x8: torch.Tensor, a: torch.Tensor | float) -> torch.Tensor:

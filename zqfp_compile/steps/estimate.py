@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zqfp_compile.compilation import Compilation
-from zqfp_compile.device import activation_room, torch_device
+from zqfp_compile.device import activation_room
 from zqfp_compile.disk import ensure_free_space, format_bytes, size_of
 from zqfp_compile.errors import MissingDependencyError
 from zqfp_compile.estimate import estimate as estimate_needs
@@ -24,7 +24,7 @@ def estimate(run: Compilation) -> None:
         builds=run.choice.target != "none",
         processes=processes,
         cores=cores(),
-        activation_room=activation_room(torch_device(run.recipe.device)) if run.walks else 0,
+        activation_room=sum(activation_room(run.devices).values()) if run.walks else 0,
     )
     text = (
         f"estimate: {format_bytes(needs.memory_bytes)} of memory, {format_bytes(needs.disk_bytes)} of disk, "
