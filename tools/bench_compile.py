@@ -180,6 +180,8 @@ def show(row: dict[str, Any], weights: int, data_bytes: int, load: float) -> Non
         f"  peak memory {row['peak_anonymous_bytes'] / 1e9:.2f} GB anonymous, "
         f"{row['peak_rss_bytes'] / 1e9:.2f} GB with mapped files; load of the machine before: {load:.1f}"
     )
+    for name, digest in row["sha256"].items():
+        print(f"  sha256 of {name}: {digest[:16]}")
     if "killed" in row:
         killed = row["killed"]
         more = killed["seconds"] / row["seconds"]["total"] - 1
@@ -210,7 +212,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="default: the command's")
     parser.add_argument("--algorithm", choices=("rtn", "gptq"), default="rtn")
     parser.add_argument("--lorc-rank", type=int, default=32)
-    parser.add_argument("--devices", default="cpu", help="such as cuda or cuda:0,cuda:1; default %(default)s")
+    parser.add_argument(
+        "--devices", "--device", default="cpu", help="such as cuda or cuda:0,cuda:1; default %(default)s"
+    )
     parser.add_argument("--calibration-samples", type=int, help="default: the command's")
     parser.add_argument("--calibration-length", type=int, help="default: the command's")
     parser.add_argument("--models", type=Path, help="existing folder that keeps the model; default: removed")
@@ -246,6 +250,7 @@ def main() -> None:
             if digests(output) != expected:
                 raise SystemExit("bench_compile: what was killed and went on gave other bytes")
         data_bytes = model.with_name("model.onnx.data").stat().st_size
+        found = digests(output)
         shutil.rmtree(output)
     row = {
         "model": f"LLaMA-shaped {name}, random weights",
@@ -256,6 +261,7 @@ def main() -> None:
         "device": given.devices,
         **measured,
         "load_before": round(load, 1),
+        "sha256": found,
         "hardware": hardware(given.devices.partition(":")[0]),
         "date": today(),
         "command": f"python tools/bench_compile.py --size {given.size} "

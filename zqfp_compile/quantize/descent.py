@@ -129,18 +129,15 @@ class _Group:
 
     def search(self, scales: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the best scales [N] among the neighbours in ``table``, and the change of the weights."""
-        place = torch.searchsorted(table, scales)
-        best, change = scales, torch.zeros_like(self.decoded)
-        lowest = torch.zeros_like(scales)
-        for step in STEPS:
-            choice = table[(place + step).clamp(0, len(table) - 1)]
-            moved = round_minifloat(self.values * choice[:, None], E4M3FN) * self.rows - self.decoded
-            gain = ((moved @ self.gram - 2 * self.slope) * moved).sum(dim=1)
-            better = gain < lowest
-            lowest = torch.where(better, gain, lowest)
-            best = torch.where(better, choice, best)
-            change = torch.where(better[:, None], moved, change)
-        return best, change
+        steps = torch.tensor(STEPS, device=scales.device)[:, None]
+        places = (torch.searchsorted(table, scales) + steps).clamp_(0, len(table) - 1)
+        choices = torch.cat([scales[None], table[places]])  # what is there first: it wins ties
+        moved = round_minifloat(self.values * choices[1:, :, None], E4M3FN) * self.rows - self.decoded
+        gains = ((moved @ self.gram - 2 * self.slope) * moved).sum(dim=2).nan_to_num(0.0)
+        best = torch.cat([torch.zeros_like(scales)[None], gains]).argmin(dim=0)
+        changes = torch.cat([torch.zeros_like(self.decoded)[None], moved])
+        rows = torch.arange(len(scales), device=scales.device)
+        return choices[best, rows], changes[best, rows]
 
     def fit(self, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the optimal real scales [N], positive, and the change of the weights."""

@@ -8,6 +8,7 @@ columns with a few rows' values in registers. As a loop of torch calls each step
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import torch
 from zqfp_compile.quantize.grid import Grid
 
 _ROWS = 32
+# Threads of several devices launch, and at first compile, one at a time.
+_launching = threading.Lock()
 
 
 def usable(grid: Grid, block: torch.Tensor) -> bool:
@@ -38,9 +41,10 @@ def round_block(
     """
     table, groups = _table(grid, columns)
     rounded, scaled = torch.empty_like(block), torch.empty_like(block)
-    _kernels()["round"][_programs(block)](
-        block, inner.contiguous(), table, groups, rounded, scaled, *_sizes(block, table)
-    )
+    with _launching:
+        _kernels()["round"][_programs(block)](
+            block, inner.contiguous(), table, groups, rounded, scaled, *_sizes(block, table)
+        )
     return rounded, scaled
 
 
@@ -61,15 +65,16 @@ def descend_block(
     """
     table, groups = _table(grid, columns)
     changes = torch.empty_like(values)
-    _kernels()["descend"][_programs(values)](
-        values.contiguous(),
-        slope.contiguous(),
-        inner.contiguous(),
-        table,
-        groups,
-        changes,
-        *_sizes(values, table),
-    )
+    with _launching:
+        _kernels()["descend"][_programs(values)](
+            values.contiguous(),
+            slope.contiguous(),
+            inner.contiguous(),
+            table,
+            groups,
+            changes,
+            *_sizes(values, table),
+        )
     return changes
 
 

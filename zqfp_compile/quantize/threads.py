@@ -81,6 +81,9 @@ class DeviceThreads:
         """Take torch devices, such as ``cuda:0``; a name may come twice."""
         self.devices = tuple(devices)
         self._pools = [ThreadPoolExecutor(1) for _ in devices] if len(self.devices) > 1 else []
+        if self._pools and self.on_gpu:
+            # Torch loads its GPU linear algebra at the first call, which must not be two threads' at once.
+            torch.linalg.cholesky(torch.eye(2, device=self.main))
 
     @property
     def main(self) -> str:
