@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
@@ -100,17 +101,18 @@ class DeviceThreads:
 
         One device computes an item when its result is asked for; several begin at once.
         """
-        if not self._pools:
-            yield from (self._do(work, 0, item, torch.is_inference_mode_enabled()) for item in items)
-            return
         mode = torch.is_inference_mode_enabled()
+        if not self._pools:
+            yield from (self._do(work, 0, item, mode) for item in items)
+            return
         places = [index % len(self._pools) for index in range(len(items))]
-        futures = [
+        futures = deque(
             self._pools[place].submit(self._do, work, place, item, mode)
             for place, item in zip(places, items, strict=True)
-        ]
+        )
         try:
-            yield from (future.result() for future in futures)
+            while futures:
+                yield futures.popleft().result()  # and nobody keeps it
         finally:  # after an error what has not begun is left
             for future in futures:
                 future.cancel()
