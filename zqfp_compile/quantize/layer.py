@@ -202,7 +202,10 @@ class _Layers:
     def _begin(self, place: int, half: tuple[int, slice]) -> _Rows:
         index, rows = half
         task, moments = self._tasks[index], self._moments[place]
-        weight = task.weight[rows].to(device=self._threads.devices[place], dtype=torch.float32)
+        # Half a weight is copied in any case: a product may round otherwise when its factor is aligned otherwise.
+        weight = task.weight[rows].to(
+            self._threads.devices[place], torch.float32, copy=rows != slice(0, len(task.weight))
+        )
         target = weight if moments is None else corrected(weight, moments, task.options)
         part = _Rows(index, rows, task, moments, target)
         part.round(None)
