@@ -202,7 +202,7 @@ class _Layers:
     def _begin(self, place: int, half: tuple[int, slice]) -> _Rows:
         index, rows = half
         task, moments = self._tasks[index], self._moments[place]
-        # Half a weight is copied in any case: a product may round otherwise when its factor is aligned otherwise.
+        # A half is copied in any case: products may round otherwise where a factor is aligned otherwise.
         weight = task.weight[rows].to(
             self._threads.devices[place], torch.float32, copy=rows != slice(0, len(task.weight))
         )
