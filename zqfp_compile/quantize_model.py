@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -180,8 +181,8 @@ def quantize_while_walking(
     Raises:
         ModelError: When a weight or an activation holds NaN or Inf, or see :func:`walk`.
     """
-    with DeviceThreads(devices) as threads:
-        layers = _Layers(plan, store, seed, threads)
+    with DeviceThreads(devices) as threads, ThreadPoolExecutor(1) as writer:
+        layers = _Layers(plan, store, seed, threads, writer)
         result = walk(
             model,
             plan,
@@ -195,18 +196,28 @@ def quantize_while_walking(
             seed=seed,
             progress=progress,
         )
+        layers.wait()
     return plan.replace(tensors=layers.tensors), result
 
 
 class _Layers:
     """Quantises the layers of a walk, those of one input side by side, and stores them in order."""
 
-    def __init__(self, plan: QuantPlan, store: TensorStore, seed: int, threads: DeviceThreads) -> None:
+    def __init__(
+        self,
+        plan: QuantPlan,
+        store: TensorStore,
+        seed: int,
+        threads: DeviceThreads,
+        writer: ThreadPoolExecutor,
+    ) -> None:
         self.tensors: dict[str, LinearTensors] = {}
         self._plan = plan
         self._store = store
         self._seed = seed
         self._threads = threads
+        self._writer = writer
+        self._written: list[Future[None]] = []
         self._first: dict[WeightKey, LinearSite] = {}
         self._tables = _shared_tables(plan)
         # A layer depends on how all before it are quantised.
@@ -232,6 +243,7 @@ class _Layers:
     ) -> list[Replacement]:
         pairs = list(zip(sites, weights, strict=True))
         found: dict[str, QuantizedLayer] = {}
+        self.wait()  # at most one input's layers lie in memory
         if moments is not None:
             new = [(site, weight) for site, weight in pairs if self._is_new(site)]
             tasks = [
@@ -267,15 +279,31 @@ class _Layers:
         if layer is None:
             self.tensors[site.name] = self._known(site)
             return Replacement.of(self._read(site), weight.device)
+        if self._threads.on_gpu:  # which goes on in the meantime
+            self._written.append(self._writer.submit(self._write, site, layer))
+        else:
+            self._write(site, layer)
+        return Replacement.of(layer, weight.device)
+
+    def _write(self, site: LinearSite, layer: QuantizedLayer) -> None:
         packed = pack_layer(site.name, layer.weight, layer.lorc, site.dtype)
         self.tensors[site.name] = _tensors(self._store.add(self._item(site), packed))
-        return Replacement.of(layer, weight.device)
+
+    def wait(self) -> None:
+        """Wait until everything is stored.
+
+        Raises:
+            MissingDependencyError: When the disk is full.
+        """
+        while self._written:
+            self._written.pop(0).result()
 
     def _known(self, site: LinearSite) -> LinearTensors:
         """Return the tensors of a layer that is finished, or that shares its weight with one."""
         key = _weight_key(self._plan, site)
         if key in self._tables:
             return self._tables[key]
+        self.wait()
         first = self._first[key]
         return self.tensors.get(first.name) or _tensors(self._store.get(self._item(first)) or {})
 

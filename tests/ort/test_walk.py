@@ -309,8 +309,13 @@ def small(text: str) -> tuple[ir.Model, QuantPlan]:
     return model, plan
 
 
-@pytest.mark.parametrize("lorc_format", ["float", "fp8"])
-def test_a_shared_weight_is_quantised_once(lorc_format: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lorc_format", "overlapped"), [("float", False), ("fp8", False), ("fp8", True)])
+def test_a_shared_weight_is_quantised_once(
+    lorc_format: str, overlapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when weights are read and tensors stored beside the work, as for a GPU."""
+    if overlapped:
+        monkeypatch.setattr(DeviceThreads, "on_gpu", True)
     model, plan = small(TIED)
     plan = plan.replace(lorc_rank=2, lorc_format=lorc_format, group_size=32)
     feeds = [{"x": np.random.default_rng(1).standard_normal((50, 8)).astype(np.float32)}]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -137,8 +138,10 @@ def walk(
             for index in range(2 if cross else 1)
         ]
         streams = [_Stream(feeds, stack.enter_context(cache)) for cache in caches]
+        reader = stack.enter_context(ThreadPoolExecutor(1))
         state = _Walk(
-            model, graph_model, plan, parts, quantize, finished, threads, in_torch, streams, picks, kept
+            *(model, graph_model, plan, parts, quantize, finished, threads, reader),
+            *(in_torch, streams, picks, kept),
         )
         with torch.inference_mode():
             state.run(progress)
@@ -190,6 +193,7 @@ class _Walk:
     quantize: QuantizeSites
     finished: FinishedSites
     threads: DeviceThreads
+    reader: ThreadPoolExecutor
     in_torch: bool
     streams: Sequence[_Stream]
     picks: Sequence[npt.NDArray[np.float64]]
@@ -205,11 +209,20 @@ class _Walk:
             if index < begin:
                 continue
             progress(index, len(steps), step.sites[0].name)
+            weights = self._weights(step)
             if index > begin or not self.ranges:
                 self._advance(index, visited)
-            visited = self._visit(step, self._survey(step))
+            visited = self._visit(step, self._survey(step), weights)
             self._commit(index)
         progress(len(steps), len(steps), "")
+
+    def _weights(self, step: Step) -> Callable[[], list[torch.Tensor]]:
+        """Return what gives a step's weights on the first device: a GPU's are read while it computes."""
+
+        def load() -> list[torch.Tensor]:
+            return [load_weight(self.model, site.weight, self.threads.main) for site in step.sites]
+
+        return self.reader.submit(load).result if self.threads.on_gpu else load
 
     @property
     def groups(self) -> list[list[int]]:
@@ -338,11 +351,12 @@ class _Walk:
             moments.add(x8, original, scale=a if quantizer.rounds else None)
         return moments
 
-    def _visit(self, step: Step, quantizer: ActivationQuantizer) -> list[_Visited]:
+    def _visit(
+        self, step: Step, quantizer: ActivationQuantizer, load: Callable[[], list[torch.Tensor]]
+    ) -> list[_Visited]:
         """Let the step's layers be quantised; return them for every device."""
-        main = self.threads.main
-        weights = [load_weight(self.model, site.weight, main) for site in step.sites]
         moments = None if self.finished(step.sites) else self._measure(step, quantizer)
+        weights = load()
         replacements = self.quantize(step.sites, weights, moments)
         layers: list[list[tuple[str, FloatLinear | None, QuantizedLinear]]] = [
             [] for _ in self.threads.devices
