@@ -20,6 +20,8 @@ _BASE, _WORKER = 500 << 20, 260 << 20
 # Bytes per weight of the layer at hand: to quantise it (float32, its error, codes, packed tensors), and to
 # compare it (ONNX Runtime decodes it in a dozen steps).
 _QUANTIZE_BYTES, _CHECK_BYTES = 15, 22
+# Bytes per square of the widest input: GPTQ's moments, what follows from them, their inversion in float64.
+_MOMENT_BYTES = 44
 # Rows of each activation that are kept for the certificate, and its energies.
 _ROWS = 72
 # Seconds of one core per weight (rounding; LoRC per rank; the certificate; GPTQ), and floating-point
@@ -83,6 +85,10 @@ def estimate(
         processes * _worker_bytes(max(sizes)) if processes > 1 else _QUANTIZE_BYTES * max(sizes),
         processes * _CHECK_BYTES * max(sizes),
     ]
+    if recipe.algorithm == "gptq" and not activation_room:
+        phases.append(
+            _MOMENT_BYTES * max(site.k for site in plan.linears) ** 2 + _QUANTIZE_BYTES * max(sizes)
+        )
     if recipe.evaluate:
         phases.append(2 * _session_bytes(weights, sizes, recipe.eval_length))
     stored = sum(_stored_bytes(plan, site) for site in plan.linears)
