@@ -122,7 +122,8 @@ class DeviceThreads:
         device = torch.device(self.devices[place])
         # Triton's kernels run on the current device, which every thread has its own of; so is inference mode.
         current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with torch.inference_mode(mode), current:
+        inference = torch.inference_mode() if mode else contextlib.nullcontext()
+        with inference, current:
             return work(place, item)
 
     def __enter__(self) -> DeviceThreads:
