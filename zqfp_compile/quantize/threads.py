@@ -71,7 +71,7 @@ def in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item], workers
 
 
 class DeviceThreads:
-    """Does work items on devices side by side, one thread each: a GPU is left alone while it computes.
+    """Does work items on devices side by side, with one thread for each of several.
 
     Item i goes to device i modulo their number. Who computes an item changes no bit of it as long as the
     devices are alike and the work depends on nothing but the item; so no result depends on how many devices
