@@ -104,6 +104,7 @@ def refit_scales(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.T
     weight = decoded(quantized, device)
     slope = (target - weight) @ gram
     table = torch.from_numpy(legal_scales("e4m3", book)).to(device)
+    steps = torch.tensor(STEPS, device=device)
     size = values.shape[1] if quantized.group_size == 0 else quantized.group_size
     for index in range(scales.shape[1]):
         part = slice(index * size, min((index + 1) * size, quantized.k))
@@ -111,7 +112,7 @@ def refit_scales(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.T
         if quantized.scale_constraint == "none":
             best, change = group.fit(scales[:, index])
         else:
-            best, change = group.search(scales[:, index].contiguous(), table)
+            best, change = group.search(scales[:, index].contiguous(), table, steps)
         scales[:, index] = best
         slope -= change @ gram[part]
     return dataclasses.replace(quantized, group_scales=scales.cpu().numpy())
@@ -127,10 +128,11 @@ class _Group:
     gram: torch.Tensor
     decoded: torch.Tensor
 
-    def search(self, scales: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the best scales [N] among the neighbours in ``table``, and the change of the weights."""
-        steps = torch.tensor(STEPS, device=scales.device)[:, None]
-        places = (torch.searchsorted(table, scales) + steps).clamp_(0, len(table) - 1)
+    def search(
+        self, scales: torch.Tensor, table: torch.Tensor, steps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the best scales [N] among those ``steps`` away in ``table``, and the change of the weights."""
+        places = (torch.searchsorted(table, scales) + steps[:, None]).clamp_(0, len(table) - 1)
         choices = torch.cat([scales[None], table[places]])  # what is there first: it wins ties
         moved = round_minifloat(self.values * choices[1:, :, None], E4M3FN) * self.rows - self.decoded
         gains = ((moved @ self.gram - 2 * self.slope) * moved).sum(dim=2).nan_to_num(0.0)
