@@ -131,9 +131,12 @@ class _Group:
     def search(
         self, scales: torch.Tensor, table: torch.Tensor, steps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the best scales [N] among those ``steps`` away in ``table``, and the change of the weights."""
+        """Return the best scales [N] among those ``steps`` away in ``table``, and how weights change."""
         places = (torch.searchsorted(table, scales) + steps[:, None]).clamp_(0, len(table) - 1)
         choices = torch.cat([scales[None], table[places]])  # what is there first: it wins ties
+        if fused.searches(self.values):
+            rows = self.rows[:, 0].contiguous()
+            return fused.search_scales(self.values, rows, self.slope, self.gram, self.decoded, choices)
         moved = round_minifloat(self.values * choices[1:, :, None], E4M3FN) * self.rows - self.decoded
         gains = ((moved @ self.gram - 2 * self.slope) * moved).sum(dim=2).nan_to_num(0.0)
         best = torch.cat([torch.zeros_like(scales)[None], gains]).argmin(dim=0)
