@@ -111,9 +111,9 @@ def search_scales(
     width = max(16, 1 << (columns - 1).bit_length())
     with _launching:
         _kernels()["search"][(-(-n // _ROWS),)](
-            *(values, rows, slope, gram, decoded, choices, best, change),
+            *(values, _ROWS, rows, slope, gram, decoded),
+            *(len(choices), choices, best, change, n, columns, width),
             *(values.stride(0), slope.stride(0), gram.stride(0), decoded.stride(0)),
-            *(n, columns, width, len(choices), _ROWS),
         )
     return best, change
 
@@ -216,22 +216,22 @@ def _kernels() -> Any:
     @triton.jit  # type: ignore[untyped-decorator]
     def search_kernel(  # type: ignore[no-untyped-def]
         values,
+        count: tl.constexpr,
         rows,
         slope,
         gram,
         decoded,
+        tried: tl.constexpr,
         choices,
         best,
         change,
+        n,
+        columns,
+        width: tl.constexpr,
         values_stride,
         slope_stride,
         gram_stride,
         decoded_stride,
-        n,
-        columns,
-        width: tl.constexpr,
-        tried: tl.constexpr,
-        count: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64) * count + tl.arange(0, count)
         along = tl.arange(0, width)
