@@ -8,18 +8,20 @@ The defaults give 2.6 GB of external data. The graph is a causal LM without a KV
     logits                                    float [batch, sequence, vocab]
 
 Linear layers are MatMul nodes on named [K, N] initializers (``model.layers.0.self_attn.q_proj.weight``) with
-the module path in the node name. A few megabytes of weights are in memory at a time.
+the module path in the node name. A megabyte of weights per core are in memory at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -29,7 +31,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 OPSET, IR_VERSION = 21, 10
 ALIGNMENT = 4096  # so that the tensors can be memory-mapped
-CHUNK = 1 << 20  # elements drawn at a time
+CHUNK = 1 << 18  # elements drawn at a time
 HEAD_SIZE = 64
 DTYPES = {
     "float16": (TensorProto.FLOAT16, np.dtype(np.float16)),
@@ -49,11 +51,39 @@ class Shape:
     dtype: str = "float16"
 
 
-class GraphWriter:
-    """Collects nodes, and writes weights to the data file as they are named."""
+@dataclass(frozen=True)
+class Drawn:
+    """A weight: seeded normal values times ``scale`` (ones for vectors) at ``offset`` in the data file."""
 
-    def __init__(self, shape: Shape, data: BinaryIO, location: str) -> None:
-        self.shape, self.data, self.location = shape, data, location
+    name: str
+    dims: tuple[int, ...]
+    scale: float
+    dtype: np.dtype[Any]
+    offset: int
+
+    @property
+    def end(self) -> int:
+        """Where the next one may begin."""
+        return self.offset + math.prod(self.dims) * self.dtype.itemsize
+
+    def write(self, path: Path) -> None:
+        """Draw the values and put them into the file, which exists."""
+        random = np.random.Generator(np.random.SFC64(zlib.crc32(self.name.encode())))
+        count = math.prod(self.dims)
+        with path.open("r+b") as data:
+            data.seek(self.offset)
+            for start in range(0, count, CHUNK):
+                block = min(CHUNK, count - start)
+                normal = random.standard_normal(block, dtype=np.float32) * np.float32(self.scale)
+                data.write((normal if len(self.dims) > 1 else np.ones(block)).astype(self.dtype).tobytes())
+
+
+class GraphWriter:
+    """Collects nodes, and gives weights their places in the data file as they are named."""
+
+    def __init__(self, shape: Shape, location: str) -> None:
+        self.shape, self.location = shape, location
+        self.weights: list[Drawn] = []
         self.element_type, self.dtype = DTYPES[shape.dtype]
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
@@ -73,18 +103,13 @@ class GraphWriter:
         return name
 
     def weight(self, name: str, dims: tuple[int, ...], scale: float) -> str:
-        """Stream seeded normal values (ones for vectors) of shape ``dims`` to the data file."""
-        random = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
-        self.data.write(b"\0" * (-self.data.tell() % ALIGNMENT))
-        offset = self.data.tell()
-        count = math.prod(dims)
-        for start in range(0, count, CHUNK):
-            block = min(CHUNK, count - start)
-            normal = random.standard_normal(block, dtype=np.float32) * np.float32(scale)
-            self.data.write((normal if len(dims) > 1 else np.ones(block)).astype(self.dtype).tobytes())
+        """Give a weight of shape ``dims`` its place in the data file."""
+        end = self.weights[-1].end if self.weights else 0
+        drawn = Drawn(name, dims, scale, self.dtype, end + -end % ALIGNMENT)
+        self.weights.append(drawn)
         tensor = TensorProto(name=name, dims=dims, data_type=self.element_type)
         tensor.data_location = TensorProto.EXTERNAL
-        fields = {"location": self.location, "offset": offset, "length": self.data.tell() - offset}
+        fields = {"location": self.location, "offset": drawn.offset, "length": drawn.end - drawn.offset}
         for key, value in fields.items():
             tensor.external_data.add(key=key, value=str(value))
         self.initializers.append(tensor)
@@ -196,7 +221,7 @@ def feed_forward(writer: GraphWriter, x: str, path: str) -> str:
 
 
 def build(writer: GraphWriter) -> onnx.ModelProto:
-    """Build the whole graph; the weights are in the data file when this returns."""
+    """Build the whole graph; :attr:`GraphWriter.weights` says what belongs into the data file."""
     shape = writer.shape
     table = writer.weight("model.embed_tokens.weight", (shape.vocab, shape.hidden), 1)
     x = writer.op("Gather", [table, "input_ids"], "/model/embed_tokens/Gather")
@@ -221,8 +246,12 @@ def build(writer: GraphWriter) -> onnx.ModelProto:
 def make_large(folder: Path, shape: Shape) -> Path:
     """Write ``folder`` (replaced at the end) with model.onnx and model.onnx.data; return the model's path."""
     with atomic_folder(folder) as temporary:
-        with (temporary / "model.onnx.data").open("wb") as data:
-            model = build(GraphWriter(shape, data, "model.onnx.data"))
+        writer = GraphWriter(shape, "model.onnx.data")
+        model = build(writer)
+        data = temporary / "model.onnx.data"
+        data.touch()
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # numpy draws outside Python's lock
+            list(pool.map(lambda drawn: drawn.write(data), writer.weights))
         (temporary / "model.onnx").write_bytes(model.SerializeToString())
     return folder / "model.onnx"
 

@@ -10,12 +10,18 @@ second, processor time and peak memory, and puts a row into ``docs/results/compi
 
 then compiles once more, kills that at five random moments (of its processor time, which other programs do not
 move much), goes on each time, says what this cost, and fails unless the files are the same.
+
+    python tools/bench_compile.py --size 7B --layers 4 --algorithm gptq --devices cuda --jobs 6 \
+        --calibration-samples 64 --calibration-length 2048
+
+is GPTQ on a GPU, for four layers of that model; the calibration text are random tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import hashlib
 import json
 import os
@@ -52,6 +58,11 @@ RESULTS = ROOT / "docs" / "results" / "compile.json"
 READ_ALL_WEIGHTS = ("calibrate", "quantize", "certificate", "total")
 # A row with the same values here replaces the older one.
 KEY = ("model", "algorithm", "lorc_rank", "jobs", "device", "hardware")
+
+
+def shape_of(size: str, layers: int | None) -> Shape:
+    """Return a model's shape, as deep as it is or with so many layers."""
+    return SIZES[size] if layers is None else dataclasses.replace(SIZES[size], layers=layers)
 
 
 def parameters(shape: Shape) -> int:
@@ -104,7 +115,8 @@ def compile_once(model: Path, output: Path, options: list[str], kill_after: floa
         Whether it came to its end.
     """
     command = [sys.executable, "-m", "zqfp_compile", str(model), "--output", str(output), *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     workers: list[int] = []
     while kill_after is not None and process.poll() is None:
@@ -168,6 +180,8 @@ def show(row: dict[str, Any], weights: int, data_bytes: int, load: float) -> Non
         f"  peak memory {row['peak_anonymous_bytes'] / 1e9:.2f} GB anonymous, "
         f"{row['peak_rss_bytes'] / 1e9:.2f} GB with mapped files; load of the machine before: {load:.1f}"
     )
+    for name, digest in row["sha256"].items():
+        print(f"  sha256 of {name}: {digest[:16]}")
     if "killed" in row:
         killed = row["killed"]
         more = killed["seconds"] / row["seconds"]["total"] - 1
@@ -194,10 +208,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=tuple(SIZES), required=True)
+    parser.add_argument("--layers", type=int, help="layers of that size; default: all")
     parser.add_argument("--jobs", type=int, help="default: the command's")
     parser.add_argument("--algorithm", choices=("rtn", "gptq"), default="rtn")
     parser.add_argument("--lorc-rank", type=int, default=32)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--devices", "--device", default="cpu", help="such as cuda or cuda:0,cuda:1; default %(default)s"
+    )
+    parser.add_argument("--calibration-samples", type=int, help="default: the command's")
+    parser.add_argument("--calibration-length", type=int, help="default: the command's")
     parser.add_argument("--models", type=Path, help="existing folder that keeps the model; default: removed")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default %(default)s")
     parser.add_argument("--kill-times", type=int, default=0, help="default: not killed")
@@ -205,15 +224,21 @@ def main() -> None:
     given = parser.parse_args()
     if given.kill_times:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # the time of killed workers counts
-    shape = SIZES[given.size]
+    shape = shape_of(given.size, given.layers)
+    name = given.size if given.layers is None else f"{given.size} with {given.layers} layers"
     jobs = Workers(given.jobs).processes(linear_sizes(shape))
     with tempfile.TemporaryDirectory(prefix="bench-", dir=given.models) as place:
-        model = (given.models or Path(place)) / given.size.replace("/", "-") / "model.onnx"
+        model = (given.models or Path(place)) / name.replace("/", "-").replace(" ", "-") / "model.onnx"
         if not model.exists():
+            begin = time.monotonic()
             make_large(model.parent, shape)
-        options = ["--target", "none", "--no-evaluate", "--algorithm", given.algorithm]
-        options += ["--lorc-rank", str(given.lorc_rank), "--device", given.device]
-        options += ["--jobs", str(jobs)]
+            print(f"model made in {time.monotonic() - begin:.0f} s", flush=True)
+        chosen = ["--jobs", str(jobs), "--algorithm", given.algorithm]
+        chosen += ["--lorc-rank", str(given.lorc_rank), "--devices", given.devices]
+        for flag in ("calibration_samples", "calibration_length"):
+            value = getattr(given, flag)
+            chosen += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
+        options = ["--target", "none", "--no-evaluate", *chosen]
         load = os.getloadavg()[0]
         output = Path(place) / "out.zqfp"
         measured = compile_measured(model, output, options)
@@ -225,20 +250,23 @@ def main() -> None:
             if digests(output) != expected:
                 raise SystemExit("bench_compile: what was killed and went on gave other bytes")
         data_bytes = model.with_name("model.onnx.data").stat().st_size
+        found = digests(output)
         shutil.rmtree(output)
     row = {
-        "model": f"LLaMA-shaped {given.size}, random weights",
+        "model": f"LLaMA-shaped {name}, random weights",
         "parameters": parameters(shape),
         "algorithm": given.algorithm,
         "lorc_rank": given.lorc_rank,
         "jobs": jobs,
-        "device": given.device,
+        "device": given.devices,
         **measured,
         "load_before": round(load, 1),
-        "hardware": hardware(given.device),
+        "sha256": found,
+        "hardware": hardware(given.devices.partition(":")[0]),
         "date": today(),
-        "command": f"python tools/bench_compile.py --size {given.size} --jobs {jobs} "
-        f"--algorithm {given.algorithm} --lorc-rank {given.lorc_rank} --device {given.device}"
+        "command": f"python tools/bench_compile.py --size {given.size} "
+        + ("" if given.layers is None else f"--layers {given.layers} ")
+        + " ".join(chosen)
         + (f" --kill-times {given.kill_times} --seed {given.seed}" if given.kill_times else ""),
     }
     show(row, row["parameters"], data_bytes, load)

@@ -230,6 +230,15 @@ def compile_command(
     device: Annotated[
         str | None, _choice(CALIBRATION, recipes.Device, "--device", "Where gptq and distillation compute: ")
     ] = None,
+    devices: Annotated[
+        str | None,
+        _group(
+            CALIBRATION,
+            "Several GPUs for gptq, such as cuda:0,cuda:1 (instead of --device).",
+            "--devices",
+            metavar="LIST",
+        ),
+    ] = None,
     seed: Annotated[
         int | None, _group(CALIBRATION, "Seed of everything random (default 0).", "--seed", metavar="N")
     ] = None,

@@ -15,6 +15,7 @@ from zqfp_compile.backends.target import TargetChoice
 from zqfp_compile.calibrate.samples import EvalTokens, Samples
 from zqfp_compile.certificate import Certificate
 from zqfp_compile.companions import find_companions
+from zqfp_compile.device import torch_devices
 from zqfp_compile.distill.train import Distillation
 from zqfp_compile.estimate import Estimate
 from zqfp_compile.evaluate import Evaluation
@@ -71,6 +72,11 @@ class Compilation:
     def reporter(self) -> Reporter:
         """Who is told about progress."""
         return self.timer.reporter
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Where torch computes: what cannot be spread on the first."""
+        return torch_devices(self.recipe.device, self.recipe.listed_devices)
 
     @property
     def walks(self) -> bool:

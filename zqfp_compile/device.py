@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from zqfp_compile.backends.ort import import_onnxruntime
@@ -30,19 +31,43 @@ def torch_device(choice: str) -> str:
     return "cpu"
 
 
+def torch_devices(choice: str, listed: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the devices to compute on: those ``listed`` (``cpu``, ``cuda:0``), else :func:`torch_device`'s.
+
+    Raises:
+        MissingDependencyError: When torch cannot use one of them.
+    """
+    import torch
+
+    found = tuple(listed) or (torch_device(choice),)
+    for device in found if listed else ():
+        if device != "cpu" and int(device.partition(":")[2]) >= torch.cuda.device_count():
+            raise MissingDependencyError(
+                f"--devices {device}: torch {torch.__version__} finds {torch.cuda.device_count()} GPUs; list "
+                "those that are there, or use --device cpu"
+            )
+    return found
+
+
 def providers_for(device: str) -> tuple[str, ...]:
     """Return ONNX Runtime's providers for a device; without its CUDA provider the CPU does the work."""
-    if device == "cuda" and CUDA_PROVIDER in import_onnxruntime().get_available_providers():
+    if device.startswith("cuda") and CUDA_PROVIDER in import_onnxruntime().get_available_providers():
         return (CUDA_PROVIDER, CPU_PROVIDER)
     return (CPU_PROVIDER,)
 
 
+def activation_room(devices: Sequence[str]) -> dict[str, int]:
+    """Return by GPU (``cuda:0``) the bytes of its memory that a walk may fill with activations."""
+    names = {device if ":" in device else f"{device}:0" for device in devices if device != "cpu"}
+    return {name: (free_memory(name) or 0) // 2 for name in sorted(names)}
+
+
 def free_memory(device: str) -> int | None:
-    """Return the bytes that are free on ``cpu`` or ``cuda``; ``None`` where the system does not say."""
+    """Return the bytes that are free on ``cpu`` or a GPU; ``None`` where the system does not say."""
     import torch
 
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -20,12 +20,16 @@ _BASE, _WORKER = 500 << 20, 260 << 20
 # Bytes per weight of the layer at hand: to quantise it (float32, its error, codes, packed tensors), and to
 # compare it (ONNX Runtime decodes it in a dozen steps).
 _QUANTIZE_BYTES, _CHECK_BYTES = 15, 22
+# Bytes per square of the widest input: GPTQ's moments, what follows from them, their inversion in float64.
+_MOMENT_BYTES = 44
 # Rows of each activation that are kept for the certificate, and its energies.
 _ROWS = 72
-# Seconds of one core per weight (rounding; LoRC per rank; the certificate), and floating-point operations per
-# second of one core in matrix products.
-_ROUND, _LORC, _CHECK = 45e-9, 0.8e-9, 35e-9
+# Seconds of one core per weight (rounding; LoRC per rank; the certificate; GPTQ), and floating-point
+# operations per second of one core in matrix products.
+_ROUND, _LORC, _CHECK, _GPTQ = 45e-9, 0.8e-9, 35e-9, 600e-9
 _FLOPS = 100e9
+# The same of a GPU for GPTQ, from the data sheet of an H100 and the bytes that it moves.
+_GPU_GPTQ, _GPU_FLOPS = 25e-9, 60e12
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,14 @@ def _worker_bytes(elements: int) -> int:
 
 
 def estimate(
-    model: ir.Model, plan: QuantPlan, recipe: Recipe, *, builds: bool, processes: int, cores: int
+    model: ir.Model,
+    plan: QuantPlan,
+    recipe: Recipe,
+    *,
+    builds: bool,
+    processes: int,
+    cores: int,
+    activation_room: Sequence[int] = (),
 ) -> Estimate:
     """Estimate a compile.
 
@@ -64,6 +75,7 @@ def estimate(
         builds: Whether something is made to run: an engine, or a model for ONNX Runtime.
         processes: How many processes quantise; as many threads certify.
         cores: Cores there are.
+        activation_room: By GPU that does GPTQ, bytes of its memory for activations; the rest lies on disk.
     """
     sizes = [site.k * site.n for site in plan.linears]
     weights = model_bytes(model)
@@ -73,6 +85,10 @@ def estimate(
         processes * _worker_bytes(max(sizes)) if processes > 1 else _QUANTIZE_BYTES * max(sizes),
         processes * _CHECK_BYTES * max(sizes),
     ]
+    if recipe.algorithm == "gptq" and not activation_room:
+        phases.append(
+            _MOMENT_BYTES * max(site.k for site in plan.linears) ** 2 + _QUANTIZE_BYTES * max(sizes)
+        )
     if recipe.evaluate:
         phases.append(2 * _session_bytes(weights, sizes, recipe.eval_length))
     stored = sum(_stored_bytes(plan, site) for site in plan.linears)
@@ -93,8 +109,8 @@ def estimate(
         + sum(forms) * lowered
         + emitted
         + rows
-        + _activation_bytes(weights, plan, recipe),
-        seconds=_seconds(sum(sizes), plan, recipe, tokens, processes, cores),
+        + max(0, _activation_bytes(weights, plan, recipe) - sum(activation_room)),
+        seconds=_seconds(sum(sizes), plan, recipe, tokens, processes, cores, len(activation_room)),
     )
 
 
@@ -156,15 +172,18 @@ def _activation_bytes(weights: int, plan: QuantPlan, recipe: Recipe) -> int:
 
 
 def _seconds(
-    elements: int, plan: QuantPlan, recipe: Recipe, tokens: int, processes: int, cores: int
+    elements: int, plan: QuantPlan, recipe: Recipe, tokens: int, processes: int, cores: int, gpus: int
 ) -> float:
     flops = _FLOPS * cores
     lorc = max((plan.precision(site).lorc_rank for site in plan.linears), default=0)
-    work = elements * (_ROUND + _LORC * lorc) / processes
-    work += elements * _CHECK / processes
-    work += 2 * elements * tokens / flops
-    if recipe.algorithm == "gptq":  # the second stream, the moments of both, and the rounding itself
-        work += 6 * elements * tokens / flops + elements * 600e-9 / cores
+    work = elements * _CHECK / processes
+    # GPTQ runs two models, and takes the moments of both.
+    products = elements * tokens * (8 if recipe.algorithm == "gptq" else 2)
+    if gpus:
+        work += (products / _GPU_FLOPS + elements * _GPU_GPTQ) / gpus
+    else:
+        work += products / flops + elements * (_ROUND + _LORC * lorc) / processes
+        work += elements * _GPTQ / cores if recipe.algorithm == "gptq" else 0.0
     if recipe.evaluate:
         work += 4 * elements * recipe.eval_tokens / flops
     return work

@@ -13,7 +13,7 @@ from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.backends.target import resolve_target
 from zqfp_compile.companions import find_companions
 from zqfp_compile.compilation import Compilation
-from zqfp_compile.device import torch_device
+from zqfp_compile.device import torch_devices
 from zqfp_compile.graphsurgeon import to_graphsurgeon
 from zqfp_compile.memory import MemoryWatch
 from zqfp_compile.model_io import load_model
@@ -139,7 +139,7 @@ def compile_model(
         MissingDependencyError: A library, a GPU, memory or disk space is missing.
     """
     recipe = recipe or Recipe()
-    device = torch_device(recipe.device)  # a missing GPU is said before the work
+    devices = torch_devices(recipe.device, recipe.listed_devices)  # a missing GPU is said before the work
     choice = resolve_target(recipe.target)
     engines.check_options(recipe, choice)
     import_onnxruntime()  # calibration and certificate need it: say so before the work
@@ -151,7 +151,7 @@ def compile_model(
     with OutputFolder(final) as out:
         if loaded is None:
             loaded = _load(write_model(model, out.scratch / "source", folder), timer)
-        key = work_key(*loaded, recipe, device)
+        key = work_key(*loaded, recipe, devices[0].partition(":")[0])
         with (
             WorkFolder(out.work, key, fresh=fresh) as work,
             TensorStore(work.path) as store,

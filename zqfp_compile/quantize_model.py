@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,10 +19,10 @@ from zqfp_compile.calibrate.walk import walk
 from zqfp_compile.layer_item import LayerItem, pack_layer, quantize_item
 from zqfp_compile.parallel.executor import Executor, InProcess
 from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan, SitePrecision, WeightSource
-from zqfp_compile.quantize.layer import LayerOptions, QuantizedLayer, quantize_layer
+from zqfp_compile.quantize.layer import LayerOptions, LayerTask, QuantizedLayer, quantize_layers
 from zqfp_compile.quantize.lorc import LowRank
 from zqfp_compile.quantize.moments import InputMoments
-from zqfp_compile.quantize.threads import side_by_side
+from zqfp_compile.quantize.threads import DeviceThreads, side_by_side
 from zqfp_compile.tensor_store import TensorStore
 from zqfp_compile.weights import locate_weight
 from zqfp_compile.work_folder import WorkFolder
@@ -152,7 +153,7 @@ def quantize_while_walking(
     *,
     scratch: Path,
     work: WorkFolder | None = None,
-    device: str,
+    devices: Sequence[str] = ("cpu",),
     seed: int,
     progress: Callable[[int, int, str], None],
 ) -> tuple[QuantPlan, CalibrationResult]:
@@ -169,7 +170,7 @@ def quantize_while_walking(
         feeds: Calibration samples.
         scratch: Folder for activations.
         work: Where the walk's state is kept, see :func:`walk`.
-        device: ``cpu`` or ``cuda``.
+        devices: Where to compute, see :class:`DeviceThreads`; how many there are changes no bit.
         seed: Seed of the sample rows and of LoRC.
         progress: Called with (done, total, layer name).
 
@@ -180,31 +181,43 @@ def quantize_while_walking(
     Raises:
         ModelError: When a weight or an activation holds NaN or Inf, or see :func:`walk`.
     """
-    layers = _Layers(plan, store, seed)
-    result = walk(
-        model,
-        plan,
-        feeds,
-        layers.quantize,
-        finished=layers.finished,
-        work=work,
-        key=layers.key,
-        scratch=scratch,
-        device=device,
-        seed=seed,
-        progress=progress,
-    )
+    with DeviceThreads(devices) as threads, ThreadPoolExecutor(1) as writer:
+        layers = _Layers(plan, store, seed, threads, writer)
+        result = walk(
+            model,
+            plan,
+            feeds,
+            layers.quantize,
+            finished=layers.finished,
+            work=work,
+            key=layers.key,
+            scratch=scratch,
+            threads=threads,
+            seed=seed,
+            progress=progress,
+        )
+        layers.wait()
     return plan.replace(tensors=layers.tensors), result
 
 
 class _Layers:
     """Quantises the layers of a walk, those of one input side by side, and stores them in order."""
 
-    def __init__(self, plan: QuantPlan, store: TensorStore, seed: int) -> None:
+    def __init__(
+        self,
+        plan: QuantPlan,
+        store: TensorStore,
+        seed: int,
+        threads: DeviceThreads,
+        writer: ThreadPoolExecutor,
+    ) -> None:
         self.tensors: dict[str, LinearTensors] = {}
         self._plan = plan
         self._store = store
         self._seed = seed
+        self._threads = threads
+        self._writer = writer
+        self._written: list[Future[None]] = []
         self._first: dict[WeightKey, LinearSite] = {}
         self._tables = _shared_tables(plan)
         # A layer depends on how all before it are quantised.
@@ -230,11 +243,14 @@ class _Layers:
     ) -> list[Replacement]:
         pairs = list(zip(sites, weights, strict=True))
         found: dict[str, QuantizedLayer] = {}
+        self.wait()  # at most one input's layers lie in memory
         if moments is not None:
             new = [(site, weight) for site, weight in pairs if self._is_new(site)]
-            layers = side_by_side(
-                lambda pair: self._layer(*pair, moments), new, [weight for _, weight in new]
-            )
+            tasks = [
+                LayerTask(weight, _layer_options(self._plan, site), self._seed, site.name)
+                for site, weight in new
+            ]
+            layers = self._layers(tasks, moments)
             found = {site.name: layer for (site, _), layer in zip(new, layers, strict=True)}
         return [self._replace(site, weight, found.get(site.name)) for site, weight in pairs]
 
@@ -246,9 +262,15 @@ class _Layers:
         first = self._first.setdefault(key, site)
         return self._plan.precision(site).weight_format != "none" and first is site
 
-    def _layer(self, site: LinearSite, weight: torch.Tensor, moments: InputMoments) -> QuantizedLayer:
-        options = _layer_options(self._plan, site)
-        return quantize_layer(weight, options, moments=moments, seed=self._seed, name=site.name)
+    def _layers(self, tasks: Sequence[LayerTask], moments: InputMoments) -> list[QuantizedLayer]:
+        if self._threads.on_gpu:
+            return quantize_layers(tasks, self._threads, moments=moments)
+        # All CPU devices are this one.
+        return side_by_side(
+            lambda task: quantize_layers([task], DeviceThreads(), moments=moments)[0],
+            tasks,
+            [task.weight for task in tasks],
+        )
 
     def _replace(self, site: LinearSite, weight: torch.Tensor, layer: QuantizedLayer | None) -> Replacement:
         precision = self._plan.precision(site)
@@ -256,16 +278,32 @@ class _Layers:
             return Replacement(weight)
         if layer is None:
             self.tensors[site.name] = self._known(site)
-            return Replacement.of(self._read(site))
+            return Replacement.of(self._read(site), weight.device)
+        if self._threads.on_gpu:  # which goes on in the meantime
+            self._written.append(self._writer.submit(self._write, site, layer))
+        else:
+            self._write(site, layer)
+        return Replacement.of(layer, weight.device)
+
+    def _write(self, site: LinearSite, layer: QuantizedLayer) -> None:
         packed = pack_layer(site.name, layer.weight, layer.lorc, site.dtype)
         self.tensors[site.name] = _tensors(self._store.add(self._item(site), packed))
-        return Replacement.of(layer)
+
+    def wait(self) -> None:
+        """Wait until everything is stored.
+
+        Raises:
+            MissingDependencyError: When the disk is full.
+        """
+        while self._written:
+            self._written.pop(0).result()
 
     def _known(self, site: LinearSite) -> LinearTensors:
         """Return the tensors of a layer that is finished, or that shares its weight with one."""
         key = _weight_key(self._plan, site)
         if key in self._tables:
             return self._tables[key]
+        self.wait()
         first = self._first[key]
         return self.tensors.get(first.name) or _tensors(self._store.get(self._item(first)) or {})
 

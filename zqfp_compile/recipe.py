@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
+from zqfp_compile.device_list import parse_devices
 from zqfp_compile.errors import UsageError
 from zqfp_compile.precision.goal import Goal, parse_goal
 from zqfp_compile.text_file import UnreadableError, read_text
@@ -97,6 +98,8 @@ class Recipe:
         builder_timeout: Seconds the engine builder may take.
         builder_memory_gb: Memory the engine builder may allocate, in GiB; ``None`` is no limit.
         device: Where ``gptq`` and distillation compute; ``auto`` takes a GPU when torch can use one.
+        devices: Instead of that: the devices that ``gptq`` is spread over, ``cuda:0,cuda:1``; what cannot be
+            is done on the first. How many there are changes no result.
         seed: Seed of everything random.
     """
 
@@ -138,6 +141,7 @@ class Recipe:
     builder_timeout: int = 3600
     builder_memory_gb: float | None = None
     device: Device = "auto"
+    devices: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -155,6 +159,11 @@ class Recipe:
     def mixed(self) -> bool:
         """Whether precisions are chosen per layer."""
         return self.auto is not None or self.lorc_budget is not None
+
+    @property
+    def listed_devices(self) -> tuple[str, ...]:
+        """What ``devices`` lists."""
+        return () if self.devices is None else parse_devices(self.devices)
 
     @property
     def goal(self) -> Goal | None:
@@ -369,6 +378,9 @@ def _check_combinations(recipe: Recipe) -> None:
         _check_mixed(recipe)
     if recipe.distill_tokens:
         _check_distillation(recipe)
+    listed = recipe.listed_devices  # read even if it cannot contradict: it may be wrong
+    if recipe.device != "auto" and not all(name.startswith(recipe.device) for name in listed):
+        raise UsageError(f"--devices {recipe.devices} says where to compute; drop --device {recipe.device}")
     if recipe.max_perplexity_increase is not None and not recipe.evaluate:
         raise UsageError("--max-perplexity-increase needs the evaluation; drop --no-evaluate")
 

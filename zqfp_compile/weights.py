@@ -43,10 +43,7 @@ class StoredWeight:
         Raises:
             ModelError: When the file cannot be read, or ends too early.
         """
-        array = self._stored()
-        with np.errstate(over="ignore"):  # a cast that overflows gives Inf, which the quantizer reports
-            for dtype in self.source.casts:
-                array = array.astype(dtype.numpy())
+        array = self.stored()
         if self.source.transposed:
             array = array.T
         if self.path is None:
@@ -57,7 +54,19 @@ class StoredWeight:
             weight *= np.float32(self.source.scale)
         return weight
 
-    def _stored(self) -> npt.NDArray[Any]:
+    def stored(self) -> npt.NDArray[Any]:
+        """Return the tensor in its own shape and, casts done, its own type; not to be written to.
+
+        Raises:
+            ModelError: When the file cannot be read, or ends too early.
+        """
+        array = self._bytes()
+        with np.errstate(over="ignore"):  # a cast that overflows gives Inf, which the quantizer reports
+            for dtype in self.source.casts:
+                array = array.astype(dtype.numpy())
+        return array
+
+    def _bytes(self) -> npt.NDArray[Any]:
         if self.path is None:
             assert self.values is not None
             return self.values

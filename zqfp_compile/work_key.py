@@ -16,9 +16,12 @@ from zqfp_compile.recipe import Recipe
 
 # Changes with the meaning of what is kept.
 _VERSION = 1
-# Options of what comes after: a run that failed there goes on from its tensors under others.
+# Options of what comes after: a run that failed there goes on from its tensors under others; and
+# the choice of devices, of which the kind counts and the number changes no tensor.
 _LATER = frozenset(
     {
+        "device",
+        "devices",
         "target",
         "weight_lowering",
         "emit",

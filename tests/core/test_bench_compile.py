@@ -18,8 +18,10 @@ def test_committed_rows(tool) -> None:  # type: ignore[no-untyped-def]
     for row in rows:
         assert set(FIELDS.split()) <= set(row)
         assert row["seconds"]["total"] > 0 and row["peak_rss_bytes"] > row["peak_anonymous_bytes"] > 0
-        size = row["command"].split("--size ")[1].split()[0]
-        assert row["parameters"] == tool.parameters(tool.SIZES[size])
+        words = row["command"].split()
+        options = dict(zip(words[2::2], words[3::2], strict=True))
+        layers = int(options["--layers"]) if "--layers" in options else None
+        assert row["parameters"] == tool.parameters(tool.shape_of(options["--size"], layers))
         if "killed" in row:
             assert row["killed"]["times"] >= 5 and row["killed"]["cpu_seconds"] > row["cpu_seconds"]
 
@@ -34,6 +36,7 @@ def test_a_row_replaces_that_of_the_same_configuration(tool, tmp_path: Path) -> 
 
 def test_seven_billion(tool) -> None:  # type: ignore[no-untyped-def]
     assert tool.parameters(tool.SIZES["7B"]) == 6_476_005_376
+    assert tool.parameters(tool.shape_of("7B", 4)) == tool.parameters(tool.SIZES["7B/8"])
     assert tool.parameters(tool.SIZES["7B/8"]) * 8 == tool.parameters(tool.SIZES["7B"])
 
 

@@ -11,15 +11,24 @@ import pytest
 import torch
 
 from zqfp_compile.errors import ModelError
+from zqfp_compile.quantize import layer as layer_module
 from zqfp_compile.quantize.activation import token_scales
 from zqfp_compile.quantize.descent import descend, refit_rows, refit_scales
 from zqfp_compile.quantize.gptq import gptq_round
 from zqfp_compile.quantize.grid import WeightGrid, decoded
-from zqfp_compile.quantize.layer import LayerOptions, QuantizedLayer, corrected, quantize_layer
+from zqfp_compile.quantize.layer import (
+    LayerOptions,
+    LayerTask,
+    QuantizedLayer,
+    corrected,
+    quantize_layer,
+    quantize_layers,
+)
 from zqfp_compile.quantize.moments import InputMoments, damp
+from zqfp_compile.quantize.products import full_products, short_products
 from zqfp_compile.quantize.rounding import round_minifloat
 from zqfp_compile.quantize.rtn import quantize_weight
-from zqfp_compile.quantize.threads import side_by_side
+from zqfp_compile.quantize.threads import DeviceThreads, side_by_side
 
 N, K = 24, 80  # K is no multiple of 32 or 64: the last group is padded
 CONSTRAINTS = ("none", "m1", "m2", "e4m3")
@@ -216,6 +225,21 @@ def test_moments_of_scaled_fp8_numbers(per_token: bool) -> None:
     torch.testing.assert_close(found.drift, expected.drift, rtol=0, atol=1e-2 * largest)
 
 
+def test_moments_are_merged() -> None:
+    x, original = inputs(), inputs(seed=2)
+    whole = moments_of(x, original)
+    merged = moments_of(x[:100], original[:100])
+    merged.inverse_factor()
+    merged.merge(moments_of(x[100:], original[100:]))
+    assert merged.tokens == whole.tokens
+    torch.testing.assert_close(merged.gram, whole.gram, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(merged.drift, whole.drift, rtol=1e-5, atol=1e-5)
+    assert merged.on("cpu") is merged
+    torch.testing.assert_close(merged.inverse_factor()[0], whole.inverse_factor()[0], rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="no cross moment"):
+        merged.merge(moments_of(x))
+
+
 def test_what_is_derived_follows_new_tokens() -> None:
     x, moments = inputs(), InputMoments(K)
     moments.add(x[:300])
@@ -274,6 +298,61 @@ def test_results_repeat_and_do_not_depend_on_threads() -> None:
         finally:
             torch.set_num_threads(threads)
         assert all(map(same, alone, found))
+
+
+def test_a_large_layer_is_shared_by_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two halves whoever does them; which cost a layer nothing."""
+    weights, moments = [normal(rows, K, seed=rows) for rows in (60, 40, 24)], moments_of(inputs())
+    options = LayerOptions(group_size=32, lorc_rank=4, scale_constraint="m2", scale_rows=8)
+    tasks = [LayerTask(weight, options, seed=3) for weight in weights]
+    whole = [quantize_layer(weight, options, moments=moments, seed=3) for weight in weights]
+    monkeypatch.setattr(layer_module, "HALVED_SIZE", 40 * K)
+    assert [task.halves() for task in tasks] == [
+        [slice(0, 24), slice(24, 60)],
+        [slice(0, 16), slice(16, 40)],
+        [slice(0, 24)],
+    ]
+    found = []
+    for count in (1, 2, 3):
+        with DeviceThreads(["cpu"] * count) as threads:
+            found.append(quantize_layers(tasks, threads, moments=moments))
+    for layers in found[1:]:
+        assert all(map(same, found[0], layers))
+    for weight, layer, other in zip(weights, found[0], whole, strict=True):
+        assert layer.lorc is not None and other.lorc is not None
+        left = [
+            cost(weight - each.effective_weight() - each.lorc.weight(), moments.gram)
+            for each in (layer, other)
+        ]
+        assert left[0] == pytest.approx(left[1], rel=1e-3)
+    assert same(found[0][2], whole[2])
+
+
+def test_layers_of_several_ranks_together() -> None:
+    weights, moments = [normal(rows, K, seed=rows) for rows in (24, 40, 16)], moments_of(inputs())
+    options = [LayerOptions(group_size=32, lorc_rank=rank, repeats=rank // 4) for rank in (0, 4, 8)]
+    tasks = [LayerTask(weight, one, 3) for weight, one in zip(weights, options, strict=True)]
+    with DeviceThreads(["cpu", "cpu"]) as threads:
+        found = quantize_layers(tasks, threads, moments=moments)
+    for task, layer in zip(tasks, found, strict=True):
+        assert same(layer, quantize_layer(task.weight, task.options, moments=moments, seed=3))
+    assert quantize_layers([], DeviceThreads(), moments=moments) == []
+
+
+def test_threads_wait_for_each_others_products() -> None:
+    """Precision of products is one setting: two threads that want different ones never meet in it."""
+    before, seen = torch.get_float32_matmul_precision(), []
+
+    def work(_: int, short: bool) -> None:
+        wanted = "medium" if short else "highest"
+        for _ in range(200):
+            with short_products() if short else full_products():
+                seen.append(torch.get_float32_matmul_precision() == wanted)
+
+    with DeviceThreads(["cpu"] * 3) as threads:
+        list(threads.map(work, [True, False, True]))
+    assert len(seen) == 600 and all(seen)
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_an_error_in_a_thread_is_raised() -> None:

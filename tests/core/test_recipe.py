@@ -24,6 +24,7 @@ OTHERS: dict[str, Any] = {
     "attention": "fp8",
     "algorithm": "gptq",
     "device": "cpu",
+    "devices": "cpu,cpu",
     "group_size": 128,
     "scale_constraint": "m2",
     "scale_rows": 16,
@@ -66,6 +67,12 @@ def test_every_option_round_trips(tmp_path: Path) -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     dashes = {name.replace("_", "-"): value for name, value in recipe.to_dict().items()}
     assert Recipe.from_dict(dashes) == recipe
+
+
+def test_devices_are_listed() -> None:
+    assert Recipe().listed_devices == ()
+    assert Recipe(devices="cuda:0, cuda:11", device="cuda").listed_devices == ("cuda:0", "cuda:11")
+    assert Recipe(devices="cuda").listed_devices == ("cuda:0",)
 
 
 def test_a_group_may_be_a_whole_row() -> None:
@@ -155,6 +162,11 @@ def test_any_accepted_recipe_round_trips(values: dict[str, Any]) -> None:
         ({"builder_memory_gb": True}, "--builder-memory-gb: True is not a number"),
         ({"max_perplexity_increase": -1}, "--max-perplexity-increase: -1.0 is below 0"),
         ({"max_perplexity_increase": math.nan}, "--max-perplexity-increase: nan"),
+        ({"devices": "gpu0"}, "--devices: 'gpu0' is no device; write cpu, or GPUs as cuda:0,cuda:1"),
+        ({"devices": "cuda:0,"}, "--devices: '' is no device"),
+        ({"devices": "cpu,cuda:0"}, "--devices: CPU and GPU round differently"),
+        ({"devices": "cuda,cuda:0"}, "--devices: cuda,cuda:0 lists a GPU twice"),
+        ({"devices": "cuda:0", "device": "cpu"}, "--devices cuda:0 says where to compute; drop --device cpu"),
         ({"seed": -1}, "--seed: -1 is below 0"),
         ({"include": ["("]}, "--include: '(' is not a regular expression"),
         ({"exclude": ["a{99999999999999}"]}, "--exclude"),

@@ -70,6 +70,8 @@ def test_strided_and_transposed_arrays(tmp_path: Path) -> None:
     with TensorStore(tmp_path) as store:
         for view in (values.T, values[::2, 1::2]):
             np.testing.assert_array_equal(store.put("t", view, ir.DataType.FLOAT).numpy(), view)
+            codes = np.asarray(view % 16 - 8, np.int8)
+            np.testing.assert_array_equal(store.put("c", codes.T, ir.DataType.INT4).numpy(), codes.T)
 
 
 def test_closing_invalidates(tmp_path: Path) -> None:

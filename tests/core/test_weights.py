@@ -8,9 +8,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from zqfp_compile.calibrate.linears import read_in_torch
 from zqfp_compile.errors import ModelError
 from zqfp_compile.plan import LinearSite, QuantPlan, WeightSource
-from zqfp_compile.weights import original_weight_bytes, read_bias, read_weight
+from zqfp_compile.weights import locate_weight, original_weight_bytes, read_bias, read_weight
 
 
 def model_with(**arrays: np.ndarray) -> ir.Model:
@@ -48,6 +49,17 @@ def test_casts_round_in_order_and_scale_comes_last() -> None:
     np.testing.assert_array_equal(half, [[1 + 2.0**-9, 1, 1 + 2 * 2.0**-10, np.inf]])
     both = read_weight(model_with(w=array), WeightSource("w", False, scale=0.5, casts=casts))
     np.testing.assert_array_equal(both, [[0.5, 0.5, 0.5, np.inf]])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("casts", [(), (ir.DataType.BFLOAT16,)])
+def test_torch_reads_the_same_bits(dtype: type, transposed: bool, casts: tuple) -> None:
+    array = np.random.default_rng(0).standard_normal((3, 5)).astype(dtype)
+    weight = locate_weight(model_with(w=array), WeightSource("w", transposed, scale=0.3, casts=casts))
+    loaded = read_in_torch(weight, "cpu")
+    assert loaded.is_contiguous()
+    np.testing.assert_array_equal(loaded.numpy(), weight.read(), strict=True)
 
 
 def test_the_result_is_a_copy() -> None:

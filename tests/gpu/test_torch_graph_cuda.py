@@ -11,6 +11,7 @@ from zqfp_compile.calibrate.causal_lm import CausalLm
 from zqfp_compile.calibrate.linears import Replacement
 from zqfp_compile.calibrate.walk import walk
 from zqfp_compile.model_io import load_model
+from zqfp_compile.quantize.threads import DeviceThreads
 from zqfp_compile.registry import create_pass
 from zqfp_compile.torch_graph import TorchGraph
 
@@ -78,7 +79,7 @@ def test_walk_on_cuda(family, tiny_model, tmp_path, monkeypatch):
 
         if device == "cuda":
             monkeypatch.setattr("zqfp_compile.calibrate.walk.open_model", None)
-        walk(model, plan, feeds, keep, scratch=tmp_path, device=device)
+        walk(model, plan, feeds, keep, scratch=tmp_path, threads=DeviceThreads([device]))
         seen.append(moments)
     for name, expected in seen[0].items():
         found = seen[1][name].gram.cpu()

@@ -75,6 +75,7 @@ USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no number": (("m/model.onnx", "--group-size", "big"), ("--group-size", "whole number")),
     "group size": (("m/model.onnx", "--group-size", "48"), ("--group-size", "48", "16, 32, 64")),
     "target": (("m/model.onnx", "--target", "cuda"), ("--target", "'cuda'", "tensorrt-rtx")),
+    "devices": (("m/model.onnx", "--devices", "gpu0,gpu1"), ("--devices", "'gpu0'", "cuda:0,cuda:1")),
     "rank": (("m/model.onnx", "--lorc-rank", "-1"), ("--lorc-rank", "0..512")),
     "regex": (("m/model.onnx", "--exclude", "("), ("--exclude", "'('", "regular expression")),
     "shapes": (("m/model.onnx", "--max-shapes", "ids=1x2"), ("--max-shapes", "NAME:1x128")),
@@ -239,6 +240,7 @@ def test_compute_capability(refused: Refused) -> None:
 def test_environment(refused: Refused, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("ZQFP_KERNELS", str(tmp_path))  # where no library is
     refused(6, "m/model.onnx", "--weight-lowering", "plugin", says=("--weight-lowering plugin", "fp8"))
+    refused(6, "m/model.onnx", "--devices", "cuda:9999", says=("--devices cuda:9999", "GPUs", "--device cpu"))
     try:
         import tensorrt  # noqa: F401
     except ImportError:

@@ -11,7 +11,10 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from zqfp_compile import Recipe, compile_model
+from zqfp_compile.estimate import Estimate, estimate
 from zqfp_compile.memory import MemoryUse, available_memory, memory_use
+from zqfp_compile.model_io import load_model
+from zqfp_compile.registry import create_pass
 
 QUICK = {"calibration_samples": 2, "calibration_length": 32, "evaluate": False}
 
@@ -41,6 +44,21 @@ def test_disk_is_what_is_needed(
     assert found["disk_bytes"] - (1 << 20) < found["estimated"]["disk_bytes"] < 2 * found["disk_bytes"]
     assert found["estimated"]["seconds"] > 0 and found["seconds"] > 0
     assert found["estimated"]["memory_bytes"] > 100 << 20
+
+
+def test_gpus_take_activations_and_time(tiny_model: Callable[..., Path]) -> None:
+    model = load_model(tiny_model("llama"))
+    plan = create_pass("select-linears").call(model).plan
+    assert plan is not None
+    recipe = Recipe(algorithm="gptq", target="none", evaluate=False)
+
+    def needs(*room: int) -> Estimate:
+        return estimate(model, plan, recipe, builds=False, processes=2, cores=2, activation_room=room)
+
+    alone, one, two, roomy = needs(), needs(1 << 20), needs(1 << 20, 1 << 20), needs(1 << 40)
+    assert alone.disk_bytes - one.disk_bytes == one.disk_bytes - two.disk_bytes == 1 << 20
+    assert 0 < roomy.disk_bytes < two.disk_bytes
+    assert alone.seconds > one.seconds > two.seconds > 0
 
 
 def test_memory_is_counted() -> None:

@@ -26,7 +26,7 @@ from zqfp_compile.work_folder import WorkFolder
 TinyModel = Callable[..., Path]
 
 RTN = {"target": "none", "calibration_samples": 3, "calibration_length": 32, "evaluate": False}
-GPTQ = {**RTN, "algorithm": "gptq", "lorc_format": "fp8"}
+GPTQ = {**RTN, "algorithm": "gptq", "lorc_format": "fp8", "devices": "cpu"}
 GOES_ON, REMOVED = "going on from", "unfinished work of another model or other options is removed"
 
 
@@ -125,7 +125,10 @@ def test_a_walk_goes_on_where_it_was(
     whole: dict[str, dict[str, str]],
     restarted: bool,
 ) -> None:
-    """Activations of both models are found again, but not after a restart: they were not flushed."""
+    """Activations of both models are found again, but not after a restart: they were not flushed.
+
+    And what one device began, three finish.
+    """
     advance, measure = _Walk._advance, _Walk._measure
     advanced, measured = [], []
 
@@ -149,8 +152,8 @@ def test_a_walk_goes_on_where_it_was(
     monkeypatch.setattr(_Walk, "_advance", count_advance)
     monkeypatch.setattr(_Walk, "_measure", count_measure)
     if restarted:
-        monkeypatch.setattr("zqfp_compile.calibrate.walk._boot", lambda: "another")
-    assert GOES_ON in _compile(tiny_model("llama"), output, GPTQ)
+        monkeypatch.setattr("zqfp_compile.calibrate.kept_walk._boot", lambda: "another")
+    assert GOES_ON in _compile(tiny_model("llama"), output, {**GPTQ, "devices": "cpu,cpu,cpu"})
     assert advanced == list(range(0 if restarted else 4, 8)) and len(measured) == 4
     assert _bytes(output) == whole["gptq"]
 

@@ -26,6 +26,7 @@ from zqfp_compile.plan import LinearSite, QuantPlan, SitePrecision
 from zqfp_compile.quantize.activation import fake_quantize_activation
 from zqfp_compile.quantize.layer import LayerOptions, quantize_layer
 from zqfp_compile.quantize.moments import InputMoments
+from zqfp_compile.quantize.threads import DeviceThreads
 from zqfp_compile.quantize_model import quantize_while_walking
 from zqfp_compile.registry import create_pass
 from zqfp_compile.tensor_store import TensorStore
@@ -245,7 +246,6 @@ def test_the_walk_sees_what_the_artifact_computes(
             store,
             feeds,
             scratch=scratch,
-            device="cpu",
             seed=0,
             progress=lambda done, total, detail: None,
         )
@@ -309,8 +309,13 @@ def small(text: str) -> tuple[ir.Model, QuantPlan]:
     return model, plan
 
 
-@pytest.mark.parametrize("lorc_format", ["float", "fp8"])
-def test_a_shared_weight_is_quantised_once(lorc_format: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lorc_format", "overlapped"), [("float", False), ("fp8", False), ("fp8", True)])
+def test_a_shared_weight_is_quantised_once(
+    lorc_format: str, overlapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when weights are read and tensors stored beside the work, as for a GPU."""
+    if overlapped:
+        monkeypatch.setattr(DeviceThreads, "on_gpu", True)
     model, plan = small(TIED)
     plan = plan.replace(lorc_rank=2, lorc_format=lorc_format, group_size=32)
     feeds = [{"x": np.random.default_rng(1).standard_normal((50, 8)).astype(np.float32)}]
@@ -322,7 +327,6 @@ def test_a_shared_weight_is_quantised_once(lorc_format: str, tmp_path: Path) -> 
             store,
             feeds,
             scratch=tmp_path,
-            device="cpu",
             seed=0,
             progress=lambda *call: calls.append(call),
         )
@@ -368,3 +372,33 @@ def test_a_run_is_repeatable(tiny_model, tmp_path: Path) -> None:
     first, second = (walk(model, plan, feeds, Recorder(), scratch=tmp_path, seed=3) for _ in range(2))
     assert first.ranges == second.ranges
     assert all((first.rows[name] == second.rows[name]).all() for name in first.rows)
+
+
+@pytest.mark.parametrize("in_torch", [True, False])
+def test_no_bit_depends_on_the_number_of_devices(in_torch: bool, tiny_model, tmp_path: Path) -> None:
+    """Eleven samples, in groups of two and one, of which four devices take unequal shares."""
+    model, plan = planned(tiny_model("llama"))
+    interface, random = CausalLm.from_model(model), np.random.default_rng(6)
+    feeds = [interface.make_feed(random.integers(2, 320, (1, 8 + index))) for index in range(11)]
+    found = []
+    for count in (1, 4):
+        recorder = Recorder(lambda weight: weight.round(decimals=2))
+        with DeviceThreads(["cpu"] * count) as threads:
+            result = walk(model, plan, feeds, recorder, scratch=tmp_path, threads=threads, in_torch=in_torch)
+        found.append((result, recorder))
+    (one, alone), (four, together) = found
+    assert one.ranges == four.ranges and alone.visited == together.visited
+    for name, moments in alone.moments.items():
+        np.testing.assert_array_equal(one.rows[name], four.rows[name])
+        assert moments.tokens == together.moments[name].tokens == sum(range(8, 19))
+        assert torch.equal(moments.gram, together.moments[name].gram)
+        assert moments.drift is not None and moments.drift.any()
+        assert torch.equal(moments.drift, together.moments[name].drift)
+
+
+def test_an_error_on_a_device_is_raised(tiny_model, tmp_path: Path) -> None:
+    model, plan = planned(tiny_model("llama"))
+    feeds = [{**feed} for feed in feeds_for(model)]
+    del feeds[2]["input_ids"]
+    with DeviceThreads(["cpu", "cpu"]) as threads, pytest.raises(ModelError, match="sample 2 has no input"):
+        walk(model, plan, feeds, Recorder(), scratch=tmp_path, threads=threads)

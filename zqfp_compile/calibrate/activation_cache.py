@@ -1,10 +1,11 @@
-"""Activations of calibration samples: on disk, so that memory holds one sample at a time, or on the GPU."""
+"""Activations of calibration samples: on disk, so that memory holds one sample at a time, or on GPUs."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -22,20 +23,24 @@ class ActivationCache:
     """Tensors by sample and name: one ``.npy`` file each, mapped when read.
 
     Use it as a context manager; closing removes everything, unless it is kept. A kept cache that a killed
-    process left is as it was at its last :meth:`commit`.
+    process left is as it was at its last :meth:`commit`. Threads may put, get and drop, each its own samples.
     """
 
-    def __init__(self, folder: Path, *, gpu_bytes: int = 0, keep: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, gpu_bytes: Mapping[str, int] | None = None, keep: bool = False
+    ) -> None:
         """Name the cache's own folder; ``with`` makes it, or opens the kept one that is there.
 
         Args:
             folder: Where the files go.
-            gpu_bytes: As much of tensors on a GPU is kept there, where they do not outlive the process.
+            gpu_bytes: By GPU (``cuda:0``), how many bytes of the tensors on it are kept there, where they do
+                not outlive the process.
             keep: Leave the files to whoever owns what is around the folder.
         """
         self._folder = folder
         self._tensors: dict[tuple[int, str], torch.Tensor] = {}
-        self._gpu_bytes = gpu_bytes
+        self._gpu_bytes = dict(gpu_bytes or {})
+        self._lock = threading.Lock()
         self._keep = keep
         self._files: dict[tuple[int, str], Path] = {}
         self._dropped: list[Path] = []
@@ -48,10 +53,12 @@ class ActivationCache:
             MissingDependencyError: When the disk is full.
         """
         key = (sample, name)
-        if tensor.nbytes < _SMALL_BYTES or (tensor.is_cuda and tensor.nbytes <= self._gpu_bytes):
-            self._tensors[key] = tensor
-            self._gpu_bytes -= tensor.nbytes if tensor.is_cuda else 0
-            return
+        with self._lock:
+            room = self._gpu_bytes.get(str(tensor.device), 0)
+            if tensor.nbytes < _SMALL_BYTES or tensor.nbytes <= room:
+                self._tensors[key] = tensor
+                self._take(tensor, tensor.nbytes)
+                return
         self._files[key] = self._save(tensor)
 
     def get(self, sample: int, name: str) -> torch.Tensor | None:
@@ -64,15 +71,16 @@ class ActivationCache:
 
     def drop(self, sample: int, names: Iterable[str]) -> None:
         """Remove a sample's tensors of these names, as far as there are any."""
-        for name in names:
-            tensor = self._tensors.pop((sample, name), None)
-            if tensor is not None and tensor.is_cuda:
-                self._gpu_bytes += tensor.nbytes
-            path = self._files.pop((sample, name), None)
-            if path is not None:
-                self._dropped.append(path)
-        if not self._keep:
-            self._remove_dropped()
+        with self._lock:
+            for name in names:
+                tensor = self._tensors.pop((sample, name), None)
+                if tensor is not None:
+                    self._take(tensor, -tensor.nbytes)
+                path = self._files.pop((sample, name), None)
+                if path is not None:
+                    self._dropped.append(path)
+            if not self._keep:
+                self._remove_dropped()
 
     def commit(self, state: str) -> None:
         """Make what is there now what :meth:`restore` finds; ``state`` is what it returns.
@@ -122,9 +130,15 @@ class ActivationCache:
         if not self._keep:
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _take(self, tensor: torch.Tensor, size: int) -> None:
+        device = str(tensor.device)
+        if device in self._gpu_bytes:
+            self._gpu_bytes[device] -= size
+
     def _save(self, tensor: torch.Tensor) -> Path:
-        self._made += 1
-        path = self._folder / f"{self._made}.npy"
+        with self._lock:
+            self._made += 1
+            path = self._folder / f"{self._made}.npy"
         with full_disk_errors(path):
             np.save(path, tensor.cpu().numpy())
         return path

@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import onnx_ir as ir
 import torch
 
+from zqfp_compile.plan import WeightSource
 from zqfp_compile.quantize.activation import ACTIVATION_MAX, quantize_activation
+from zqfp_compile.quantize.grid import decoded_w8
 from zqfp_compile.quantize.layer import QuantizedLayer
 from zqfp_compile.quantize.lorc import LowRank
-from zqfp_compile.quantize.products import short_products
+from zqfp_compile.quantize.products import full_products, short_products
+from zqfp_compile.torch_graph.dtypes import from_array
+from zqfp_compile.weights import StoredWeight, locate_weight
+
+
+def load_weight(model: ir.Model, source: WeightSource, device: str) -> torch.Tensor:
+    """Return :func:`zqfp_compile.weights.read_weight` on ``device``; a GPU widens and transposes itself.
+
+    Raises:
+        ModelError: When the weight cannot be read.
+    """
+    weight = locate_weight(model, source)
+    on_cpu = torch.device(device).type == "cpu"
+    return torch.from_numpy(weight.read()) if on_cpu else read_in_torch(weight, device)
+
+
+def read_in_torch(weight: StoredWeight, device: str) -> torch.Tensor:
+    """Return what :meth:`StoredWeight.read` does, to the last bit, on ``device``."""
+    stored = from_array(weight.stored(), device).to(torch.float32)
+    stored = (stored.t() if weight.source.transposed else stored).contiguous()
+    return stored if weight.source.scale == 1.0 else stored * weight.source.scale
 
 
 @dataclass(frozen=True)
@@ -29,11 +52,14 @@ class Replacement:
     exact: bool = False
 
     @classmethod
-    def of(cls, layer: QuantizedLayer) -> Replacement:
-        """Return what the engine multiplies with."""
+    def of(cls, layer: QuantizedLayer, device: torch.device | str = "cpu") -> Replacement:
+        """Return what the engine multiplies with; the weight lies on ``device``, a GPU decodes it itself."""
         rounded = layer.weight.scale_constraint != "none" or layer.weight.weight_format == "fp8"
+        on_cpu = torch.device(device).type == "cpu"
         return cls(
-            weight=torch.from_numpy(layer.weight.fp8_weight()),
+            weight=torch.from_numpy(layer.weight.fp8_weight())
+            if on_cpu
+            else decoded_w8(layer.weight, device),
             row_scales=torch.tensor(layer.weight.row_scales),  # read back, it is read-only
             lorc=layer.lorc,
             exact=rounded,
@@ -41,9 +67,7 @@ class Replacement:
 
     def to(self, device: str) -> Replacement:
         """Return it with its tensors on ``device``."""
-        lorc = self.lorc
-        if lorc is not None:
-            lorc = LowRank(lorc.v.to(device), lorc.u.to(device))
+        lorc = None if self.lorc is None else self.lorc.to(device)
         rows = None if self.row_scales is None else self.row_scales.to(device)
         return Replacement(self.weight.to(device), rows, lorc, self.exact)
 
@@ -86,7 +110,8 @@ class FloatLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [T, K] -> [T, N] in the layer's type."""
-        y = x @ self.weight.t() if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
+        with full_products():
+            y = x @ self.weight.t() if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
         return y.to(self.dtype)
 
 
@@ -112,8 +137,9 @@ class QuantizedLinear:
         """
         y = self._product(x8, a).to(self.dtype)
         if self.replacement.lorc is not None:
-            down = (x @ self.replacement.lorc.v).to(self.dtype).float()
-            y = y + (down @ self.replacement.lorc.u).to(self.dtype)
+            with full_products():
+                down = (x @ self.replacement.lorc.v).to(self.dtype).float()
+                y = y + (down @ self.replacement.lorc.u).to(self.dtype)
         return y if self.bias is None else y + self.bias.to(self.dtype)
 
     def _product(self, x8: torch.Tensor, a: torch.Tensor | float) -> torch.Tensor:

@@ -1,18 +1,19 @@
 """One pass through a model that calibrates and quantises: every layer sees its predecessors quantised.
 
 The graph is cut at the planned linears (``segments.py``). Torch (``torch_segment.py``) or ONNX Runtime
-computes what lies between them; torch the linears themselves, first to measure their
-input, then with their new weights. Activations between two segments lie on disk, so memory holds the weights
-of one step and the activations of one sample.
+computes what lies between them; torch the linears themselves, first to measure their input, then with their
+new weights. Samples are spread over the devices. Activations between two segments lie on disk or on the GPU
+that has their sample, so memory holds the weights of one step and the activations of one sample per device.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,26 @@ import torch
 from zqfp_compile.backends.ort import is_large
 from zqfp_compile.calibrate.activation_cache import ActivationCache
 from zqfp_compile.calibrate.block_runs import finite_range
-from zqfp_compile.calibrate.linears import ActivationQuantizer, FloatLinear, QuantizedLinear, Replacement
+from zqfp_compile.calibrate.kept_walk import KeptWalk
+from zqfp_compile.calibrate.linears import (
+    ActivationQuantizer,
+    FloatLinear,
+    QuantizedLinear,
+    Replacement,
+    load_weight,
+)
 from zqfp_compile.calibrate.segments import Partition, Step, partition, segment_model
 from zqfp_compile.calibrate.sessions import open_model, run_bound, run_session, widened
 from zqfp_compile.calibrate.statistics import CalibrationResult, activation_scale
 from zqfp_compile.calibrate.torch_segment import TorchSegment, runs_in_torch
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
-from zqfp_compile.device import CUDA_PROVIDER, providers_for
+from zqfp_compile.device import CUDA_PROVIDER, activation_room, providers_for
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.plan import LinearSite, QuantPlan
 from zqfp_compile.quantize.moments import InputMoments
-from zqfp_compile.weights import read_bias, read_weight
+from zqfp_compile.quantize.products import full_products
+from zqfp_compile.quantize.threads import DeviceThreads
+from zqfp_compile.weights import read_bias
 from zqfp_compile.work_folder import WorkFolder
 
 Array = npt.NDArray[Any]
@@ -46,6 +56,10 @@ QuantizeSites = Callable[
 ]
 # Whether an earlier walk finished these layers, of one input.
 FinishedSites = Callable[[Sequence[LinearSite]], bool]
+
+# Groups of samples: a device takes whole ones, and their moments are added up one after the other, so that no
+# bit depends on the number of devices.
+_GROUPS = 8
 
 
 def walk(
@@ -59,7 +73,7 @@ def walk(
     work: WorkFolder | None = None,
     key: str = "walk",
     cross: bool = True,
-    device: str = "cpu",
+    threads: DeviceThreads | None = None,
     in_torch: bool | None = None,
     rows_per_activation: int = 64,
     seed: int = 0,
@@ -74,14 +88,15 @@ def walk(
         model: The model; it is not changed, external data stays where it is.
         plan: Layers and activation format.
         feeds: Inputs of each run, of any lengths.
-        quantize: See :data:`QuantizeSites`. Tensors are on ``device``.
+        quantize: See :data:`QuantizeSites`. Tensors are on the first device.
         finished: See :data:`FinishedSites`. Over such layers the walk goes without measuring moments.
         scratch: Folder for activations: two samples' worth of what a layer passes on, times the samples.
         work: Where the walk's state after each step is kept, and found again when their layers are finished;
             its key covers model and feeds. Not with activations on a GPU: then the walk goes over all again.
         key: What the state depends on besides, for :class:`zqfp_compile.work_folder.WorkFolder`.
         cross: Also run the original model beside it, for the mixed moments.
-        device: ``cpu`` or ``cuda``.
+        threads: The devices that compute, by default the CPU. GPUs without torch's operators are not spread
+            over: then the first does it all.
         in_torch: Whether torch computes what lies between the layers, in float32, or ONNX Runtime. By default
             torch when it has all operators, where nothing leaves a GPU and attention takes a third of the
             time on a CPU; on a CPU, ONNX Runtime for large models, whose weights it need not copy.
@@ -106,22 +121,27 @@ def walk(
         graph_model = model.clone()
         widen_bfloat16(graph_model)
     parts = partition(graph_model.graph, plan.rewritten)
+    threads = threads or DeviceThreads()
     if in_torch is None:
-        in_torch = (device == "cuda" or not is_large(model)) and runs_in_torch(graph_model, parts)
+        in_torch = (threads.on_gpu or not is_large(model)) and runs_in_torch(graph_model, parts)
+    if threads.on_gpu and not in_torch:
+        threads = DeviceThreads([threads.main])
     random = np.random.default_rng(seed)
     per_run = -(-rows_per_activation // len(feeds))
     picks = [np.sort(random.uniform(0.0, 0.999, per_run)) for _ in feeds]
     with ExitStack() as stack:
-        room = torch.cuda.mem_get_info()[0] // 4 if device == "cuda" else 0
-        kept = None if work is None or room else _Kept(work, key)
+        room = {device: size // 2 for device, size in activation_room(threads.devices).items()}
+        kept = None if work is None or room else KeptWalk(work, key)
         place = scratch if kept is None else kept.folder
         caches = [
             ActivationCache(place / f"activations-{index}", gpu_bytes=room, keep=kept is not None)
             for index in range(2 if cross else 1)
         ]
         streams = [_Stream(feeds, stack.enter_context(cache)) for cache in caches]
+        reader = stack.enter_context(ThreadPoolExecutor(1))
         state = _Walk(
-            model, graph_model, plan, parts, quantize, finished, device, in_torch, streams, picks, kept
+            *(model, graph_model, plan, parts, quantize, finished, threads, reader),
+            *(in_torch, streams, picks, kept),
         )
         with torch.inference_mode():
             state.run(progress)
@@ -172,27 +192,43 @@ class _Walk:
     parts: Partition
     quantize: QuantizeSites
     finished: FinishedSites
-    device: str
+    threads: DeviceThreads
+    reader: ThreadPoolExecutor
     in_torch: bool
     streams: Sequence[_Stream]
     picks: Sequence[npt.NDArray[np.float64]]
-    kept: _Kept | None = None
+    kept: KeptWalk | None = None
     ranges: dict[str, float] = field(default_factory=dict)
     rows: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def run(self, progress: Progress) -> None:
         steps = self.parts.steps
-        visited: _Visited | None = None
+        visited: Sequence[_Visited] = ()
         begin = self._restore()
         for index, step in enumerate(steps):
             if index < begin:
                 continue
             progress(index, len(steps), step.sites[0].name)
+            weights = self._weights(step)
             if index > begin or not self.ranges:
                 self._advance(index, visited)
-            visited = self._visit(step, self._survey(step))
+            visited = self._visit(step, self._survey(step), weights)
             self._commit(index)
         progress(len(steps), len(steps), "")
+
+    def _weights(self, step: Step) -> Callable[[], list[torch.Tensor]]:
+        """Return what gives a step's weights on the first device: a GPU's are read while it computes."""
+
+        def load() -> list[torch.Tensor]:
+            return [load_weight(self.model, site.weight, self.threads.main) for site in step.sites]
+
+        return self.reader.submit(load).result if self.threads.on_gpu else load
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The samples of each group."""
+        count = min(_GROUPS, len(self.picks))
+        return [group.tolist() for group in np.array_split(np.arange(len(self.picks)), count)]
 
     def _commit(self, index: int) -> None:
         """Keep the state after a step."""
@@ -218,119 +254,129 @@ class _Walk:
             self.ranges[name], self.rows[name] = self.kept.find(index)
         return step
 
-    def _advance(self, index: int, visited: _Visited | None) -> None:
-        """Compute the linears of the last step and the segment behind them, for every sample."""
-        runner = TorchSegment if self.in_torch else _Session
-        segment = runner(self.graph_model, self.parts, index, self.device)
-        for sample in range(len(self.picks)):
-            for stream in self.streams:
-                known = {} if visited is None else self._outputs(visited, stream, sample)
-                inputs = {
-                    name: known[name] if name in known else stream.value(sample, name)
-                    for name in segment.inputs
-                }
-                for name, tensor in {**known, **segment.run(inputs)}.items():
-                    if self.parts.last_use[name] > index:
-                        stream.cache.put(sample, name, tensor)
-                stream.cache.drop(sample, segment.finished)
+    def _advance(self, index: int, visited: Sequence[_Visited]) -> None:
+        """Compute the linears of the last step and the segment behind them, for every sample.
 
-    def _outputs(self, visited: _Visited, stream: _Stream, sample: int) -> dict[str, torch.Tensor]:
+        Args:
+            index: The segment.
+            visited: The last step on each device; none before the first.
+        """
+        runner = TorchSegment if self.in_torch else _Session
+        segments = [runner(self.graph_model, self.parts, index, device) for device in self.threads.devices]
+
+        def advance(place: int, group: Sequence[int]) -> None:
+            for sample in group:
+                for stream in self.streams:
+                    known = self._outputs(visited[place], stream, sample, place) if visited else {}
+                    self._run(segments[place], index, stream, sample, known)
+
+        list(self.threads.map(advance, self.groups))
+
+    def _run(
+        self,
+        segment: TorchSegment | _Session,
+        index: int,
+        stream: _Stream,
+        sample: int,
+        known: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Run a segment on a sample, and keep what later ones read; ``known`` are its linears' outputs."""
+        inputs = {
+            name: known[name] if name in known else stream.value(sample, name) for name in segment.inputs
+        }
+        with full_products():
+            found = segment.run(inputs)
+        for name, tensor in {**known, **found}.items():
+            if self.parts.last_use[name] > index:
+                stream.cache.put(sample, name, tensor)
+        stream.cache.drop(sample, segment.finished)
+
+    def _outputs(
+        self, visited: _Visited, stream: _Stream, sample: int, place: int
+    ) -> dict[str, torch.Tensor]:
         if not visited.layers:
             return {}
         x = stream.value(sample, visited.step.activation)
-        outputs = visited.outputs(self._rows(x), original=stream is not self.streams[0])
+        outputs = visited.outputs(self._rows(x, place), original=stream is not self.streams[0])
         return {name: y.reshape(*x.shape[:-1], -1) for name, y in outputs.items()}
 
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Return an activation [..., K] as float32 [T, K] on the device."""
-        return x.reshape(-1, x.shape[-1]).to(self.device).to(torch.float32)
+    def _rows(self, x: torch.Tensor, place: int) -> torch.Tensor:
+        """Return an activation [..., K] as float32 [T, K] on a device."""
+        return x.reshape(-1, x.shape[-1]).to(self.threads.devices[place]).to(torch.float32)
 
     def _survey(self, step: Step) -> ActivationQuantizer:
         """Find the activation's range and sample rows; return how it is quantised."""
-        name, peak, rows = step.activation, 0.0, []
-        for sample, pick in enumerate(self.picks):
-            x = self._rows(self.streams[0].value(sample, name))
-            low, high = torch.aminmax(x)
-            peak = max(peak, finite_range(max(-float(low), float(high)), name))
-            rows.append(x[torch.from_numpy(pick * len(x)).long().to(x.device)].cpu().numpy())
+        name = step.activation
+
+        def look(place: int, group: Sequence[int]) -> list[tuple[float, npt.NDArray[np.float32]]]:
+            return [self._look(name, sample, place) for sample in group]
+
+        found = [one for group in self.threads.map(look, self.groups) for one in group]
+        peak = max(peak for peak, _ in found)
         self.ranges[name] = peak
-        self.rows[name] = np.concatenate(rows)
+        self.rows[name] = np.concatenate([rows for _, rows in found])
         form = self.plan.activation_format
         if form == "none" or self.plan.per_token:
             return ActivationQuantizer(form)
         return ActivationQuantizer(form, activation_scale(peak, form))
 
+    def _look(self, name: str, sample: int, place: int) -> tuple[float, npt.NDArray[np.float32]]:
+        """Return a sample's largest magnitude and some of its rows."""
+        x = self._rows(self.streams[0].value(sample, name), place)
+        low, high = torch.aminmax(x)
+        peak = finite_range(max(-float(low), float(high)), name)
+        rows = x[torch.from_numpy(self.picks[sample] * len(x)).long().to(x.device)]
+        return peak, rows.cpu().numpy()
+
     def _measure(self, step: Step, quantizer: ActivationQuantizer) -> InputMoments:
-        cross = len(self.streams) > 1
-        moments = InputMoments(step.sites[0].k, device=self.device, cross=cross)
-        for sample in range(len(self.picks)):
-            x8, a = quantizer.split(self._rows(self.streams[0].value(sample, step.activation)))
-            original = self._rows(self.streams[1].value(sample, step.activation)) if cross else None
-            moments.add(x8, original, scale=a if quantizer.rounds else None)
+        """Return the moments of all samples, on the first device."""
+        groups = self.threads.map(partial(self._measure_group, step, quantizer), self.groups)
+        moments = next(groups)
+        for group in groups:
+            moments.merge(group)
         if moments.drift is not None:
             finite_range(float(moments.drift.abs().amax()), step.activation)
         return moments
 
-    def _visit(self, step: Step, quantizer: ActivationQuantizer) -> _Visited:
-        layers = []
-        weights = [
-            torch.from_numpy(read_weight(self.model, site.weight)).to(self.device) for site in step.sites
-        ]
+    def _measure_group(
+        self, step: Step, quantizer: ActivationQuantizer, place: int, group: Sequence[int]
+    ) -> InputMoments:
+        cross = len(self.streams) > 1
+        moments = InputMoments(step.sites[0].k, device=self.threads.devices[place], cross=cross)
+        for sample in group:
+            x8, a = quantizer.split(self._rows(self.streams[0].value(sample, step.activation), place))
+            original = None
+            if cross:
+                original = self._rows(self.streams[1].value(sample, step.activation), place)
+            moments.add(x8, original, scale=a if quantizer.rounds else None)
+        return moments
+
+    def _visit(
+        self, step: Step, quantizer: ActivationQuantizer, load: Callable[[], list[torch.Tensor]]
+    ) -> list[_Visited]:
+        """Let the step's layers be quantised; return them for every device."""
         moments = None if self.finished(step.sites) else self._measure(step, quantizer)
+        weights = load()
         replacements = self.quantize(step.sites, weights, moments)
+        layers: list[list[tuple[str, FloatLinear | None, QuantizedLinear]]] = [
+            [] for _ in self.threads.devices
+        ]
         for site, weight, replacement in zip(step.sites, weights, replacements, strict=True):
             if site.output not in step.computed:
                 continue
-            bias = read_bias(self.model, site)
-            row = None if bias is None else torch.from_numpy(bias).to(self.device)
-            # bfloat16 graphs were widened.
-            dtype = torch.float16 if site.dtype == ir.DataType.FLOAT16 else torch.float32
-            original = None
-            if len(self.streams) > 1:
-                original = FloatLinear(weight, row, dtype)
-            new = QuantizedLinear(replacement.to(self.device), row, dtype, self.plan.activation_format)
-            layers.append((site.output, original, new))
-        return _Visited(step, quantizer, layers)
+            for place, device in enumerate(self.threads.devices):
+                layers[place].append((site.output, *self._linears(site, weight, replacement, device)))
+        return [_Visited(step, quantizer, found) for found in layers]
 
-
-class _Kept:
-    """What of a walk outlives its process: activations, and per step range and rows.
-
-    Activations are not flushed to the disk, so after a restart of the machine they do not count.
-    """
-
-    def __init__(self, work: WorkFolder, key: str) -> None:
-        self._work = work
-        self._name = f"walk-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        self.folder = work.path / self._name
-
-    def keep(self, index: int, peak: float, rows: npt.NDArray[np.float32]) -> None:
-        self._work.keep(f"{self._name}-{index}", [np.array(peak), rows])
-
-    def find(self, index: int) -> tuple[float, npt.NDArray[np.float32]]:
-        found = self._work.find(f"{self._name}-{index}")
-        assert found is not None  # step() has looked
-        return float(found[0]), found[1]
-
-    def state(self, index: int) -> str:
-        return f"{index} {_boot()}"
-
-    def step(self, states: set[str | None]) -> int | None:
-        """Return the step that all streams are at; ``None`` when they are not at one, or it is lost."""
-        if len(states) != 1 or None in states:
-            return None
-        index, _, boot = str(*states).partition(" ")
-        found = boot == _boot() and all(
-            self._work.find(f"{self._name}-{earlier}") is not None for earlier in range(int(index) + 1)
-        )
-        return int(index) if found else None
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
+    def _linears(
+        self, site: LinearSite, weight: torch.Tensor, replacement: Replacement, device: str
+    ) -> tuple[FloatLinear | None, QuantizedLinear]:
+        bias = read_bias(self.model, site)
+        row = None if bias is None else torch.from_numpy(bias).to(device)
+        # bfloat16 graphs were widened.
+        dtype = torch.float16 if site.dtype == ir.DataType.FLOAT16 else torch.float32
+        original = FloatLinear(weight.to(device), row, dtype) if len(self.streams) > 1 else None
+        return original, QuantizedLinear(replacement.to(device), row, dtype, self.plan.activation_format)
 
 
 class _Session:

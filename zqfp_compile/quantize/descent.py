@@ -103,6 +103,8 @@ def refit_scales(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.T
     rows = torch.from_numpy(quantized.row_scales).to(device)[:, None]
     weight = decoded(quantized, device)
     slope = (target - weight) @ gram
+    table = torch.from_numpy(legal_scales("e4m3", book)).to(device)
+    steps = torch.tensor(STEPS, device=device)
     size = values.shape[1] if quantized.group_size == 0 else quantized.group_size
     for index in range(scales.shape[1]):
         part = slice(index * size, min((index + 1) * size, quantized.k))
@@ -110,8 +112,7 @@ def refit_scales(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.T
         if quantized.scale_constraint == "none":
             best, change = group.fit(scales[:, index])
         else:
-            table = torch.from_numpy(legal_scales("e4m3", book)).to(device)
-            best, change = group.search(scales[:, index].contiguous(), table)
+            best, change = group.search(scales[:, index].contiguous(), table, steps)
         scales[:, index] = best
         slope -= change @ gram[part]
     return dataclasses.replace(quantized, group_scales=scales.cpu().numpy())
@@ -127,20 +128,21 @@ class _Group:
     gram: torch.Tensor
     decoded: torch.Tensor
 
-    def search(self, scales: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the best scales [N] among the neighbours in ``table``, and the change of the weights."""
-        place = torch.searchsorted(table, scales)
-        best, change = scales, torch.zeros_like(self.decoded)
-        lowest = torch.zeros_like(scales)
-        for step in STEPS:
-            choice = table[(place + step).clamp(0, len(table) - 1)]
-            moved = round_minifloat(self.values * choice[:, None], E4M3FN) * self.rows - self.decoded
-            gain = ((moved @ self.gram - 2 * self.slope) * moved).sum(dim=1)
-            better = gain < lowest
-            lowest = torch.where(better, gain, lowest)
-            best = torch.where(better, choice, best)
-            change = torch.where(better[:, None], moved, change)
-        return best, change
+    def search(
+        self, scales: torch.Tensor, table: torch.Tensor, steps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the best scales [N] among those ``steps`` away in ``table``, and how weights change."""
+        places = (torch.searchsorted(table, scales) + steps[:, None]).clamp_(0, len(table) - 1)
+        choices = torch.cat([scales[None], table[places]])  # what is there first: it wins ties
+        if fused.searches(self.values):
+            rows = self.rows[:, 0].contiguous()
+            return fused.search_scales(self.values, rows, self.slope, self.gram, self.decoded, choices)
+        moved = round_minifloat(self.values * choices[1:, :, None], E4M3FN) * self.rows - self.decoded
+        gains = ((moved @ self.gram - 2 * self.slope) * moved).sum(dim=2).nan_to_num(0.0)
+        best = torch.cat([torch.zeros_like(scales)[None], gains]).argmin(dim=0)
+        changes = torch.cat([torch.zeros_like(self.decoded)[None], moved])
+        rows = torch.arange(len(scales), device=scales.device)
+        return choices[best, rows], changes[best, rows]
 
     def fit(self, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the optimal real scales [N], positive, and the change of the weights."""

@@ -8,6 +8,7 @@ columns with a few rows' values in registers. As a loop of torch calls each step
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ import torch
 from zqfp_compile.quantize.grid import Grid
 
 _ROWS = 32
+# Columns of a group whose block of the gram matrix fits into a program's registers.
+_WIDEST = 64
+# Threads of several devices launch, and at first compile, one at a time.
+_launching = threading.Lock()
 
 
 def usable(grid: Grid, block: torch.Tensor) -> bool:
@@ -38,9 +43,10 @@ def round_block(
     """
     table, groups = _table(grid, columns)
     rounded, scaled = torch.empty_like(block), torch.empty_like(block)
-    _kernels()["round"][_programs(block)](
-        block, inner.contiguous(), table, groups, rounded, scaled, *_sizes(block, table)
-    )
+    with _launching:
+        _kernels()["round"][_programs(block)](
+            block, inner.contiguous(), table, groups, rounded, scaled, *_sizes(block, table)
+        )
     return rounded, scaled
 
 
@@ -61,16 +67,55 @@ def descend_block(
     """
     table, groups = _table(grid, columns)
     changes = torch.empty_like(values)
-    _kernels()["descend"][_programs(values)](
-        values.contiguous(),
-        slope.contiguous(),
-        inner.contiguous(),
-        table,
-        groups,
-        changes,
-        *_sizes(values, table),
-    )
+    with _launching:
+        _kernels()["descend"][_programs(values)](
+            values.contiguous(),
+            slope.contiguous(),
+            inner.contiguous(),
+            table,
+            groups,
+            changes,
+            *_sizes(values, table),
+        )
     return changes
+
+
+def searches(values: torch.Tensor) -> bool:
+    """Return whether the kernel of :func:`search_scales` can do these groups [N, g]."""
+    return values.is_cuda and values.shape[1] <= _WIDEST and _kernels() is not None
+
+
+def search_scales(
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    slope: torch.Tensor,
+    gram: torch.Tensor,
+    decoded: torch.Tensor,
+    choices: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The search of :func:`zqfp_compile.quantize.descent.refit_scales` in one group of every row.
+
+    Args:
+        values: Code-book values, float32 [N, g], rows anywhere.
+        rows: R, float32 [N].
+        slope: ``(T - Q) G`` in the group, float32 [N, g], rows anywhere.
+        gram: G's block, float32 [g, g], rows anywhere.
+        decoded: Q in the group, float32 [N, g], rows anywhere.
+        choices: Scales, float32 [S, N]: what is there, then what to try.
+
+    Returns:
+        The best of the scales, float32 [N], and the change of the decoded values, float32 [N, g].
+    """
+    n, columns = values.shape
+    best, change = torch.empty_like(rows), torch.empty(n, columns, device=values.device)
+    width = max(16, 1 << (columns - 1).bit_length())
+    with _launching:
+        _kernels()["search"][(-(-n // _ROWS),)](
+            *(values, _ROWS, rows, slope, gram, decoded),
+            *(len(choices), choices, best, change, n, columns, width),
+            *(values.stride(0), slope.stride(0), gram.stride(0), decoded.stride(0)),
+        )
+    return best, change
 
 
 def _table(grid: Grid, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,4 +213,53 @@ def _kernels() -> Any:
             left -= gram[:, None] * change[None, :]
             tl.store(changes + at * n + row, change, mask=mask)
 
-    return {"round": round_kernel, "descend": descend_kernel}
+    @triton.jit  # type: ignore[untyped-decorator]
+    def search_kernel(  # type: ignore[no-untyped-def]
+        values,
+        count: tl.constexpr,
+        rows,
+        slope,
+        gram,
+        decoded,
+        tried: tl.constexpr,
+        choices,
+        best,
+        change,
+        n,
+        columns,
+        width: tl.constexpr,
+        values_stride,
+        slope_stride,
+        gram_stride,
+        decoded_stride,
+    ):
+        row = tl.program_id(0).to(tl.int64) * count + tl.arange(0, count)
+        along = tl.arange(0, width)
+        mask, inside = row < n, along < columns
+        both = mask[:, None] & inside[None, :]
+        value = tl.load(values + row[:, None] * values_stride + along[None, :], mask=both, other=0.0)
+        pull = tl.load(slope + row[:, None] * slope_stride + along[None, :], mask=both, other=0.0)
+        old = tl.load(decoded + row[:, None] * decoded_stride + along[None, :], mask=both, other=0.0)
+        square = inside[:, None] & inside[None, :]
+        weigh = tl.load(gram + along[:, None] * gram_stride + along[None, :], mask=square, other=0.0)
+        scale = tl.load(rows + row, mask=mask, other=1.0)
+        lowest = tl.zeros([count], tl.float32)
+        chosen = tl.load(choices + row, mask=mask, other=1.0)
+        move = tl.zeros([count, width], tl.float32)
+        for index in tl.static_range(1, tried):
+            choice = tl.load(choices + index * n + row, mask=mask, other=1.0)
+            # E4M3, as in rounding.round_minifloat.
+            x = tl.minimum(tl.maximum(value * choice[:, None], -448.0), 448.0)
+            power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            power = tl.maximum(power, 0.015625) * 1572864.0
+            moved = ((x + power) - power) * scale[:, None] - old
+            product = tl.dot(moved, weigh, input_precision="ieee")
+            gain = tl.sum((product - 2 * pull) * moved, axis=1)
+            better = gain < lowest
+            lowest = tl.where(better, gain, lowest)
+            chosen = tl.where(better, choice, chosen)
+            move = tl.where(better[:, None], moved, move)
+        tl.store(best + row, chosen, mask=mask)
+        tl.store(change + row[:, None] * columns + along[None, :], move, mask=both)
+
+    return {"round": round_kernel, "descend": descend_kernel, "search": search_kernel}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 
 from zqfp_compile.formats.quantized import QuantizedWeight
@@ -14,9 +17,12 @@ from zqfp_compile.quantize.grid import WeightGrid, decoded
 from zqfp_compile.quantize.lorc import LowRank, low_rank_factors
 from zqfp_compile.quantize.moments import DAMPING, InputMoments
 from zqfp_compile.quantize.rtn import check_finite, quantize_weight
-from zqfp_compile.quantize.threads import threads_for
+from zqfp_compile.quantize.threads import DeviceThreads, one_torch_thread, threads_for
 
 Algorithm = Literal["rtn", "gptq"]
+
+# From so many weights on a layer is rounded in two halves, which two devices do at once: those of 7B.
+HALVED_SIZE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,36 @@ class QuantizedLayer:
         return decoded(self.weight, device)
 
 
+@dataclass(frozen=True, eq=False)
+class LayerTask:
+    """A layer to quantise.
+
+    Attributes:
+        weight: W [N, K], any float dtype.
+        options: What to do.
+        seed: Of LoRC's range finder.
+        name: The layer, for errors.
+    """
+
+    weight: torch.Tensor
+    options: LayerOptions
+    seed: int = 0
+    name: str = "weight"
+
+    @property
+    def rounds(self) -> int:
+        """How many times the compensation is computed."""
+        return self.options.repeats + 1 if self.options.lorc_rank else 0
+
+    def halves(self) -> list[slice]:
+        """Return the rows that are quantised at once: all, or of a large weight each half."""
+        n, k = self.weight.shape
+        if n * k < HALVED_SIZE or n < 2 * self.options.scale_rows:
+            return [slice(0, n)]
+        middle = n // 2 // self.options.scale_rows * self.options.scale_rows
+        return [slice(0, middle), slice(middle, n)]
+
+
 def quantize_layer(
     weight: torch.Tensor,
     options: LayerOptions,
@@ -76,7 +112,7 @@ def quantize_layer(
     seed: int = 0,
     name: str = "weight",
 ) -> QuantizedLayer:
-    """Quantise W[N, K].
+    """Quantise W[N, K] where the moments are, or where it is.
 
     Args:
         weight: [N, K], any float dtype.
@@ -92,24 +128,152 @@ def quantize_layer(
         ModelError: When the weight holds NaN, infinity or values beyond 2^126.
         ValueError: When GPTQ has no moments.
     """
-    if options.algorithm == "gptq" and moments is None:
-        raise ValueError(f"{name}: GPTQ needs the input's second moments")
-    check_finite(weight.detach(), name)
-    device = weight.device if moments is None else moments.gram.device
-    weight = weight.detach().to(device=device, dtype=torch.float32)
-    moment = energy if moments is None else moments.gram
-    with threads_for(weight):
-        target = weight if moments is None else corrected(weight, moments, options)
-        quantized = _quantize(target, options, moments, name)
-        low_rank: LowRank | None = None
-        for repeat in range(options.repeats + 1 if options.lorc_rank else 0):
-            if low_rank is not None:
-                quantized = _quantize(target - low_rank.weight(), options, moments, name)
-            error = target - decoded(quantized, device)
-            low_rank = low_rank_factors(
-                error, options.lorc_rank, moment=moment, dtype=options.lorc_dtype, seed=seed + repeat
-            )
-    return QuantizedLayer(quantized, low_rank)
+    task = LayerTask(weight.detach(), options, seed, name)
+    threads = DeviceThreads([str(weight.device if moments is None else moments.gram.device)])
+    (layer,) = quantize_layers([task], threads, moments=moments, energy=energy)
+    return layer
+
+
+def quantize_layers(
+    tasks: Sequence[LayerTask],
+    threads: DeviceThreads,
+    *,
+    moments: InputMoments | None = None,
+    energy: torch.Tensor | None = None,
+) -> list[QuantizedLayer]:
+    """Quantise layers of one input on several devices: each as :func:`quantize_layer` does, bit for bit.
+
+    Rows are rounded independently of each other, so the devices share a large layer, always cut at the same
+    row. Its compensation, which needs all of its error, is one device's work.
+
+    Args:
+        tasks: The layers, weights on any device.
+        threads: Who works; the first device gets the results.
+        moments: See :func:`quantize_layer`.
+        energy: Likewise.
+
+    Raises:
+        ModelError: See :func:`quantize_layer`.
+        ValueError: Likewise.
+    """
+    for task in tasks:
+        if task.options.algorithm == "gptq" and moments is None:
+            raise ValueError(f"{task.name}: GPTQ needs the input's second moments")
+        check_finite(task.weight, task.name)
+    if not tasks:
+        return []
+    # Several threads leave the number of torch's own alone, which is one setting for all.
+    alone = one_torch_thread() if len(threads.devices) > 1 else threads_for(tasks[0].weight)
+    with alone:
+        return _Layers(tasks, threads, moments, energy).quantize()
+
+
+class _Layers:
+    """Working state of :func:`quantize_layers`."""
+
+    def __init__(
+        self,
+        tasks: Sequence[LayerTask],
+        threads: DeviceThreads,
+        moments: InputMoments | None,
+        energy: torch.Tensor | None,
+    ) -> None:
+        self._tasks = tasks
+        self._threads = threads
+        self._moments = [None if moments is None else moments.on(device) for device in threads.devices]
+        self._energy = energy
+        self._low_rank: list[LowRank | None] = [None] * len(tasks)
+
+    def quantize(self) -> list[QuantizedLayer]:
+        halves = [(index, rows) for index, task in enumerate(self._tasks) for rows in task.halves()]
+        parts = list(self._threads.map(self._begin, halves))
+        for repeat in range(max(task.rounds for task in self._tasks)):
+            wanted = [index for index, task in enumerate(self._tasks) if repeat < task.rounds]
+            if repeat:
+                list(self._threads.map(self._again, [(part, part.index in wanted) for part in parts]))
+            mine = [(repeat, index, [part for part in parts if part.index == index]) for index in wanted]
+            for (_, index, _), found in zip(mine, self._threads.map(self._compensate, mine), strict=True):
+                self._low_rank[index] = found
+        return [
+            QuantizedLayer(_joined([part.quantized for part in parts if part.index == index]), low_rank)
+            for index, low_rank in enumerate(self._low_rank)
+        ]
+
+    def _begin(self, place: int, half: tuple[int, slice]) -> _Rows:
+        index, rows = half
+        task, moments = self._tasks[index], self._moments[place]
+        # A half is copied in any case: products may round otherwise where a factor is aligned otherwise.
+        weight = task.weight[rows].to(
+            self._threads.devices[place], torch.float32, copy=rows != slice(0, len(task.weight))
+        )
+        target = weight if moments is None else corrected(weight, moments, task.options)
+        part = _Rows(index, rows, task, moments, target)
+        part.round(None)
+        return part
+
+    def _again(self, _: int, item: tuple[_Rows, bool]) -> None:
+        part, wanted = item
+        if wanted:
+            part.round(self._low_rank[part.index])
+
+    def _compensate(self, place: int, item: tuple[int, int, list[_Rows]]) -> LowRank:
+        repeat, index, parts = item
+        task, moments = self._tasks[index], self._moments[place]
+        errors = [part.error().to(self._threads.devices[place]) for part in parts]
+        found = low_rank_factors(
+            errors[0] if len(errors) == 1 else torch.cat(errors),
+            task.options.lorc_rank,
+            moment=self._energy if moments is None else moments.gram,
+            dtype=task.options.lorc_dtype,
+            seed=task.seed + repeat,
+        )
+        return found.to(self._threads.main)
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Some rows of a layer on one device, while they are quantised.
+
+    Attributes:
+        index: The layer.
+        rows: Which.
+        task: What to do.
+        moments: On the device.
+        target: The weight wanted there, float32.
+        quantized: The rows as they are now.
+    """
+
+    index: int
+    rows: slice
+    task: LayerTask
+    moments: InputMoments | None
+    target: torch.Tensor
+    quantized: QuantizedWeight = field(init=False)
+
+    def round(self, low_rank: LowRank | None) -> None:
+        """Quantise the target, less what the compensation adds."""
+        target = self.target
+        if low_rank is not None:
+            target = target - low_rank.to(target.device).weight(self.rows)
+        self.quantized = _quantize(target, self.task.options, self.moments, self.task.name)
+
+    def error(self) -> torch.Tensor:
+        """Return what the quantised rows lack."""
+        return self.target - decoded(self.quantized, self.target.device)
+
+
+def _joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Return the rows of all parts as one weight."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    scales = [part.group_scales for part in parts if part.group_scales is not None]
+    return dataclasses.replace(
+        first,
+        codes=np.concatenate([part.codes for part in parts]),
+        group_scales=np.concatenate(scales) if scales else None,
+        row_scales=np.concatenate([part.row_scales for part in parts]),
+    )
 
 
 def corrected(weight: torch.Tensor, moments: InputMoments, options: LayerOptions) -> torch.Tensor:

@@ -49,9 +49,14 @@ class LowRank:
         """Columns of V."""
         return int(self.v.shape[1])
 
-    def weight(self) -> torch.Tensor:
-        """Return ``(V @ U)^T``, float32 [N, K]: what the branch adds to the weight."""
-        return (self.v @ self.u).t()
+    def weight(self, rows: slice = slice(None)) -> torch.Tensor:
+        """Return ``(V @ U)^T``, float32 [N, K], or some rows of it: what the branch adds to the weight."""
+        return (self.v @ self.u[:, rows]).t()
+
+    def to(self, device: torch.device | str) -> LowRank:
+        """Return it on ``device``."""
+        scales = [None if scale is None else scale.to(device) for scale in (self.v_scale, self.u_scale)]
+        return LowRank(self.v.to(device), self.u.to(device), *scales)
 
 
 def low_rank_factors(

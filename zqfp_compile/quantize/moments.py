@@ -69,6 +69,29 @@ class InputMoments:
                 self.drift.addmm_(moved.t(), rows, beta=keep, alpha=share)
         self._derived.clear()
 
+    def merge(self, other: InputMoments) -> None:
+        """Add the tokens of other moments of the same activation, which may lie on another device."""
+        before, self.tokens = self.tokens, self.tokens + other.tokens
+        keep, share = before / max(1, self.tokens), other.tokens / max(1, self.tokens)
+        self.gram.mul_(keep).add_(other.gram.to(self.gram.device), alpha=share)
+        if self.drift is not None:
+            if other.drift is None:
+                raise ValueError("one of the moments has no cross moment")
+            self.drift.mul_(keep).add_(other.drift.to(self.drift.device), alpha=share)
+        self._derived.clear()
+
+    def on(self, device: torch.device | str) -> InputMoments:
+        """Return them on a device: themselves, or a copy that is kept until tokens are added."""
+        if torch.device(device) == self.gram.device:
+            return self
+        return self._once(f"on {device}", 0.0, lambda _: self._copy(device))
+
+    def _copy(self, device: torch.device | str) -> InputMoments:
+        copy = InputMoments(0, device=device)
+        copy.tokens, copy.gram = self.tokens, self.gram.to(device)
+        copy.drift = None if self.drift is None else self.drift.to(device)
+        return copy
+
     @property
     def cross(self) -> torch.Tensor | None:
         """Mean of ``x^T x_hat``, float32 [K, K], or ``None``."""

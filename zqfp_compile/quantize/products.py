@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+
+
+class _Setting:
+    """Torch's precision of float32 products, one for the process: threads that want the same share it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._held: list[str] = []
+        self._before = "highest"
+
+    def take(self, precision: str) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held[0] == precision)
+            if not self._held:
+                self._before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision(precision)
+            self._held.append(precision)
+
+    def give_back(self) -> None:
+        with self._changed:
+            self._held.pop()
+            if not self._held:
+                torch.set_float32_matmul_precision(self._before)
+                self._changed.notify_all()
+
+
+_setting = _Setting()
 
 
 @contextmanager
@@ -14,11 +42,16 @@ def short_products(allowed: bool = True) -> Iterator[None]:
 
     Factors of at most 8 significant bits (FP8 and INT8 numbers) are the same numbers there: such products
     lose nothing, and are four times as fast on processors with AMX. Others are off by 2^-9 a factor, -50 dB.
-    The setting holds for the whole process; it is not for threads that run side by side.
+    The setting holds for the whole process: a thread waits while others hold the other one (and for ever
+    for itself, so it does not nest). What threads beside it must compute in full takes :func:`full_products`.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if allowed else "highest")
+    _setting.take("medium" if allowed else "highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        _setting.give_back()
+
+
+def full_products() -> AbstractContextManager[None]:
+    """Keep matrix products of float32 tensors in float32, whatever threads beside this one do."""
+    return short_products(False)

@@ -1,11 +1,13 @@
-"""Torch on one thread, where its threads would only wait for each other, and several such side by side."""
+"""Torch on one thread, where its threads would only wait for each other; several side by side; devices."""
 
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -66,6 +68,72 @@ def in_threads(work: Callable[[_Item], _Result], items: Sequence[_Item], workers
             yield from pool.map(work, items)
         finally:  # after an error, or a signal, what has not begun is left
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+class DeviceThreads:
+    """Does work items on devices side by side, with one thread for each of several.
+
+    Item i goes to device i modulo their number. Who computes an item changes no bit of it as long as the
+    devices are alike and the work depends on nothing but the item; so no result depends on how many devices
+    there are. Use it as a context manager when there are several.
+    """
+
+    def __init__(self, devices: Sequence[str] = ("cpu",)) -> None:
+        """Take torch devices, such as ``cuda:0``; a name may come twice."""
+        self.devices = tuple(devices)
+        self._pools = [ThreadPoolExecutor(1) for _ in devices] if len(self.devices) > 1 else []
+        if self._pools and self.on_gpu:
+            # Torch loads its GPU linear algebra at the first call, which must not be two threads' at once.
+            torch.linalg.cholesky(torch.eye(2, device=self.main))
+
+    @property
+    def main(self) -> str:
+        """The device that has what is not spread."""
+        return self.devices[0]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether they are GPUs."""
+        return torch.device(self.main).type == "cuda"
+
+    def map(self, work: Callable[[int, _Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
+        """Yield ``work(place, item)`` for each item in order, ``place`` being its device's in ``devices``.
+
+        One device computes an item when its result is asked for; several begin at once.
+        """
+        mode = torch.is_inference_mode_enabled()
+        if not self._pools:
+            yield from (self._do(work, 0, item, mode) for item in items)
+            return
+        places = [index % len(self._pools) for index in range(len(items))]
+        futures = deque(
+            self._pools[place].submit(self._do, work, place, item, mode)
+            for place, item in zip(places, items, strict=True)
+        )
+        try:
+            while futures:
+                yield futures.popleft().result()  # and nobody keeps it
+        finally:  # after an error what has not begun is left
+            for future in futures:
+                future.cancel()
+            wait(futures)
+
+    def _do(self, work: Callable[[int, _Item], _Result], place: int, item: _Item, mode: bool) -> _Result:
+        device = torch.device(self.devices[place])
+        # Triton's kernels run on the current device, which every thread has its own of; so is inference mode.
+        current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        inference = torch.inference_mode() if mode else contextlib.nullcontext()
+        with inference, current:
+            return work(place, item)
+
+    def __enter__(self) -> DeviceThreads:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
 
 
 def _is_small(matrix: torch.Tensor) -> bool:

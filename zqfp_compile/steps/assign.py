@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from zqfp_compile.calibrate.statistics import activation_scales, collect
 from zqfp_compile.compilation import Compilation
-from zqfp_compile.device import torch_device
 from zqfp_compile.precision.auto import Chooser, sensitivities
 from zqfp_compile.precision.sensitivity import Statistics
 from zqfp_compile.steps.calibrate import naming_nonfinite
@@ -26,7 +25,7 @@ def assign(run: Compilation) -> None:
             max_rank=recipe.lorc_rank,
             gptq=run.walks,
             seed=recipe.seed,
-            device=torch_device(recipe.device),
+            device=run.devices[0],
             progress=run.reporter.update,
         )
     run.chooser = Chooser(run.plan, layers, recipe.goal, recipe.lorc_budget)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from zqfp_compile.calibrate.causal_lm import CausalLm
 from zqfp_compile.compilation import Compilation
-from zqfp_compile.device import torch_device
 from zqfp_compile.distill.memory import check_memory
 from zqfp_compile.distill.student import is_trainable
 from zqfp_compile.distill.train import distill as train_student
@@ -28,7 +27,7 @@ def prepare_distillation(run: Compilation) -> None:
     share = held_out / (wanted + held_out)  # the text may be short
     run.distill_samples = samples.hold_out(max(1, round(share * len(samples.feeds))))
     length = max(feed["input_ids"].size for feed in samples.feeds)
-    check_memory(run.model, run.plan, interface, length, torch_device(recipe.device))
+    check_memory(run.model, run.plan, interface, length, run.devices[0])
 
 
 def distill(run: Compilation) -> None:
@@ -48,7 +47,7 @@ def distill(run: Compilation) -> None:
             held_out=held_out.feeds,
             logits=CausalLm.from_model(run.model).logits,
             tokens=run.recipe.distill_tokens,
-            device=torch_device(run.recipe.device),
+            device=run.devices[0],
             seed=run.recipe.seed,
             progress=run.reporter.update,
         )

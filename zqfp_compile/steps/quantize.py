@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from zqfp_compile.compilation import Compilation
-from zqfp_compile.device import torch_device
 from zqfp_compile.quantize_model import quantize_embeddings, quantize_model, quantize_while_walking
 from zqfp_compile.steps.calibrate import naming_nonfinite, set_activation_scales
 
@@ -43,7 +42,7 @@ def _walk(run: Compilation) -> None:
             run.samples.feeds,
             scratch=run.folder.scratch,
             work=run.work,
-            device=torch_device(run.recipe.device),
+            devices=run.devices,
             seed=run.recipe.seed,
             progress=run.reporter.update,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -39,6 +41,8 @@ _BYTES = {
     ir.DataType.FLOAT8E5M2.numpy(): (np.uint8, torch.float8_e5m2),
 }
 _HALF = (torch.float16, torch.bfloat16)
+# Whoever releases a tensor closes the mapping that others may be about to read.
+_reading = threading.Lock()
 
 
 def torch_type(dtype: ir.DataType | int) -> torch.dtype:
@@ -71,13 +75,15 @@ def from_onnx(tensor: ir.TensorProtocol, device: str = "cpu") -> torch.Tensor:
     """
     if tensor.dtype == ir.DataType.FLOAT4E2M1:
         return from_array(tensor.numpy().astype(np.float32), device)
-    dtype, array = torch_type(tensor.dtype), tensor.numpy()
-    if array.dtype in _BYTES or array.dtype == np.float16:
-        loaded = from_array(array, device)
-    else:
-        loaded = from_array(array.astype(_numpy_type(dtype), copy=False), device)
-    del array
-    release(tensor)
+    dtype = torch_type(tensor.dtype)
+    with _reading:
+        array = tensor.numpy()
+        if array.dtype in _BYTES or array.dtype == np.float16:
+            loaded = from_array(array, device)
+        else:
+            loaded = from_array(array.astype(_numpy_type(dtype), copy=False), device)
+        del array
+        release(tensor)
     return loaded
 
 
