@@ -1,5 +1,4 @@
-"""Timing of GPU calls: medians of single calls, L2 flushed in between, and the chip's two ceilings.
-"""
+"""Timing of GPU calls: medians of single calls, L2 flushed in between, and the chip's two ceilings."""
 
 from __future__ import annotations
 
