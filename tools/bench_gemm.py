@@ -129,8 +129,8 @@ def add_ort(rows: list[Row], wanted: tuple[str, ...], timer: Timer) -> None:
 def print_table(rows: list[Row], bandwidth: float, rate: float, launch: float) -> None:
     """Print the rows; the last columns are shares of the measured ceilings."""
     names = [name for name in (OURS, *OTHERS) if any(name in row["us"] for row in rows)]
-    print(f"\nceilings: copy {bandwidth:.0f} GB/s, cuBLASLt FP8 {rate:.0f} TFLOP/s; an empty launch {launch:.1f} us")
-    print("times in microseconds")
+    print(f"\nceilings: copy {bandwidth:.0f} GB/s, cuBLASLt FP8 {rate:.0f} TFLOP/s")
+    print(f"times in microseconds; an empty launch takes {launch:.1f}")
     heads = ("N", "K", "M", "g", "scales", "rank", *names, "quantizer", "GB/s", "%", "TFLOP/s", "%", "error")
     lines = [[str(head) for head in heads]]
     for row in rows:

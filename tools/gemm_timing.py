@@ -1,4 +1,8 @@
-"""Timing of GPU calls: medians of single calls, L2 flushed in between, and the chip's two ceilings."""
+"""Timing of GPU calls: medians of single calls, L2 flushed in between, and the chip's two ceilings.
+
+The flush reads. One that writes leaves L2 full of lines that have yet to go to memory, and the timed call pays for
+that: on an H100 cuBLASLt's FP8 product of 28672 x 8192 took 96 us instead of 85.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import torch
 
 # Five times the 50 MB of an H100's L2.
 FLUSH_BYTES = 256 << 20
-# The GPU spins so many cycles, some 100 us, before each timed call: or it waits for the host, and the clock runs.
+# The GPU spins so many cycles, some 100 us, before each timed call: else it may wait for the host, on the clock.
 HEAD_START_CYCLES = 200_000
 
 
@@ -17,7 +21,7 @@ class Timer:
     """Times calls on the current stream."""
 
     def __init__(self) -> None:
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        self._flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
 
     def median_us(self, call: Callable[[], object], budget_ms: float = 60) -> float:
         """Return the median of single calls in microseconds, after warming up; 7 to 50 of them."""
@@ -30,7 +34,7 @@ class Timer:
     def _times(self, call: Callable[[], object], repeats: int) -> list[float]:
         pairs = []
         for _ in range(repeats):
-            self._flush.zero_()
+            self._flush.sum()
             torch.cuda._sleep(HEAD_START_CYCLES)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

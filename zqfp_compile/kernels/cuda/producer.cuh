@@ -114,16 +114,29 @@ class Producer {
         weight_policy_(p.schedule.token_tiles == 1 ? ptx::kEvictFirst : ptx::kEvictNormal),
         token_policy_(p.schedule.token_tiles == 1 ? ptx::kEvictLast : ptx::kEvictNormal) {}
 
-  // Fills the ring for the first time, for which it needs nobody.
+  // The first stages, for which it needs nobody. Not all: the block waits for this.
   __device__ __forceinline__ void start_weights() {
-    while (started_ < C::kStages && (more_ = cursor_.next(p_))) {
+    constexpr int kEarly = 2;
+    static_assert(kEarly <= C::kStages && kEarly <= C::kInFlight, "those wait for somebody");
+    while (started_ < kEarly && (more_ = cursor_.next(p_))) {
       load_weights();
       ++started_;
     }
   }
 
+  // At most kInFlight stages are on their way: copies share the bandwidth, and with more of them the first takes longer.
   __device__ __forceinline__ void run_weights() {
-    while (more_ && cursor_.next(p_)) load_weights();
+    while (more_ && cursor_.next(p_)) {
+      if constexpr (C::kInFlight < C::kStages) {
+        if (started_ == C::kInFlight) {
+          ptx::barrier_wait(shared_.full(arriving_.stage), arriving_.parity);
+          arriving_.advance();
+        } else {
+          ++started_;
+        }
+      }
+      load_weights();
+    }
   }
 
   __device__ __forceinline__ void run_tokens() {
@@ -137,7 +150,7 @@ class Producer {
   int rank_;
   Cursor<C> cursor_;
   uint64_t weight_policy_, token_policy_;
-  Ring<C::kStages> ring_;
+  Ring<C::kStages> ring_, arriving_;
   int started_ = 0;
   bool more_ = true;
 
