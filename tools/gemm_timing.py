@@ -1,7 +1,7 @@
 """Timing of GPU calls: medians of single calls, L2 flushed in between, and the chip's two ceilings.
 
-The flush reads. One that writes leaves L2 full of lines that have yet to go to memory, and the timed call pays for
-that: on an H100 cuBLASLt's FP8 product of 28672 x 8192 took 96 us instead of 85.
+The flush reads. One that writes leaves L2 full of lines that have yet to go to memory, and the timed call
+pays for that: on an H100 cuBLASLt's FP8 product of 28672 x 8192 took 96 us instead of 85.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 # Five times the 50 MB of an H100's L2.
 FLUSH_BYTES = 256 << 20
-# The GPU spins so many cycles, some 100 us, before each timed call: else it may wait for the host, on the clock.
+# The GPU spins so many cycles, some 100 us, before a timed call: else it may wait for the host meanwhile.
 HEAD_START_CYCLES = 200_000
 
 
