@@ -52,11 +52,9 @@ struct Config {
 
   static constexpr int kFittingStages = (kMaxSharedBytes - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFittingStages < kMaxStages ? kFittingStages : kMaxStages;
-  // Stages that may be on their way at once: 3 TB/s and a microsecond of latency ask for 23 KB in each multiprocessor.
-#ifndef ZQFP_IN_FLIGHT
-#define ZQFP_IN_FLIGHT 3
-#endif
-  static constexpr int kInFlight = Tokens <= 64 && kStages > ZQFP_IN_FLIGHT ? ZQFP_IN_FLIGHT : kStages;
+  // Stages that may be on their way at once, 70 KB: 3 TB/s and a microsecond of latency ask for 23 KB in each
+  // multiprocessor. Of 2, 3, 4 and all, 4 is the fastest (docs/performance.md).
+  static constexpr int kInFlight = Tokens <= 64 && kStages > 4 ? 4 : kStages;
   static constexpr int kSharedBytes = kFixedBytes + kStages * kStageBytes;
   static_assert(kStages >= 2, "no room for a pipeline");
   static_assert(HeadStart == 0 || (kWarpgroups == 2 && HeadStart < kStages && Promote == 0), "the second would starve");
