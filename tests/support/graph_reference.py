@@ -133,14 +133,18 @@ class _Linear:
         weight, low_rank = _decoded(self._plan, site, linear)
         weight = weight * (1 + self._noise * np.random.default_rng(site.n).uniform(-1, 1, weight.shape))
         y = self._op("MatMul", operand, self._const(weight.T.astype(np.float32).astype(computed)))
-        y = self._op("Cast", y, to=int(site.dtype))
+        if computed != dtype:
+            y = self._op("Cast", y, to=int(site.dtype))
         if low_rank is not None:
             v, u = (self._const(factor.astype(dtype)) for factor in low_rank)
             y = self._op("Add", y, self._op("MatMul", self._op("MatMul", x, v), u))
         if site.bias is not None:
-            beta = self._const(np.array(site.bias_scale, np.float32).astype(dtype))
-            y = self._op("Add", y, self._op("Mul", self._node.input[2], beta))
-        self._made.append(helper.make_node("Identity", [y], [self._node.output[0]]))
+            # Stored in the type of C, however wide the model then runs.
+            stored = _constant(self._graph, site.bias)
+            bias = (stored.astype(np.float32) * np.float32(site.bias_scale)).astype(stored.dtype)
+            y = self._op("Add", y, self._const(bias.astype(dtype)))
+        # No Identity: ONNX Runtime would round float16 there, and nowhere in the artifact.
+        self._made[-1].output[0] = self._node.output[0]
         return self._made
 
     def _activation(self, site: LinearSite, x: str) -> str:
@@ -164,6 +168,13 @@ class _Linear:
         else:
             codes = self._op("Cast", self._op("Cast", scaled, to=FP8[plan.activation_format]), to=F32)
         return self._op("Mul", codes, scale)
+
+
+def _constant(graph: onnx.GraphProto, name: str) -> np.ndarray:
+    """Return the constant called ``name``: an initializer, or what a Constant node makes."""
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    held |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    return onnx.numpy_helper.to_array(held[name])
 
 
 def _decoded(
