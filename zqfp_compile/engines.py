@@ -12,6 +12,7 @@ from zqfp_compile.backends.profiles import Profile, default_profiles, position_l
 from zqfp_compile.backends.target import TargetChoice
 from zqfp_compile.backends.tensorrt import EngineResult, build_engine
 from zqfp_compile.calibrate.causal_lm import InputSpec
+from zqfp_compile.companions import companion_folder
 from zqfp_compile.disk import format_bytes
 from zqfp_compile.errors import BuilderError, MissingDependencyError, UsageError
 from zqfp_compile.model_io import load_model, save_model
@@ -99,7 +100,7 @@ def _profiles(recipe: Recipe, inputs: Sequence[InputSpec], source: Path) -> tupl
         min_shapes=recipe.min_shapes,
         opt_shapes=recipe.opt_shapes,
         max_shapes=recipe.max_shapes,
-        max_positions=position_limit(source.parent),
+        max_positions=position_limit(companion_folder(source)),
     )
 
 
