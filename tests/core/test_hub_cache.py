@@ -15,6 +15,7 @@ from hub_layout import snapshot_of
 from zqfp_compile.companions import companion_folder, find_companions
 from zqfp_compile.errors import ModelError
 from zqfp_compile.model_io import data_folder, load_model
+from zqfp_compile.runtime.folder import ModelFolder
 
 DATA = "onnx/w.data"
 
@@ -155,6 +156,12 @@ def test_companions_are_in_the_snapshot_or_beside_the_model(revision: Path) -> N
     assert find_companions(companion_folder(model)) == (Path(os.path.realpath(revision)) / "config.json",)
     (revision / "onnx" / "config.json").write_text("{}")
     assert find_companions(companion_folder(model)) == (revision / "onnx" / "config.json",)
+
+
+def test_a_model_in_a_snapshot_generates_with_its_companions(revision: Path) -> None:
+    folder = ModelFolder.of(revision / "onnx" / "model.onnx")
+    assert folder.read_json("config.json") == {} and folder.companion("config.json") is not None
+    assert folder.companion("tokenizer.json") is None
 
 
 def test_a_companion_that_leaves_the_cache_is_refused(revision: Path, tmp_path: Path) -> None:
