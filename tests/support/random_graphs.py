@@ -220,7 +220,8 @@ def drop_dead(maker: Maker) -> None:
     for node in reversed(maker.nodes):
         if not live.isdisjoint(node.output):
             live |= reads(node)
-    graph.declined += [(output, "no output depends on it") for output in graph.rewritten - live]
+    dead = (graph.rewritten | graph.inlined) - live
+    graph.declined += [(output, "no output depends on it") for output in dead]
     graph.features = {kind: output for kind, output in graph.features.items() if output in live}
     graph.inlined &= live
     graph.rewritten &= live
