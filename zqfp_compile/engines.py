@@ -18,7 +18,7 @@ from zqfp_compile.errors import BuilderError, MissingDependencyError, UsageError
 from zqfp_compile.model_io import load_model, save_model
 from zqfp_compile.output_folder import ORT_MODEL, OutputFolder
 from zqfp_compile.pass_runner import PassRunner
-from zqfp_compile.plan import LinearSite, QuantPlan
+from zqfp_compile.plan import QuantPlan
 from zqfp_compile.progress import StepTimer
 from zqfp_compile.recipe import Recipe
 from zqfp_compile.report.model import EngineProfile, EngineReport, LintReport
@@ -243,7 +243,6 @@ def _build_engine(
             compute_capability=recipe.compute_capability,
             timing_cache=None if recipe.timing_cache is None else Path(recipe.timing_cache),
             linears=[f"{site.name}/MatMul" for site in quantized] if fp8 else [],
-            equal=_equal_products(plan, quantized),
             plugin=host_library(choice.target) if recipe.weight_lowering == "plugin" else None,
             timeout_s=recipe.builder_timeout,
             memory_gb=recipe.builder_memory_gb,
@@ -257,16 +256,6 @@ def _build_engine(
         more = f" (and {len(result.lint.problems) - 1} more)" if len(result.lint.problems) > 1 else ""
         raise BuilderError(f"engine: {result.lint.problems[0]}{more}; the plan lint refuses this engine")
     return _engine_report(result, choice, profiles)
-
-
-def _equal_products(plan: QuantPlan, quantized: Sequence[LinearSite]) -> list[list[str]]:
-    """Return the main products that multiply the same activation by the same stored weight, together."""
-    groups: dict[tuple[str, int, int], list[str]] = {}
-    for site in quantized:
-        tensors = plan.tensors[site.name]  # the same objects where layers share a weight
-        key = (site.activation, id(tensors.codes), id(tensors.row_scales))
-        groups.setdefault(key, []).append(f"{site.name}/MatMul")
-    return list(groups.values())
 
 
 def _engine_report(result: EngineResult, choice: TargetChoice, profiles: Sequence[Profile]) -> EngineReport:

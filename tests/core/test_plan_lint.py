@@ -130,6 +130,12 @@ def test_an_equal_product_that_runs_otherwise_is_not_covered() -> None:
     assert check(text, ["q", "k"], equal=[["q", "k"]]).missing == ("k",)
 
 
+def test_a_linear_without_a_gemm_of_its_own() -> None:
+    """As one with the FP8 codes of another weight and other scales, or in the decode profile a small one."""
+    text = log(fp8_gemm(["k"]), layer("__myl_MulMul_myl0_3", "kgen", [("x", "-1,8", "Float")], [], [], ["q"]))
+    assert "'q' is not an FP8 GEMM (element-wise layers name it, no GEMM)" in check(text, ["q"]).problems[0]
+
+
 def test_names_may_carry_the_branch_they_are_in() -> None:
     """So do those behind an If whose condition is constant."""
     text = log(fp8_gemm(["q"]).replace("Layer: q]", "Layer: q | else_1 (else_branch) | a (If)]"))

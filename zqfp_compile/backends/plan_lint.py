@@ -7,8 +7,8 @@ needs a GPU, the log does not. How the list reads (TensorRT-RTX 1.7, measured):
 * A GEMM's name joins the ONNX node names of the MatMuls it merges with ``+`` and ends in ``_myl<G>_<I>``, G
   numbering the compiled subgraph, I the layer in it. Long names are not cut. In larger graphs each joined
   name gets a suffix ``_U<number>``; the layer's metadata has the exact ones.
-* Products of the same activation and the same weight are computed once: one of them gives the layer its name,
-  in each profile perhaps another, and no layer names the rest.
+* Equal products are computed once: one of them gives the layer its name, in each profile perhaps another, and
+  no layer names the rest.
 * In the metadata, ``name | branch (then_branch) | node (If)`` is a node in a branch; nodes behind an If whose
   condition is constant carry its ``| node (If)`` as well.
 * Every profile has its own layers, in one list: the first profile's names are plain, those of profile P carry
@@ -203,7 +203,7 @@ def lint(
     Args:
         profiles: Layers of each profile, from :func:`parse_layers`.
         linears: Node names of the planned linears' MatMuls in the engine-ready ONNX.
-        equal: Groups of them that multiply the same activation by the same weight.
+        equal: Groups of them that compute the same.
     """
     problems: list[str] = []
     results = []
@@ -275,6 +275,8 @@ def _what_runs(layers: Sequence[Layer], name: str) -> str:
         if _implements(layer, name) and layer.type not in ("kgen", "shape_call"):
             operands = [t for t in layer.inputs + layer.constants if math.prod(t.dims) != 1]
             return f"it runs as {layer.type} of {' x '.join(t.dtype for t in operands)}"
+    if any(_implements(layer, name) for layer in layers):
+        return "element-wise layers name it, no GEMM"
     return "no layer names it"
 
 

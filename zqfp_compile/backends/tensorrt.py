@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import zqfp_compile
+from zqfp_compile.backends.equal_products import equal_products
 from zqfp_compile.backends.plan_lint import Layer, LintResult, lint, parse_layers
 from zqfp_compile.backends.profiles import Profile
 from zqfp_compile.backends.tensorrt_worker import Job
@@ -84,7 +85,6 @@ def build_engine(
     compute_capability: str | None = None,
     timing_cache: Path | None = None,
     linears: Sequence[str] = (),
-    equal: Sequence[Sequence[str]] = (),
     plugin: Path | None = None,
     timeout_s: int = 3600,
     memory_gb: float | None = None,
@@ -104,7 +104,6 @@ def build_engine(
             here, or 89 where there is none it can build for.
         timing_cache: File of kernel timings to use and extend (TensorRT; TensorRT-RTX has none).
         linears: Node names of the planned linears' main products, for the lint.
-        equal: Groups of them that are the same product, for the lint.
         plugin: Plugin library with the model's ``zqfp`` operators.
         timeout_s: Seconds after which the builder is killed.
         memory_gb: GiB of data the builder may allocate; ``None`` is no limit.
@@ -149,7 +148,7 @@ def build_engine(
         profiles=tuple(profiles),
         seconds=time.monotonic() - started,
         layers=layers,
-        lint=lint(layers, linears, equal=equal),
+        lint=lint(layers, linears, equal=equal_products(onnx_path, linears)),
         log_path=log_path,
         peak_bytes=outcome.result["peak_bytes"],
     )
