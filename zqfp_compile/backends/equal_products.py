@@ -14,8 +14,8 @@ _Origin = tuple[int, int] | ir.Value | None
 def equal_products(path: Path, names: Iterable[str]) -> list[list[str]]:
     """Group the nodes called ``names`` by what they compute; one that computes something else is alone.
 
-    Nodes compute the same when operator, attributes and inputs are equal; inputs are equal when they are one
-    value or come from nodes that compute the same. An Identity is its input, as is a Cast to its input's type.
+    Nodes compute the same when operator, attributes and inputs are equal; so are inputs that are one value or
+    come from nodes that compute the same. An Identity is its input, as is a Cast to the type its input has.
 
     Args:
         path: The ONNX file; external data is not read, and every initializer is a value of its own.
