@@ -1,6 +1,6 @@
 """Models in the cache of huggingface_hub, where every file is a symbolic link to a blob of its repository::
 
-    models--ORG--NAME/snapshots/REVISION/onnx/model.onnx_data -> ../../../../blobs/HASH
+    models--ORG--NAME/snapshots/REVISION/onnx/model.onnx_data -> ../../../blobs/HASH
 
 These links are followed; all others out of a model's folder are refused, because what they lead to may be
 anybody's file.
