@@ -12,6 +12,7 @@ import numpy.typing as npt
 from zqfp_compile.backends.runners import Runner
 from zqfp_compile.calibrate.causal_lm import CausalLm, Feed
 from zqfp_compile.calibrate.samples import load_eval_tokens, load_samples, take_windows
+from zqfp_compile.companions import companion_folder
 from zqfp_compile.errors import UsageError
 
 
@@ -122,5 +123,5 @@ def _in_our_terms(error: UsageError, runner: Runner) -> UsageError:
 
 
 def _find_tokenizer(*runners: Runner) -> Path | None:
-    places = [runner.path.parent / "tokenizer.json" for runner in runners]
+    places = [companion_folder(runner.path) / "tokenizer.json" for runner in runners]
     return next((place for place in places if place.is_file()), None)

@@ -14,7 +14,7 @@ from zqfp_compile import engines
 from zqfp_compile.backends.target import TargetChoice
 from zqfp_compile.calibrate.samples import EvalTokens, Samples
 from zqfp_compile.certificate import Certificate
-from zqfp_compile.companions import find_companions
+from zqfp_compile.companions import companion_folder, find_companions
 from zqfp_compile.device import torch_devices
 from zqfp_compile.distill.train import Distillation
 from zqfp_compile.estimate import Estimate
@@ -91,13 +91,13 @@ class Compilation:
     @property
     def tokenizer(self) -> Path | None:
         """The ``tokenizer.json`` beside the source, if there is one."""
-        path = self.source.parent / TOKENIZER
+        path = companion_folder(self.source) / TOKENIZER
         return path if path.is_file() else None
 
     @property
     def companions(self) -> tuple[Path, ...]:
         """The files beside the source that whoever generates text needs as well."""
-        return find_companions(self.source.parent)
+        return find_companions(companion_folder(self.source))
 
     @property
     def place(self) -> engines.Workplace:

@@ -12,6 +12,7 @@ from zqfp_compile.backends.profiles import Profile, default_profiles, position_l
 from zqfp_compile.backends.target import TargetChoice
 from zqfp_compile.backends.tensorrt import EngineResult, build_engine
 from zqfp_compile.calibrate.causal_lm import InputSpec
+from zqfp_compile.companions import companion_folder
 from zqfp_compile.disk import format_bytes
 from zqfp_compile.errors import BuilderError, MissingDependencyError, UsageError
 from zqfp_compile.model_io import load_model, save_model
@@ -99,7 +100,7 @@ def _profiles(recipe: Recipe, inputs: Sequence[InputSpec], source: Path) -> tupl
         min_shapes=recipe.min_shapes,
         opt_shapes=recipe.opt_shapes,
         max_shapes=recipe.max_shapes,
-        max_positions=position_limit(source.parent),
+        max_positions=position_limit(companion_folder(source)),
     )
 
 
@@ -140,9 +141,9 @@ def build(
     """
     if "fp4" in recipe.emit:
         _lower(place, place.folder.path / _FP4_ONNX, "lower-weights-fp4")
-    if "onnxruntime" in recipe.emit and choice.target != "onnxruntime":
-        _lower(place, place.folder.path / ORT_MODEL, *_fp8_lowering(place), _CASTS)
     engine_onnx = _engine_onnx(place, recipe, choice)
+    if "onnxruntime" in recipe.emit and choice.target != "onnxruntime":
+        _emit_onnxruntime(place)
     report = _deployed(place, recipe, choice, engine_onnx, inputs)
     if "triton-repository" not in recipe.emit:
         return report
@@ -151,6 +152,15 @@ def build(
         served = _served(place, recipe, choice, engine_onnx, inputs)
         repository = triton_repository.write_repository(place.folder.path, name, served)
     return replace(report, repository=repository.name)
+
+
+def _emit_onnxruntime(place: Workplace) -> None:
+    """Write the model for anybody's session, from the FP8 form where evaluation or builder had it made."""
+    path, lowered = place.folder.path / ORT_MODEL, place.folder.scratch / ORT_MODEL
+    if lowered.exists():
+        _lower(place, path, _CASTS, source=lowered)
+    else:
+        _lower(place, path, *_fp8_lowering(place), _CASTS)
 
 
 def _served(
@@ -201,9 +211,9 @@ def _engine_onnx(place: Workplace, recipe: Recipe, choice: TargetChoice) -> Path
     return path
 
 
-def _lower(place: Workplace, path: Path, *names: str) -> None:
-    """Run the passes on a copy of the artifact and write it."""
-    model = load_model(place.artifact)
+def _lower(place: Workplace, path: Path, *names: str, source: Path | None = None) -> None:
+    """Run the passes on a copy of the artifact, or of ``source``, and write it."""
+    model = load_model(source or place.artifact)
     if _INLINE not in names:  # functions that the model came with
         place.runner.run(model, _INLINE, "quantized", keep_ours=True)
     for name in names:

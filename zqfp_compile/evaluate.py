@@ -19,6 +19,7 @@ from zqfp_compile.backends.ort import check_memory, create_session, is_large, ru
 from zqfp_compile.calibrate.causal_lm import CausalLm
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.errors import ModelError, UsageError
+from zqfp_compile.model_io import data_folder, load_model
 from zqfp_compile.report.metrics import perplexity, ratio_db
 
 Progress = Callable[[int, int, str], None]
@@ -220,7 +221,7 @@ def _sum(values: torch.Tensor) -> float:
 
 
 def _open(path: Path) -> Any:
-    model = ir.load(path)
+    model = load_model(path)
     options: dict[str, Any] = {"arena": False, "low_memory": is_large(model)}
     if needs_host(model):
         options["custom_ops"] = host_library("onnxruntime")
@@ -228,7 +229,7 @@ def _open(path: Path) -> Any:
         return create_session(path, **options)
     widen_bfloat16(model)
     content = ir.to_proto(model).SerializeToString()
-    return create_session(content, external_data=path.resolve().parent, **options)
+    return create_session(content, external_data=data_folder(model), **options)
 
 
 def _ort_error(path: Path, action: str, error: Exception) -> Exception:

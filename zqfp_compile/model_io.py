@@ -17,6 +17,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from zqfp_compile.disk import format_bytes, fsync_path, full_disk_errors
 from zqfp_compile.errors import ModelError, UsageError
+from zqfp_compile.hub_cache import linked_blob
 from zqfp_compile.model_checks import check_model
 
 MAX_PROTO_BYTES = (1 << 31) - 1
@@ -73,7 +74,8 @@ def load_proto(proto: onnx.ModelProto, folder: Path) -> ir.Model:
         for function in model.functions.values():
             function.sort()
     LiftConstantsToInitializersPass(size_limit=_LIFT_FROM_ELEMENTS)(model)
-    _load_external_attributes(model)
+    _follow_hub_links(model, folder)
+    _load_external_attributes(model, folder)
     return model
 
 
@@ -192,7 +194,50 @@ def proto_to_ir(proto: onnx.ModelProto) -> ir.Model:
         raise ModelError(f"cannot be represented ({reason}); export the model again") from error
 
 
-def _load_external_attributes(model: ir.Model) -> None:
+def _follow_hub_links(model: ir.Model, folder: Path) -> None:
+    """Read what links into a Hugging Face cache from there: no ONNX library follows these links."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _behind_link(value.const_value, folder)
+
+
+def _behind_link(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
+    blob = linked_blob(folder, str(tensor.location))
+    if blob is None:
+        return tensor
+    return ir.ExternalTensor(
+        blob.name,
+        offset=tensor.offset,
+        length=tensor.length,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
+        base_dir=str(blob.parent),
+    )
+
+
+def data_folder(model: ir.Model) -> Path | None:
+    """Return the real folder of a loaded model's external data; ``None`` when it has none.
+
+    Raises:
+        ModelError: When there are several: a runtime takes one.
+    """
+    folders = {
+        Path(value.const_value.base_dir)
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    if len(folders) > 1:
+        raise ModelError(
+            f"weights lie in {len(folders)} folders ({', '.join(map(str, sorted(folders)))}); "
+            "save the model with its data in one"
+        )
+    return next(iter(folders)).resolve() if folders else None
+
+
+def _load_external_attributes(model: ir.Model, folder: Path) -> None:
     """Read the (small) tensors left in attributes: only initializers are external when a model is saved."""
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         for name, attribute in list(node.attributes.items()):
@@ -200,6 +245,7 @@ def _load_external_attributes(model: ir.Model) -> None:
                 continue
             tensor = attribute.as_tensor()
             if isinstance(tensor, ir.ExternalTensor):
+                tensor = _behind_link(tensor, folder)
                 array = tensor.numpy().copy()
                 node.attributes[name] = ir.AttrTensor(
                     name, ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from zqfp_compile import engines
 from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.backends.target import resolve_target
-from zqfp_compile.companions import find_companions
+from zqfp_compile.companions import companion_folder, find_companions
 from zqfp_compile.compilation import Compilation
 from zqfp_compile.device import torch_devices
 from zqfp_compile.graphsurgeon import to_graphsurgeon
@@ -173,7 +173,7 @@ def compile_model(
 def _load(path: Path, timer: StepTimer) -> tuple[Path, ir.Model]:
     with timer.step("load"):
         model = load_model(path)
-        find_companions(path.parent)  # checked before they are read or copied
+        find_companions(companion_folder(path))  # checked before they are read or copied
         return path, model
 
 

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from zqfp_compile.disk import format_bytes
 from zqfp_compile.errors import ModelError
+from zqfp_compile.hub_cache import linked_blob
 
 MAX_RANK = 32
 MAX_TENSOR_BYTES = 1 << 40
@@ -62,7 +63,7 @@ class TensorChecker:
         Raises:
             ModelError: On a bad type, shape or budget, on data that does not fit the shape, and on external
                 data that is missing, too short, partly another tensor's, or anything but a regular file of
-                its own inside the model's folder.
+                its own inside the model's folder, or in the Hugging Face cache that this is a snapshot of.
         """
         label = f"tensor {show(tensor.name)} in {where}"
         dtype, count = _check_shape(tensor, label)
@@ -140,7 +141,10 @@ class TensorChecker:
                 "copy it beside the model, under the name it had at export"
             ) from error
         expected = os.path.normpath(os.path.join(self._real_folder, location))  # noqa: PTH118 - plain strings
-        if os.path.realpath(path) != expected:
+        blob = linked_blob(self._folder, location)
+        if blob is not None:
+            status = self._blob_status(blob, location, label)
+        elif os.path.realpath(path) != expected:
             raise ModelError(
                 f"{label}: its external data {show(location)} is behind a symbolic link; "
                 "make a real copy of the model's folder (cp -rL) and compile that"
@@ -159,6 +163,15 @@ class TensorChecker:
                 f"{label}: its external data {show(location)} may not be read; change its permissions"
             )
         return status.st_size
+
+    def _blob_status(self, blob: Path, location: str, label: str) -> os.stat_result:
+        try:
+            return blob.lstat()
+        except OSError as error:
+            raise ModelError(
+                f"{label}: its external data {show(location)} is not in the Hugging Face cache "
+                f"({error.strerror}); download the model again"
+            ) from error
 
 
 def _check_shape(tensor: onnx.TensorProto, label: str) -> tuple[ir.DataType, int]:

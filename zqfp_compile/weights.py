@@ -139,12 +139,6 @@ def read_bias(model: ir.Model, site: LinearSite) -> Float32Array | None:
     return bias
 
 
-def original_weight_bytes(model: ir.Model, plan: QuantPlan) -> int:
-    """Return the stored bytes of the planned linears' weights, each shared initializer counted once."""
-    names = {site.weight.initializer for site in plan.linears}
-    return sum(_initializer(model, name).nbytes for name in sorted(names))
-
-
 def find_nonfinite(model: ir.Model, plan: QuantPlan) -> str | None:
     """Return what holds NaN (or, as a planned weight, infinity), as text, or ``None``.
 

@@ -12,6 +12,8 @@ import torch
 
 from zqfp_compile import __version__
 from zqfp_compile.backends.ort import import_onnxruntime
+from zqfp_compile.companions import companion_folder
+from zqfp_compile.output_folder import TOKENIZER
 from zqfp_compile.recipe import Recipe
 
 # Changes with the meaning of what is kept.
@@ -59,7 +61,8 @@ def work_key(source: Path, model: ir.Model, recipe: Recipe, device: str) -> str:
     versions = [__version__, import_onnxruntime().__version__, *(version(name) for name in _LIBRARIES)]
     versions.append(torch.backends.cpu.get_cpu_capability())  # other instructions round sums otherwise
     digest = hashlib.sha256(json.dumps([_VERSION, versions, device, options]).encode())
-    texts = [source.parent / "tokenizer.json", *([Path(recipe.calibration)] if recipe.calibration else [])]
+    texts = [companion_folder(source) / TOKENIZER]
+    texts += [Path(recipe.calibration)] if recipe.calibration else []
     for path in (source, *texts):
         if path.is_file():
             with path.open("rb") as file:

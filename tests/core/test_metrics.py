@@ -28,6 +28,7 @@ def test_sqnr_limits() -> None:
     assert sqnr_db(one, one) == math.inf
     assert sqnr_db(zero, zero) == math.inf
     assert sqnr_db(zero, one) == -math.inf
+    assert sqnr_db(one, np.array([1.0, 1.0, math.inf])) == -math.inf  # an overflow
 
 
 def test_sqnr_does_not_overflow_half_precision() -> None:

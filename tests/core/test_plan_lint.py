@@ -45,8 +45,8 @@ def log(*lines):
     return "[I] building\n[V] Layers:\n" + "\n".join(lines) + "\n\nI/O Tensors:\n Name: x, IOMode: Input\n"
 
 
-def check(text, linears, profiles=1):
-    return lint(parse_layers(text, profiles), linears)
+def check(text, linears, profiles=1, **options):
+    return lint(parse_layers(text, profiles), linears, **options)
 
 
 def test_operands_are_read_with_dtype_and_dims() -> None:
@@ -114,6 +114,34 @@ def test_numbered_names_of_larger_graphs_are_found() -> None:
 def test_names_with_plus_and_brackets_are_found() -> None:
     name = "a+b, c: {d} [e] q/MatMul"
     assert check(log(fp8_gemm(["k", name, "v"], n=48)), [name, "k"]).ok
+
+
+def test_equal_products_are_computed_once() -> None:
+    """One of them keeps its name, in each profile another; no layer names the rest."""
+    text = log(fp8_gemm(["q", "v"]), fp8_gemm(["k", "v"], 1, " [profile 1]"))
+    result = check(text, ["q", "k", "v"], 2, equal=[["q", "k"], ["v"]])
+    assert result.ok and (result.fp8_linears, result.fp8_gemms) == (3, 1)
+    assert not check(text, ["q", "k", "v"], 2, equal=[["q", "v"], ["k"]]).ok
+    assert not check(log(fp8_gemm(["v"])), ["q", "k", "v"], equal=[["q", "k"], ["v"]]).ok
+
+
+def test_an_equal_product_that_runs_otherwise_is_not_covered() -> None:
+    text = log(fp8_gemm(["q"]), layer("k_myl0_1", "kgen", [("x", "-1,64", "Half")], [], [], ["k"]))
+    assert check(text, ["q", "k"], equal=[["q", "k"]]).missing == ("k",)
+
+
+def test_a_linear_without_a_gemm_of_its_own() -> None:
+    """As one with the FP8 codes of another weight and other scales, or in the decode profile a small one."""
+    text = log(fp8_gemm(["k"]), layer("__myl_MulMul_myl0_3", "kgen", [("x", "-1,8", "Float")], [], [], ["q"]))
+    assert "'q' is not an FP8 GEMM (element-wise layers name it, no GEMM)" in check(text, ["q"]).problems[0]
+
+
+def test_names_may_carry_the_branch_they_are_in() -> None:
+    """So do those behind an If whose condition is constant."""
+    text = log(fp8_gemm(["q"]).replace("Layer: q]", "Layer: q | else_1 (else_branch) | a (If)]"))
+    assert check(text, ["q"]).ok
+    half = layer("g_myl0_1", "gemm", [("x", "-1,64", "Half")], [], [], ["q | a (If)"])
+    assert "it runs as gemm of Half" in check(log(half), ["q"]).problems[0]
 
 
 def test_float_gemm_is_named_as_what_it_is() -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from zqfp_compile.calibrate.linears import read_in_torch
 from zqfp_compile.errors import ModelError
-from zqfp_compile.plan import LinearSite, QuantPlan, WeightSource
-from zqfp_compile.weights import locate_weight, original_weight_bytes, read_bias, read_weight
+from zqfp_compile.plan import LinearSite, WeightSource
+from zqfp_compile.weights import locate_weight, read_bias, read_weight
 
 
 def model_with(**arrays: np.ndarray) -> ir.Model:
@@ -107,12 +107,6 @@ def test_bias_forms(stored: np.ndarray) -> None:
 
 def test_no_bias_is_none() -> None:
     assert read_bias(model_with(w=np.ones((3, 4), np.float32)), site()) is None
-
-
-def test_shared_weights_count_once() -> None:
-    model = model_with(w=np.ones((3, 4), np.float32), h=np.ones((3, 4), np.float16))
-    plan = QuantPlan(linears=(site("a"), site("b"), site("c", weight="h")))
-    assert original_weight_bytes(model, plan) == 3 * 4 * 4 + 3 * 4 * 2
 
 
 def test_a_plan_of_another_model_is_an_error() -> None:

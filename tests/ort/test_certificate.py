@@ -131,17 +131,19 @@ def test_a_float_weight_that_the_graph_casts_to_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("factor", [1, 1.5])
-def test_outputs_among_the_subnormal_numbers(factor: float) -> None:
-    """float16 has few bits there, which is no mismatch; another weight still is one."""
+@pytest.mark.parametrize("size", [1e-8, 3e4])
+def test_outputs_that_float16_cannot_hold(size: float, factor: float) -> None:
+    """Few bits among the subnormal numbers, inf above 65504: no mismatch; another weight still is one."""
     case = Case(dtype=ir.DataType.FLOAT16)
     model, plan = artifact(case)
     tensors = {}
     for layer, stored in plan.tensors.items():
-        rows = stored.row_scales.numpy() * np.float32(1e-8)
+        rows = stored.row_scales.numpy() * np.float32(size)
         _initializer(model, layer, 4).const_value = ir.tensor(rows * np.float32(factor))
         tensors[layer] = dataclasses.replace(stored, row_scales=ir.tensor(rows))
     layer = check(case, model, plan.replace(tensors=tensors)).layers[0]
     assert (layer.max_rel_error <= layer.tolerance) == layer.ok == (factor == 1)
+    assert (layer.sqnr_db == -np.inf) == (size > 1)
 
 
 @pytest.mark.parametrize("position", [7, 8, 9, 10], ids=["v", "u", "v-scale", "u-scale"])

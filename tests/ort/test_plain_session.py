@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compiled_models import TOKENS, quick, sqnr
+from pass_contract import checked_passes
 
 from zqfp_compile import compile_model
 from zqfp_compile.calibrate.causal_lm import CausalLm
@@ -62,12 +63,15 @@ def test_a_plain_session_gives_our_results(family, dtype, options, tiny_model, t
             assert all(np.array_equal(artifact[name], value) for name, value in plain.items())
 
 
-def test_beside_another_target(tiny_model, tmp_path) -> None:
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_beside_another_target(evaluate: bool, tiny_model, tmp_path) -> None:
+    """Also when the evaluation had the FP8 form made: it is lowered once."""
     model = tiny_model("llama", "torch", "float16")
     own = compile_model(model, quick(target="onnxruntime", evaluate=False), output=tmp_path / "own")
-    beside = compile_model(
-        model, quick(target="none", emit=["onnxruntime"], evaluate=False), output=tmp_path / "beside"
-    )
+    recipe = quick(target="none", emit=["onnxruntime"], evaluate=evaluate)
+    with checked_passes() as ran:
+        beside = compile_model(model, recipe, output=tmp_path / "beside")
+    assert [pass_.name for pass_ in ran].count("lower-weights-fp8") == 1
     assert own.engine is not None and beside.engine is None
     wanted = run(own.engine, "ORT_ENABLE_ALL", ours=False)
     found = run(beside.folder / "onnxruntime.onnx", "ORT_ENABLE_ALL", ours=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
-from graph_variants import renamed
+from graph_variants import live_names, renamed
 from onnx import helper
 from random_graphs import tensor_proto
 
@@ -14,7 +16,7 @@ from passes._tensors import w4a8_tensors
 from passes._w4a8_function import LORC_U, LORC_U_SCALE, LORC_V, LORC_V_SCALE
 from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan
 
-F32 = onnx.TensorProto.FLOAT
+F32, F16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
 FP8 = {"e4m3": onnx.TensorProto.FLOAT8E4M3FN, "e5m2": onnx.TensorProto.FLOAT8E5M2}
 
@@ -30,13 +32,11 @@ def can_refer(original: onnx.ModelProto, plan: QuantPlan) -> bool:
     )
 
 
-def reference_model(
-    original: onnx.ModelProto, artifact: ir.Model, plan: QuantPlan, noise: float
-) -> onnx.ModelProto:
+def reference_model(original: onnx.ModelProto, artifact: ir.Model, plan: QuantPlan) -> onnx.ModelProto:
     """Replace each rewritten linear of ``original`` by MatMul with the artifact's weight, decoded by numpy.
 
-    Nothing of it went through a pass but the weights, which the certificate checks. ``noise`` is added to
-    them, relative, so that the difference to the model without shows what rounding can do.
+    Nothing of it went through a pass but the weights, which the certificate checks. What is not decoded comes
+    in the artifact's order, so that ONNX Runtime computes the same bits.
     """
     model = renamed(original, {}, lambda node: "")  # ONNX Runtime refuses duplicate node names
     linears = {site.output: (site, node) for site, node in w4a8_nodes(artifact, plan)}
@@ -47,7 +47,7 @@ def reference_model(
     for node in model.graph.node:
         output = node.output[0] if node.output else ""
         if output in linears:
-            nodes += _Linear(model.graph, node, plan, noise).nodes(*linears[output])
+            nodes += _Linear(model.graph, node, plan).nodes(*linears[output])
             continue
         if output in tables:
             site = tables[output]
@@ -55,12 +55,15 @@ def reference_model(
             gather = next(item for item in artifact.graph if item.name == site.node)
             made = gather.inputs[0].producer()
             codes, rows = (value.const_value.numpy().astype(np.float32) for value in made.inputs)
-            table = codes * rows[:, None]
-            if site.dtype == ir.DataType.FLOAT16:  # bfloat16 runs in float32
-                table = table.astype(np.float16)
-            model.graph.initializer.append(tensor_proto(f"reference/{name}", table))
-            node.input[0] = f"reference/{name}"
+            model.graph.initializer.append(tensor_proto(f"reference/{name}", codes * rows[:, None]))
+            gathered = f"reference/{name}/rows"
+            axis = {item.name: item.i for item in node.attribute}
+            nodes.append(helper.make_node("Gather", [f"reference/{name}", node.input[1]], [gathered], **axis))
+            node = helper.make_node("Cast", [gathered], [output], to=int(site.dtype))
         nodes.append(node)
+    # What is dead is gone from the artifact too: a reader more can be a rounding more in float16.
+    live = live_names(nodes, (value.name for value in model.graph.output))
+    nodes = [node for node in nodes if not live.isdisjoint(node.output)]
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(copies)
@@ -103,8 +106,8 @@ def stored_weight(artifact: ir.Model, plan: QuantPlan, site: LinearSite) -> np.n
 class _Linear:
     """One linear's nodes in the reference, named after its output."""
 
-    def __init__(self, graph: onnx.GraphProto, node: onnx.NodeProto, plan: QuantPlan, noise: float) -> None:
-        self._graph, self._node, self._plan, self._noise = graph, node, plan, noise
+    def __init__(self, graph: onnx.GraphProto, node: onnx.NodeProto, plan: QuantPlan) -> None:
+        self._graph, self._node, self._plan = graph, node, plan
         self._made: list[onnx.NodeProto] = []
         self._prefix = f"reference/{node.output[0]}/"
 
@@ -119,35 +122,48 @@ class _Linear:
         return name
 
     def nodes(self, site: LinearSite, linear: ir.Node | None) -> list[onnx.NodeProto]:
+        """``y = a * (x8 @ W_hat^T) + (x @ V) @ U + beta * C``, with ``a`` first where it is one number."""
         x = self._node.input[0]
         # bfloat16 runs in float32, see widen_bfloat16.
         dtype = np.dtype(np.float16 if site.dtype == ir.DataType.FLOAT16 else np.float32)
         computed = dtype if self._plan.activation_format == "none" else np.dtype(np.float32)
-        operand = self._activation(site, x)
+        operand, scale = self._activation(site, x)
         if linear is None:
             kept = list(self._node.input)
+            operand = operand if scale is None else self._op("Mul", operand, scale)
             kept[0] = self._op("Cast", operand, to=int(site.dtype))
             node = onnx.NodeProto.FromString(self._node.SerializeToString())
             node.input[:] = kept
             return [*self._made, node]
         weight, low_rank = _decoded(self._plan, site, linear)
-        weight = weight * (1 + self._noise * np.random.default_rng(site.n).uniform(-1, 1, weight.shape))
         y = self._op("MatMul", operand, self._const(weight.T.astype(np.float32).astype(computed)))
-        y = self._op("Cast", y, to=int(site.dtype))
+        if scale is not None:
+            y = self._op("Mul", y, scale)
+        if computed != dtype:
+            y = self._op("Cast", y, to=int(site.dtype))
         if low_rank is not None:
-            v, u = (self._const(factor.astype(dtype)) for factor in low_rank)
+            v, u = (self._factor(factor, dtype) for factor in low_rank)
             y = self._op("Add", y, self._op("MatMul", self._op("MatMul", x, v), u))
         if site.bias is not None:
-            beta = self._const(np.array(site.bias_scale, np.float32).astype(dtype))
-            y = self._op("Add", y, self._op("Mul", self._node.input[2], beta))
-        self._made.append(helper.make_node("Identity", [y], [self._node.output[0]]))
+            # Stored in the type of C, however wide the model then runs.
+            stored = _constant(self._graph, site.bias)
+            bias = (stored.astype(np.float32) * np.float32(site.bias_scale)).astype(stored.dtype)
+            y = self._op("Add", y, self._const(bias.astype(dtype)))
+        # No Identity: ONNX Runtime would round float16 there, and nowhere in the artifact.
+        self._made[-1].output[0] = self._node.output[0]
         return self._made
 
-    def _activation(self, site: LinearSite, x: str) -> str:
-        """``a * x8``, as in DESIGN section 2, float32."""
+    def _factor(self, factor: np.ndarray, dtype: np.dtype[Any]) -> str:
+        """LoRC's V or U in ``dtype``; one in FP8 is rounded to it by a node, as in the artifact."""
+        if self._plan.lorc_format != "fp8" or dtype == np.float32:
+            return self._const(factor.astype(dtype))
+        return self._op("Cast", self._const(factor.astype(np.float32)), to=F16)
+
+    def _activation(self, site: LinearSite, x: str) -> tuple[str, str | None]:
+        """x8, float32, and a dynamic ``a``; a static one is in x8 already."""
         plan = self._plan
         if plan.activation_format == "none":
-            return x
+            return x, None
         x = self._op("Cast", x, to=F32)
         if plan.per_token:
             last = self._const(np.array([-1], np.int64))
@@ -163,7 +179,14 @@ class _Linear:
             codes = self._op("Clip", self._op("Round", scaled), low, high)
         else:
             codes = self._op("Cast", self._op("Cast", scaled, to=FP8[plan.activation_format]), to=F32)
-        return self._op("Mul", codes, scale)
+        return (codes, scale) if plan.per_token else (self._op("Mul", codes, scale), None)
+
+
+def _constant(graph: onnx.GraphProto, name: str) -> np.ndarray:
+    """Return the constant called ``name``: an initializer, or what a Constant node makes."""
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    held |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    return onnx.numpy_helper.to_array(held[name])
 
 
 def _decoded(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import onnx
 from onnx import helper
@@ -77,6 +77,15 @@ def reads(node: onnx.NodeProto) -> set[str]:
     """Names of the values that a node and its subgraphs read."""
     inner = [graph for attribute in node.attribute for graph in graphs(attribute.g)]
     return {*node.input, *(name for graph in inner for item in graph.node for name in item.input)}
+
+
+def live_names(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set[str]:
+    """Names of ``outputs`` and of what they depend on; ``nodes`` are in order."""
+    live = set(outputs)
+    for node in reversed(nodes):
+        if not live.isdisjoint(node.output):
+            live |= reads(node)
+    return live
 
 
 def more_nodes(proto: onnx.ModelProto, random: random.Random) -> onnx.ModelProto:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from graph_variants import reads
+from graph_variants import live_names
 from onnx import TensorProto, helper
 
 F32, F16, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
@@ -216,11 +216,9 @@ def loose_info(value: Value) -> onnx.ValueInfoProto:
 def drop_dead(maker: Maker) -> None:
     """Take linears that no output depends on out of what is expected."""
     graph = maker.graph
-    live = {value.name for value in maker.outputs}
-    for node in reversed(maker.nodes):
-        if not live.isdisjoint(node.output):
-            live |= reads(node)
-    graph.declined += [(output, "no output depends on it") for output in graph.rewritten - live]
+    live = live_names(maker.nodes, (value.name for value in maker.outputs))
+    dead = (graph.rewritten | graph.inlined) - live
+    graph.declined += [(output, "no output depends on it") for output in dead]
     graph.features = {kind: output for kind, output in graph.features.items() if output in live}
     graph.inlined &= live
     graph.rewritten &= live

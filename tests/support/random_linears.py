@@ -15,6 +15,8 @@ def linear(g: Maker, x: Value, n: int | None = None) -> Value:
     """A linear that is rewritten, in any accepted form; ``n`` outputs, or any number."""
     if g.chance(0.1):  # computed in another type, as exporters do for an lm_head
         dtype = g.random.choice((F32, F16))
+        if dtype == g.dtype == F16:  # ONNX Runtime rounds at such a Cast or not, by the order of nodes
+            return _linear(g, x, n)
         wide = g.op("Cast", [x], x.shape, dtype, to=dtype)
         y = _linear(g, wide, n)
         return g.op("Cast", [y], y.shape, to=g.dtype)

@@ -12,12 +12,13 @@ VOCABULARY, WIDTH = 320, 64
 WORDS = "The engine reads four bit weights and multiplies them in eight bit floating point. "
 
 
-def small_lm() -> onnx.ModelProto:
-    """``input_ids`` int64 [batch, sequence] -> ``logits`` float32 [batch, sequence, 320], opset 18."""
+def small_lm(dtype: int = TensorProto.FLOAT) -> onnx.ModelProto:
+    """``input_ids`` int64 [batch, sequence] -> ``logits`` [batch, sequence, 320] in ``dtype``, opset 18."""
+    numpy_type = helper.tensor_dtype_to_np_dtype(dtype)
     rng = np.random.default_rng(0)
     shapes = {"embed": (VOCABULARY, WIDTH), "proj": (WIDTH, WIDTH), "head": (WIDTH, VOCABULARY)}
     weights = [
-        numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32) / 8, f"{name}.weight")
+        numpy_helper.from_array((rng.standard_normal(shape) / 8).astype(numpy_type), f"{name}.weight")
         for name, shape in shapes.items()
     ]
     nodes = [
@@ -29,7 +30,7 @@ def small_lm() -> onnx.ModelProto:
         nodes,
         "main",
         [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", VOCABULARY])],
+        [helper.make_tensor_value_info("logits", dtype, ["batch", "sequence", VOCABULARY])],
         weights,
     )
     return helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])

@@ -7,6 +7,10 @@ needs a GPU, the log does not. How the list reads (TensorRT-RTX 1.7, measured):
 * A GEMM's name joins the ONNX node names of the MatMuls it merges with ``+`` and ends in ``_myl<G>_<I>``, G
   numbering the compiled subgraph, I the layer in it. Long names are not cut. In larger graphs each joined
   name gets a suffix ``_U<number>``; the layer's metadata has the exact ones.
+* Equal products are computed once: one of them gives the layer its name, in each profile perhaps another, and
+  no layer names the rest.
+* In the metadata, ``name | branch (then_branch) | node (If)`` is a node in a branch; nodes behind an If whose
+  condition is constant carry its ``| node (If)`` as well.
 * Every profile has its own layers, in one list: the first profile's names are plain, those of profile P carry
   ``[profile P]`` on each node name and each input and output of the network.
 * A GEMM that multiplies in FP8 has the type ``gemm`` and two FP8 operands. A ``runtime_fusion`` with FP8
@@ -187,7 +191,9 @@ def _tensors(text: str | None) -> tuple[Tensor, ...]:
     )
 
 
-def lint(profiles: Sequence[Sequence[Layer]], linears: Sequence[str]) -> LintResult:
+def lint(
+    profiles: Sequence[Sequence[Layer]], linears: Sequence[str], *, equal: Sequence[Sequence[str]] = ()
+) -> LintResult:
     """Check a plan against what was asked for.
 
     Every planned linear must be covered by an FP8 GEMM in every profile. No FP8 GEMM may round its unscaled
@@ -197,11 +203,12 @@ def lint(profiles: Sequence[Sequence[Layer]], linears: Sequence[str]) -> LintRes
     Args:
         profiles: Layers of each profile, from :func:`parse_layers`.
         linears: Node names of the planned linears' MatMuls in the engine-ready ONNX.
+        equal: Groups of them that compute the same.
     """
     problems: list[str] = []
     results = []
     for index, layers in enumerate(profiles):
-        results.append(_coverage(layers, linears))
+        results.append(_coverage(layers, linears, equal))
         problems += (f"profile {index}: {text}" for text in _profile_problems(layers, results[-1].missing))
     uncovered = {name for result in results for name in result.missing}
     if not results:
@@ -216,10 +223,13 @@ def lint(profiles: Sequence[Sequence[Layer]], linears: Sequence[str]) -> LintRes
     )
 
 
-def _coverage(layers: Sequence[Layer], linears: Sequence[str]) -> ProfileLint:
+def _coverage(layers: Sequence[Layer], linears: Sequence[str], equal: Sequence[Sequence[str]]) -> ProfileLint:
     planned = set(linears)
     gemms = [layer for layer in layers if layer.is_fp8_gemm]
     covered = {name for layer in gemms for name in _multiplied(layer, planned)}
+    for group in equal:
+        if not covered.isdisjoint(group):
+            covered.update(name for name in group if not any(_implements(layer, name) for layer in layers))
     missing = tuple(name for name in linears if name not in covered)
     return ProfileLint(len(gemms), len(linears) - len(missing), missing)
 
@@ -229,8 +239,14 @@ def _multiplied(gemm: Layer, planned: set[str]) -> Iterator[str]:
     joined = _SUBGRAPH.sub("", gemm.name)
     for name in (name for name in planned if name in joined):
         part = rf"(?:^|\+){re.escape(name)}(?:_U\d+)?(?:\+|$)"
-        if re.search(part, joined) and (not gemm.nodes or any(re.search(part, node) for node in gemm.nodes)):
+        if re.search(part, joined) and (not gemm.nodes or _implements(gemm, name)):
             yield name
+
+
+def _implements(layer: Layer, name: str) -> bool:
+    """Whether the node list has ``name``: alone, among the linears of one plugin, or in a branch."""
+    part = rf"(?:^|\+){re.escape(name)}(?:\+|$| \| )"
+    return any(name in node and re.search(part, node) for node in layer.nodes)
 
 
 def _profile_problems(layers: Sequence[Layer], missing: Sequence[str]) -> Iterator[str]:
@@ -256,9 +272,11 @@ def _profile_problems(layers: Sequence[Layer], missing: Sequence[str]) -> Iterat
 def _what_runs(layers: Sequence[Layer], name: str) -> str:
     """The layer that implements ``name`` instead, for the message."""
     for layer in layers:
-        if name in layer.nodes and layer.type not in ("kgen", "shape_call"):
+        if _implements(layer, name) and layer.type not in ("kgen", "shape_call"):
             operands = [t for t in layer.inputs + layer.constants if math.prod(t.dims) != 1]
             return f"it runs as {layer.type} of {' x '.join(t.dtype for t in operands)}"
+    if any(_implements(layer, name) for layer in layers):
+        return "element-wise layers name it, no GEMM"
     return "no layer names it"
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import zqfp_compile
+from zqfp_compile.backends.equal_products import equal_products
 from zqfp_compile.backends.plan_lint import Layer, LintResult, lint, parse_layers
 from zqfp_compile.backends.profiles import Profile
 from zqfp_compile.backends.tensorrt_worker import Job
@@ -147,7 +148,7 @@ def build_engine(
         profiles=tuple(profiles),
         seconds=time.monotonic() - started,
         layers=layers,
-        lint=lint(layers, linears),
+        lint=lint(layers, linears, equal=equal_products(onnx_path, linears)),
         log_path=log_path,
         peak_bytes=outcome.result["peak_bytes"],
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch.utils.dlpack import from_dlpack
 from zqfp_compile.backends.ort import check_memory, create_session, import_onnxruntime, is_large
 from zqfp_compile.errors import ModelError
 from zqfp_compile.memory import return_large_blocks
+from zqfp_compile.model_io import data_folder
 
 Array = npt.NDArray[Any]
 
@@ -30,17 +30,7 @@ def open_model(
     Raises:
         ModelError: When its weights lie in several folders, or ONNX Runtime cannot open it.
     """
-    folders = {
-        Path(value.const_value.base_dir)
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
-    if len(folders) > 1:
-        raise ModelError(
-            f"weights lie in {len(folders)} folders ({', '.join(map(str, sorted(folders)))}); "
-            "save the model with its data in one"
-        )
+    folder = data_folder(model)
     content = ir.to_proto(model).SerializeToString()
     large = is_large(model)
     if large:
@@ -51,7 +41,7 @@ def open_model(
             providers=providers,
             arena=arena,
             spin=False,
-            external_data=next(iter(folders)).resolve() if folders else None,
+            external_data=folder,
             low_memory=large,
         )
     except Exception as error:

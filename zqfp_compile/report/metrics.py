@@ -40,7 +40,8 @@ def ratio_db(signal: float, noise: float) -> float:
         return math.inf
     if signal == 0.0:
         return -math.inf
-    return 10.0 * math.log10(signal / noise)
+    # Not of the quotient: it is 0 where float16 overflowed and the noise is infinite.
+    return 10.0 * (math.log10(signal) - math.log10(noise))
 
 
 def cosine(reference: Array, value: Array) -> Float64:

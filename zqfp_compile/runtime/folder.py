@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zqfp_compile.backends.trt_api import MODULES
+from zqfp_compile.companions import companion_folder
 from zqfp_compile.disk import file_sha256
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.output_folder import ARTIFACT, MANIFEST, ORT_MODEL
@@ -82,6 +83,9 @@ class ModelFolder:
         Raises:
             ModelError: When it differs from the manifest.
         """
+        if self.digests is None:
+            path = companion_folder(self.path / (self.file or _PLAIN_MODEL)) / name
+            return path if path.exists() else None
         return self.verified(name) if self._has(name) else None
 
     def read_text(self, name: str) -> str | None:
