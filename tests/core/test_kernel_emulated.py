@@ -25,7 +25,7 @@ POINTERS = ("x8", "xv", "u", "codes", "group_scales", "bias", "row_scales", "a",
 INTEGERS = ("m", "n", "k", "rank", "per_token", "bfloat", "workers", "cut", "order")
 ZEROED_BYTES = 16384
 
-# emulate.cpp's kernels by number: tokens, rows, slices, cluster, promotion, head start; and their group size.
+# emulate.cpp's kernels by number: tokens, rows, slices, cluster, promotion; and their group size.
 T8, T32, T64, T128_PAIR, T256_PAIR, T256, T128_NARROW = range(7)
 GROUP_SIZE = {T8: 64, T32: 32, T64: 128, T128_PAIR: 64, T256_PAIR: 64, T256: 32, T128_NARROW: 128}
 

@@ -140,7 +140,7 @@ extern "C" int emulate(int config, const Problem* problem) {
     case 1: run<Config<32, 2, 2, 32, 1, 4>>(*problem); return 32;
     case 2: run<Config<64, 1, 4, 128, 1, 0>>(*problem); return 128;
     case 3: run<Config<128, 2, 1, 64, 2, 4>>(*problem); return 64;
-    case 4: run<Config<256, 2, 1, 64, 2, 0, 2>>(*problem); return 64;
+    case 4: run<Config<256, 2, 1, 64, 2, 0>>(*problem); return 64;
     case 5: run<Config<256, 2, 1, 32, 1, 0>>(*problem); return 32;
     case 6: run<Config<128, 1, 2, 128, 1, 0>>(*problem); return 128;
     default: return -1;

@@ -13,12 +13,11 @@ constexpr int kMaxStages = 8;
 // A block has kRows * kSlices consumer warpgroups. Warpgroup (row, slice) multiplies 64 weight rows by kTokens tokens
 // over every kSlices-th block of K; the slices are added up in shared memory. kCluster blocks with different weight
 // rows share the activations. kPromote: blocks of K after which the tensor core's accumulator is added to one in
-// float32; 0: never. kHeadStart: units that the first of two warpgroups multiplies before the second starts, so that
-// later one of them keeps the tensor core busy while the other writes its output; 0: both start at once.
-template <int Tokens, int Rows, int Slices, int Group, int Cluster, int Promote, int HeadStart = 0>
+// float32; 0: never.
+template <int Tokens, int Rows, int Slices, int Group, int Cluster, int Promote>
 struct Config {
   static constexpr int kTokens = Tokens, kRows = Rows, kSlices = Slices, kGroup = Group, kCluster = Cluster,
-                       kPromote = Promote, kHeadStart = HeadStart;
+                       kPromote = Promote;
   static constexpr int kWarpgroups = Rows * Slices;
   static constexpr int kAccumulators = Tokens / 2;  // of a thread
 
@@ -57,7 +56,6 @@ struct Config {
   static constexpr int kInFlight = Tokens <= 64 && kStages > 4 ? 4 : kStages;
   static constexpr int kSharedBytes = kFixedBytes + kStages * kStageBytes;
   static_assert(kStages >= 2, "no room for a pipeline");
-  static_assert(HeadStart == 0 || (kWarpgroups == 2 && HeadStart < kStages && Promote == 0), "the second would starve");
 
   static constexpr int kActivationOffset = 0;
   static constexpr int kCodeOffset = kActivationOffset + kStages * kActivationBytes;

@@ -13,7 +13,6 @@ namespace zqfp {
 constexpr int kWarpgroupBarrier = 1;  // + warpgroup, at most 4
 constexpr int kSlicesReady = 5;       // + row: the slices' sums lie in shared memory
 constexpr int kSlicesTaken = 9;       // + row: they have been read
-constexpr int kHeadStartOver = 13;
 
 template <class C>
 class Consumer {
@@ -32,20 +31,17 @@ class Consumer {
 
   __device__ __forceinline__ void run() {
     ptx::wait_for_kernel_before();
-    if (C::kHeadStart > 0 && warpgroup_ == 1) ptx::sync_threads(kHeadStartOver, 2 * kThreads);
     Walk walk(p_.schedule, this_worker<C>());
     Segment segment;
     while (walk.next(p_.schedule, this_worker<C>(), segment)) {
       const Tile tile = locate<C>(p_, segment.tile, rank_);
       const bool last_units = segment.end == p_.schedule.units;
       if (row_ >= tile.row_blocks) {
-        end_head_start();
         skip(segment.end - segment.begin + (last_units ? p_.lorc_steps : 0));
       } else {
         process(segment, tile, last_units);
       }
     }
-    end_head_start();  // where there was nothing to do
     if constexpr (C::kStoreApart) end_output();
   }
 
@@ -56,7 +52,6 @@ class Consumer {
   Ring<C::kStages> ring_;
   Ring<C::kOutSlots> out_;
   bool reduced_before_ = false;
-  bool ahead_ = C::kHeadStart > 0 && warpgroup_ == 0;
 
   // ---- the pipeline ------------------------------------------------------------------------------------------------
 
@@ -156,15 +151,7 @@ class Consumer {
 
   __device__ __forceinline__ void multiply_all(int units, Sums& sums) {
     clear(sums);
-    if constexpr (C::kHeadStart > 0) {
-      int done = 0;
-      do {
-        const int count = ahead_ && units - done > C::kHeadStart ? C::kHeadStart : units - done;
-        multiply(count, sums);
-        done += count;
-        end_head_start();
-      } while (done < units);
-    } else if constexpr (C::kPromote == 0) {
+    if constexpr (C::kPromote == 0) {
       multiply(units, sums);
     } else {
       for (int done = 0; done < units; done += C::kPromote) {
@@ -175,12 +162,6 @@ class Consumer {
         for (int i = 0; i < kCount; ++i) sums[i] += part[i];
       }
     }
-  }
-
-  __device__ __forceinline__ void end_head_start() {
-    if (!ahead_) return;
-    ptx::arrive_threads(kHeadStartOver, 2 * kThreads);
-    ahead_ = false;
   }
 
   __device__ __forceinline__ static void clear(Sums& sums) {

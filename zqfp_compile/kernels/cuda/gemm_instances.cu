@@ -5,9 +5,9 @@
 namespace zqfp {
 namespace {
 
-template <int kTokens, int kRows, int kSlices, int kCluster, int kPromote, int kHeadStart = 0>
+template <int kTokens, int kRows, int kSlices, int kCluster, int kPromote>
 Kernel instance(const char* name) {
-  using C = Config<kTokens, kRows, kSlices, ZQFP_GROUP, kCluster, kPromote, kHeadStart>;
+  using C = Config<kTokens, kRows, kSlices, ZQFP_GROUP, kCluster, kPromote>;
   static std::atomic<uint64_t> allowed{0};
   return {name,
           kTokens,
@@ -31,7 +31,7 @@ Kernel instance(const char* name) {
 KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
   // Few tokens: all four warpgroups on 64 rows, each a quarter of K, so that a tile is small and cut rarely; or on 128,
   // half of K each, where that fills the GPU better. Up to 32 tokens the tensor core's sums are promoted, up to 128
-  // most are cut into slices. The order is KernelId's.
+  // most are cut into slices. A pair shares the tokens. The order is KernelId's.
   static const Kernel kernels[] = {
       instance<8, 1, 4, 1, 4>("t8r1s4p4"),
       instance<8, 2, 2, 1, 4>("t8r2s2p4"),
@@ -44,10 +44,8 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       instance<128, 1, 2, 1, 0>("t128r1s2"),
       instance<128, 2, 1, 1, 0>("t128r2s1"),
       instance<256, 2, 1, 1, 0>("t256r2s1"),
-#ifdef ZQFP_VARIANTS
-      instance<256, 2, 1, 1, 0, 1>("t256r2s1h1"),
       instance<256, 2, 1, 2, 0>("t256r2s1c2"),
-      instance<256, 2, 1, 2, 0, 1>("t256r2s1c2h1"),
+#ifdef ZQFP_VARIANTS
       instance<128, 1, 2, 1, 4>("t128r1s2p4"),
       instance<128, 2, 1, 1, 4>("t128r2s1p4"),
       instance<128, 2, 1, 2, 0>("t128r2s1c2"),

@@ -7,7 +7,7 @@
 namespace zqfp {
 
 struct Kernel {
-  const char* name;  // t<tokens>r<rows>s<slices>, then c<cluster>, p<promotion>, h<head start> if any (config.h)
+  const char* name;  // t<tokens>r<rows>s<slices>, then c<cluster> and p<promotion> if any (config.h)
   int tokens, rows, slices, cluster, promote;
   int stages;
   int threads;
@@ -30,6 +30,7 @@ enum KernelId {
   kT128Narrow,
   kT128,
   kT256,
+  kT256Pair,
   kKernelCount
 };
 

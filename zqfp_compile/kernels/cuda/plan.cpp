@@ -31,6 +31,7 @@ constexpr Cost kCosts[kKernelCount] = {
     {884, 2459, 4500, 5000},    // kT128Narrow
     {976, 3200, 6000, 14000},   // kT128
     {1003, 3602, 8000, 24000},  // kT256
+    {985, 3602, 8000, 24000},   // kT256Pair
 };
 
 Schedule tiles_of(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel) {
@@ -91,8 +92,12 @@ const Cost& cost_of(const KernelTable& table, int id) {
   return kCosts[like];
 }
 
-// Plans choose at most the next larger tile, which is what the workspace is made for.
-bool is_candidate(const Kernel& kernel, int64_t m) { return kernel.tokens < 2 * m + 8; }
+// At most the next larger tile, which is what the workspace is made for. Pairs, which read the tokens from L2 half as
+// often, are faster only where a weight does not fit in L2 and is read again and again.
+bool is_candidate(const Kernel& kernel, const zqfpLinearDesc& desc, int64_t m) {
+  constexpr int64_t kL2Bytes = 50 << 20, kManyTokens = 4096;
+  return kernel.tokens < 2 * m + 8 && (kernel.cluster == 1 || (desc.n * desc.k / 2 > kL2Bytes && m >= kManyTokens));
+}
 
 }  // namespace
 
@@ -104,7 +109,7 @@ Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuni
   const int first = std::max(tuning.kernel, 0), last = tuning.kernel < 0 ? kKernelCount - 1 : tuning.kernel;
   for (int id = first; id <= last; ++id) {
     const Kernel& kernel = table.kernels[id];
-    if (tuning.kernel < 0 && !is_candidate(kernel, m)) continue;
+    if (tuning.kernel < 0 && !is_candidate(kernel, desc, m)) continue;
     const Deal deal = deal_out(tiles_of(desc, m, kernel), processors / kernel.cluster, cost_of(table, id), tuning.cut);
     if (deal.cycles >= fewest) continue;
     fewest = deal.cycles;
@@ -126,7 +131,7 @@ size_t workspace_bytes(const zqfpLinearDesc& desc, int64_t m, const Tuning& tuni
   size_t floats = 0;
   for (int i = 0; i < table.count; ++i) {
     const Kernel& kernel = table.kernels[i];
-    const bool possible = tuning.kernel >= 0 ? tuning.kernel == i : i < kKernelCount && is_candidate(kernel, m);
+    const bool possible = tuning.kernel >= 0 ? tuning.kernel == i : i < kKernelCount && is_candidate(kernel, desc, m);
     if (possible) floats = std::max(floats, size_t(kernel.partial_floats));
   }
   return ZQFP_WORKSPACE_ZEROED_BYTES + 2 * kMaxProcessors * floats * sizeof(float);
