@@ -29,7 +29,9 @@ class Consumer {
         slice_(C::kRows == 1 ? warpgroup : warpgroup % C::kSlices),
         thread_(threadIdx.x % kThreads) {}
 
-  __device__ __forceinline__ void run() {
+  __device__ __forceinline__ void run(Trace& trace) {
+    trace_ = trace;
+    trace_.stamp(Step::kMet);
     ptx::wait_for_kernel_before();
     Walk walk(p_.schedule, this_worker<C>());
     Segment segment;
@@ -52,6 +54,7 @@ class Consumer {
   Ring<C::kStages> ring_;
   Ring<C::kOutSlots> out_;
   bool reduced_before_ = false;
+  Trace trace_;
 
   // ---- the pipeline ------------------------------------------------------------------------------------------------
 
@@ -79,6 +82,7 @@ class Consumer {
   // ---- a segment ---------------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void process(const Segment& segment, const Tile& tile, bool last_units) {
+    trace_.stamp(Step::kTile);
     const EdgeScales edge = load_edges(tile);
     // The last unit may have no block of K for this slice.
     const int units = segment.end - segment.begin;
@@ -86,15 +90,18 @@ class Consumer {
 
     Sums sums;
     multiply_all(units - idle_at_end, sums);
+    trace_.stamp(Step::kMultiplied);
     if (idle_at_end) skip(1);
     const Bias bias = load_bias(tile);
     apply_scales(edge, sums);
     if (last_units) add_lorc(sums);
     if constexpr (C::kSlices > 1) {
       if (!add_slices(sums)) return;
+      trace_.stamp(Step::kSlices);
     }
     if (segment.begin > 0 || !last_units) {
       if (!add_partials(segment, sums)) return;
+      trace_.stamp(Step::kShared);
     }
     add_bias(bias, sums);
     if (p_.bfloat) {
@@ -102,6 +109,7 @@ class Consumer {
     } else {
       store<false>(tile, sums);
     }
+    trace_.stamp(Step::kStored);
   }
 
   // The thread's two rows: h = 0 and 1.
@@ -176,6 +184,7 @@ class Consumer {
     int previous = -1;
     for (int unit = 0; unit < units; ++unit) {
       wait_full();
+      if (unit == 0) trace_.stamp(Step::kData);
       const uint32_t codes = shared_.codes(ring_.stage, warpgroup_) + thread_ * 16;
       const uint4 front_codes = ptx::load_16(codes);
       const uint4 back_codes = ptx::load_16(codes + kBlockBytes / 2);

@@ -57,3 +57,14 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
 }
 
 }  // namespace zqfp
+
+#if defined(ZQFP_TRACE) && ZQFP_GROUP == 64
+extern "C" __attribute__((visibility("default"))) int zqfpReadTrace(void* stamps) {
+  return cudaMemcpyFromSymbol(stamps, zqfp::trace_stamps, sizeof zqfp::trace_stamps);
+}
+extern "C" __attribute__((visibility("default"))) int zqfpClearTrace() {
+  void* stamps = nullptr;
+  const cudaError_t found = cudaGetSymbolAddress(&stamps, zqfp::trace_stamps);
+  return found != cudaSuccess ? found : cudaMemset(stamps, 0, sizeof zqfp::trace_stamps);
+}
+#endif

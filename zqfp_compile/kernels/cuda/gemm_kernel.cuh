@@ -34,19 +34,23 @@ __device__ __forceinline__ void sync_blocks() {
 // The warps of the producer's warpgroup: weights, activations, and one for each row that stores apart. The weights are
 // on their way before the block's threads have met.
 template <class C>
-__device__ __forceinline__ void run_producers(const GemmParams& p, Shared<C> shared, int rank) {
+__device__ __forceinline__ void run_producers(const GemmParams& p, Shared<C> shared, int rank, Trace& trace) {
   const int warp = threadIdx.x % kThreads / 32;
   const bool leader = threadIdx.x % 32 == 0;
   Producer<C> producer(p, shared, rank);
   if (leader && warp == 0) {
     init_barriers<C>(shared);
     producer.start_weights();
+    trace.stamp(Step::kWeights);
   }
   if (leader && warp == 1) ptx::prefetch_map(&p.x8);
   __syncwarp();
   sync_blocks<C>();
   ptx::fewer_registers<C::kProducerRegisters>();
-  if (leader && warp == 0) producer.run_weights();
+  if (leader && warp == 0) {
+    producer.run_weights();
+    trace.stamp(Step::kWeights);
+  }
   if (leader && warp == 1) producer.run_tokens();
   if constexpr (C::kStoreApart) {
     if (warp >= 2 && warp - 2 < C::kRows) Storer<C>(p, shared, warp - 2).run();
@@ -61,13 +65,15 @@ __device__ __forceinline__ void run_block(const GemmParams& p, char* raw) {
   const int rank = C::kCluster > 1 ? ptx::cluster_block() : 0;
   const int warpgroup = threadIdx.x / kThreads;
 
+  Trace trace;
+  trace.stamp(Step::kEntered);
   ptx::release_kernel_after();
   if (warpgroup == C::kWarpgroups) {
-    run_producers<C>(p, shared, rank);
+    run_producers<C>(p, shared, rank, trace);
   } else {
     sync_blocks<C>();
     ptx::more_registers<C::kConsumerRegisters>();
-    Consumer<C>(p, shared, rank, warpgroup).run();
+    Consumer<C>(p, shared, rank, warpgroup).run(trace);
   }
   // No block of a cluster ends while another may still write to it.
   if constexpr (C::kCluster > 1) ptx::cluster_sync();

@@ -4,6 +4,7 @@
 #include "config.h"
 #include "params.h"
 #include "ptx.cuh"
+#include "trace.cuh"
 
 namespace zqfp {
 
