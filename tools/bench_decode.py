@@ -99,8 +99,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-cuda-graph", action="store_true")
     parser.add_argument("--work", type=Path, help="folder for models; a temporary one by default")
     parser.add_argument("--publish", type=Path, help="decode.json to put the rows into")
+    parser.add_argument(
+        "--profile", action="store_true", help="print the GPU time of each step by kernel (needs torch)"
+    )
     parser.add_argument("--check", action="store_true", help="compare GPU and CPU on a small model and exit")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.profile and arguments.device != "cuda":
+        parser.error("--profile is of a GPU")
+    return arguments
 
 
 def shape_of(arguments: argparse.Namespace) -> Shape:
@@ -126,6 +132,8 @@ def measure(linears: Linears, shape: Shape, arguments: argparse.Namespace, work:
             graph = number if graphs and step.phase == "decode" else None
             runner = Runner(session, shape, step, arguments.device, graph)
             milliseconds = runner.milliseconds(arguments.repeats)
+            if arguments.profile:
+                print(gpu_times(runner), flush=True)
             yield {
                 "model": model_name(shape, arguments),
                 "contender": linears.name,
@@ -169,6 +177,21 @@ def gpu_bytes_used(device: str) -> Any:
         return None
     free, total = torch.cuda.mem_get_info()
     return int(total - free)
+
+
+def gpu_times(runner: Runner, runs: int = 10, shown: int = 12) -> str:
+    """The kernels of a step: microseconds, calls and name, the longest first. What overlaps counts twice."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(runs):
+            runner.run()
+    averages = sorted(trace.key_averages(), key=lambda event: -event.self_device_time_total)[:shown]
+    lines = [f"{runner.step.phase} batch {runner.step.batch}, GPU microseconds per step:"]
+    for event in averages:
+        microseconds, calls = event.self_device_time_total / runs, event.count / runs
+        lines.append(f"  {microseconds:9.1f}  {calls:5.0f} x  {event.key[:90]}")
+    return "\n".join(lines)
 
 
 def check(work: Path, names: list[str]) -> int:

@@ -6,6 +6,7 @@
 #   hosts        ONNX Runtime's CUDA provider against its CPU        check     decoders on the GPU against the CPU
 #   variants     every kernel, tiles whole and cut, overlap          decode    tokens per second, decode.json
 #   sanitizer    compute-sanitizer over a few shapes                 products  layers apart and as one
+#   quantizer    the activation quantizer
 #
 # Each step has its own time limit and a failing one stops no other; then the exit code is 1. Results and the whole log (session.log) go to
 # $OUT (build/gpu); the summary at the end fits in 12,000 characters. Build first, on any machine with nvcc:
@@ -19,7 +20,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu}
 site=$PWD/build/gpu-site
-steps=" ${*:-smoke correctness hosts variants table products check decode sanitizer} "
+steps=" ${*:-smoke correctness hosts variants table quantizer products check decode sanitizer} "
 summary="" failed=0 status=0
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -63,8 +64,9 @@ step hosts 120 800 $tests tests/gpu/test_custom_ops_cuda.py
 step variants-decode 120 1400 env ZQFP_KERNELS="$PWD/build/variants" "$PYTHON" tools/bench_gemm.py --variants \
     --shapes 28672x8192,4096x4096 --tokens 1,16
 step variants-prefill 120 1400 env ZQFP_KERNELS="$PWD/build/variants" "$PYTHON" tools/bench_gemm.py --variants \
-    --shapes 28672x8192,14336x4096 --tokens 256,4096
+    --shapes 28672x8192,14336x4096 --tokens 256,1024,4096
 step table 240 3600 "$PYTHON" tools/bench_gemm.py --output "$OUT/gemm.json"
+step quantizer 60 2000 "$PYTHON" tools/bench_quantizer.py
 step products 60 1200 "$PYTHON" tools/bench_gemm.py --shapes 4096x4096,12288x4096,1024x4096,6144x4096,28672x4096 \
     --tokens 1,16,2048 --contenders '' --no-extras --output "$OUT/products.json"
 step check 90 600 "$PYTHON" tools/bench_decode.py --check
