@@ -58,7 +58,7 @@ def test_wrong_results_are_shown_and_not_written(bench, tmp_path, capsys):
     bench.write_rows([row(1, zqfp=3.0), row(16, fp16=4.0)], path)
     bench.write_rows([row(1, zqfp=2.0, fp16=4.0), row(8, zqfp=2.5)], path)
     assert [(r["m"], r["us"]["zqfp"]) for r in json.loads(path.read_text())] == [(1, 2.0), (8, 2.5)]
-    bench.print_table([row(1, zqfp=3.0), row(16, fp16=4.0)], 3000, 1400)
+    bench.print_table([row(1, zqfp=3.0), row(16, fp16=4.0)], 3000, 1400, 4.5)
     *_, first, second = capsys.readouterr().out.splitlines()
     assert first.split()[6:8] == ["3.0", "-"] and second.split()[6:8] == ["-", "4.0"]
 
