@@ -239,6 +239,22 @@ def test_plans_cover_the_output(kernel_library, n, k, m):
     assert cut == 0 or workers <= cut * units
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "kernels"),
+    [
+        (28672, 8192, "t8r1s4p4 t16r1s4p4 t64r2s2 t128r1s2 t256r2s1 t256r2s1 t256r2s1c2"),
+        (14336, 4096, "t8r2s2p4 t16r2s2p4 t64r2s2 t128r1s2 t256r2s1 t256r2s1 t256r2s1"),
+        (4096, 14336, "t8r1s4p4 t16r1s4p4 t64r1s4 t128r1s2 t128r1s2 t256r2s1 t256r2s1"),
+        (4096, 4096, "t8r1s4p4 t16r1s4p4 t32r1s4p4 t64r1s4 t128r1s2 t256r2s1 t256r2s1"),
+    ],
+)
+def test_plans_choose_what_an_h100_ran_fastest(kernel_library, n, k, kernels):
+    """Measured by bench_gemm.py --variants on 2026-11-27, each within 4% of the fastest for its tokens."""
+    layer = Layer(n=n, k=k, group_size=64)
+    chosen = [kernel_library.describe_plan(layer, m)[0] for m in (1, 16, 64, 128, 256, 1024, 4096)]
+    assert " ".join(chosen) == kernels
+
+
 def test_tuning_can_be_undone(kernel_library):
     layer = Layer(n=4096, k=4096, group_size=64)
     chosen = kernel_library.describe_plan(layer, 1)

@@ -260,11 +260,16 @@ def test_quantizer_of_zeros_and_ties(kernel_library):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [8, 24, 32, 64])
-@pytest.mark.parametrize(("m", "k"), [(1, 4096), (16, 1040), (33, 8192), (1000, 2048)])
+@pytest.mark.parametrize(
+    ("m", "k"), [(1, 4096), (16, 272), (16, 1040), (33, 8192), (600, 272), (1000, 2048), (5000, 1040)]
+)
 def test_x_at_v(kernel_library, m, k, rank, dtype):
+    """The product, and x8 and its scales as without LoRC, whose kernels are others."""
     x, v = torch.randn(m, k, device="cuda").to(dtype), torch.randn(k, rank, device="cuda").to(dtype)
     for scale in (None, torch.full((1,), 0.02, device="cuda")):
-        xv = kernel_library.quantize_activation(x, scale, v)[2]
+        x8, a, xv = kernel_library.quantize_activation(x, scale, v)
+        plain8, plain_a, _ = kernel_library.quantize_activation(x, scale)
+        assert torch.equal(x8.view(torch.uint8), plain8.view(torch.uint8)) and torch.equal(a, plain_a)
         # float32 accumulation, then one rounding: half of 2^-10 or 2^-7 of each number at most.
         assert relative_error(xv, x.double() @ v.double()) < (4e-4 if dtype == torch.float16 else 3e-3)
 
