@@ -221,7 +221,7 @@ def test_options_that_were_changed_come_first():
     )
     page = Page(html.render_html(report)).text
     recipe = page[page.index("Recipe") :]
-    assert recipe.startswith("Recipe group-size 32 All 39 options in force")
+    assert recipe.startswith("Recipe group-size 32 All 40 options in force")
     assert "2 shorter steps, in the total" not in page and "1 shorter steps, in the total" in page
 
 
