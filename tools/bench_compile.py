@@ -57,7 +57,7 @@ PR_SET_CHILD_SUBREAPER = 36
 RESULTS = ROOT / "docs" / "results" / "compile.json"
 READ_ALL_WEIGHTS = ("calibrate", "quantize", "certificate", "total")
 # A row with the same values here replaces the older one.
-KEY = ("model", "algorithm", "lorc_rank", "jobs", "device", "hardware")
+KEY = ("model", "algorithm", "lorc_rank", "jobs", "device", "hardware", "command")
 
 
 def shape_of(size: str, layers: int | None) -> Shape:
