@@ -1,8 +1,19 @@
 #include "launch.h"
 
+#include "device.h"
+
 namespace zqfp {
 
 bool overlap_kernels = kOverlapByDefault;
+
+zqfpStatus set_attribute_once(const void* function, cudaFuncAttribute attribute, int value, int device,
+                              std::atomic<uint64_t>* done) {
+  const bool remembered = device < kMaxDevices;
+  if (remembered && done->load(std::memory_order_relaxed) >> device & 1) return ZQFP_SUCCESS;
+  ZQFP_RETURN_IF_FAILED(check_cuda(cudaFuncSetAttribute(function, attribute, value), "asking for shared memory"));
+  if (remembered) done->fetch_or(uint64_t(1) << device, std::memory_order_relaxed);
+  return ZQFP_SUCCESS;
+}
 
 zqfpStatus launch_kernel(const void* function, const LaunchShape& shape, void* params, void* stream,
                          const char* action) {

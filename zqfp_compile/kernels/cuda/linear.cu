@@ -11,16 +11,6 @@ namespace {
 
 Tuning tuning;
 
-// Past the default limit of shared memory a kernel must ask for it, once per device.
-zqfpStatus allow_shared_memory(const Kernel& kernel, int device) {
-  if (device < kMaxDevices && kernel.allowed->load(std::memory_order_relaxed) >> device & 1) return ZQFP_SUCCESS;
-  ZQFP_RETURN_IF_FAILED(check_cuda(
-      cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes),
-      "asking for shared memory"));
-  if (device < kMaxDevices) kernel.allowed->fetch_or(uint64_t(1) << device, std::memory_order_relaxed);
-  return ZQFP_SUCCESS;
-}
-
 zqfpStatus fill_maps(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Kernel& kernel,
                      GemmParams* p) {
   const int box_tokens = kernel.tokens / kernel.cluster;
@@ -101,7 +91,9 @@ zqfpStatus zqfpLinear(const zqfpLinearDesc* desc, const zqfpLinearArgs* args, in
   GemmParams p{};
   ZQFP_RETURN_IF_FAILED(fill_maps(*desc, *args, m, *plan.kernel, &p));
   fill_params(*desc, *args, m, plan.schedule, workspace, &p);
-  ZQFP_RETURN_IF_FAILED(allow_shared_memory(*plan.kernel, device));
+  // Past the default limit of shared memory a kernel must ask for it.
+  ZQFP_RETURN_IF_FAILED(set_attribute_once(plan.kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           plan.kernel->shared_bytes, device, plan.kernel->allowed));
   const LaunchShape shape{plan.schedule.workers * plan.kernel->cluster, plan.kernel->threads,
                           plan.kernel->shared_bytes, plan.kernel->cluster};
   return launch_kernel(plan.kernel->function, shape, &p, stream, "launching the GEMM");

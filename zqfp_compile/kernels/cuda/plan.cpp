@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "launch.h"
+
 namespace zqfp {
 namespace {
 
@@ -10,8 +12,6 @@ constexpr int kTokenGroup = 8;
 constexpr int kMaxRowsPerTile = 4;
 static_assert(2 * kMaxProcessors * kMaxRowsPerTile * sizeof(uint32_t) <= ZQFP_WORKSPACE_ZEROED_BYTES,
               "a counter for each row of warpgroups of each cut tile; workers are fewer where they are clusters");
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What kernels cost on an H100, in cycles of a multiprocessor: a unit of K, the start and end of a tile, and the exchange
 // of sums where tiles are cut, in two or more. Fitted to what bench_gemm.py --variants measures (docs/performance.md); only
@@ -85,8 +85,9 @@ Deal deal_out(const Schedule& tiles, int processors, const Cost& cost, Cut cut) 
 
 // Variants beyond those that plans choose from cost what the one of the same tile does.
 const Cost& cost_of(const KernelTable& table, int id) {
-  int like = id < kKernelCount ? id : kT256;
-  for (int i = 0; id >= kKernelCount && i < kKernelCount; ++i) {
+  if (id < kKernelCount) return kCosts[id];
+  int like = kT256;
+  for (int i = 0; i < kKernelCount; ++i) {
     if (table.kernels[i].tokens == table.kernels[id].tokens && table.kernels[i].rows == table.kernels[id].rows) like = i;
   }
   return kCosts[like];

@@ -1,6 +1,5 @@
 // zqfpQuantizeActivation.
 #include <algorithm>
-#include <atomic>
 
 #include "check.h"
 #include "device.h"
@@ -37,26 +36,15 @@ zqfpStatus check_lorc(int32_t x_dtype, const void* v, int32_t rank, const void* 
 constexpr int64_t kManyTokens = 512;
 
 // A kernel may leave a processor's memory to its L1 cache; these leave it to shared memory, as the GEMM needs it: with
-// another division the next kernel could not start before this one's last block on the processor has ended. Once per
-// device.
-zqfpStatus prefer_shared_memory(const void* function, int device, std::atomic<uint64_t>* done) {
-  if (device < kMaxDevices && done->load(std::memory_order_relaxed) >> device & 1) return ZQFP_SUCCESS;
-  ZQFP_RETURN_IF_FAILED(check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                        cudaSharedmemCarveoutMaxShared),
-                                   "asking for shared memory"));
-  if (device < kMaxDevices) done->fetch_or(uint64_t(1) << device, std::memory_order_relaxed);
-  return ZQFP_SUCCESS;
-}
-
+// another division the next kernel could not start before this one's last block on the processor has ended.
 template <void (*kKernel)(QuantizeParams)>
 zqfpStatus launch(int64_t blocks, int threads, int cluster, int device, QuantizeParams* p, void* stream) {
   static std::atomic<uint64_t> prepared{0};
   const void* function = reinterpret_cast<const void*>(kKernel);
-  ZQFP_RETURN_IF_FAILED(prefer_shared_memory(function, device, &prepared));
+  ZQFP_RETURN_IF_FAILED(set_attribute_once(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                           cudaSharedmemCarveoutMaxShared, device, &prepared));
   return launch_kernel(function, {int(blocks), threads, 0, cluster}, p, stream, "launching the quantizer");
 }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T>
 zqfpStatus quantize(QuantizeParams* p, int device, int processors, void* stream) {

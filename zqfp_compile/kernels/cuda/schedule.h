@@ -2,8 +2,9 @@
 //
 // The first `whole_tiles` tiles go round the workers, each tile to one worker. The K units of all other tiles form one
 // line that is cut into equal ranges, one for each of the first `cut_workers` workers; a tile cut in this way is added
-// up by the worker that finishes last, in the order of K, so the sum does not depend on timing. No worker ever waits for
-// another. Fewer than two tiles per worker are cut, so cut_units() * cut_workers fits in an int.
+// up by one of its workers in the order of K, so the sum does not depend on timing. A worker waits for another only
+// where that is already writing its sums (consumer.cuh). Fewer than two tiles per worker are cut, so cut_units() *
+// cut_workers fits in an int.
 #pragma once
 
 #include <cstdint>
