@@ -242,15 +242,14 @@ def main() -> None:
         load = os.getloadavg()[0]
         output = Path(place) / "out.zqfp"
         measured = compile_measured(model, output, options)
+        found = digests(output)
         if given.kill_times:
-            expected = digests(output)
             shutil.rmtree(output)
             lasts = measured["cpu_seconds"]
             measured["killed"] = compile_killed(model, output, options, lasts, given.kill_times, given.seed)
-            if digests(output) != expected:
+            if digests(output) != found:
                 raise SystemExit("bench_compile: what was killed and went on gave other bytes")
         data_bytes = model.with_name("model.onnx.data").stat().st_size
-        found = digests(output)
         shutil.rmtree(output)
     row = {
         "model": f"LLaMA-shaped {name}, random weights",

@@ -194,12 +194,17 @@ def proto_to_ir(proto: onnx.ModelProto) -> ir.Model:
         raise ModelError(f"cannot be represented ({reason}); export the model again") from error
 
 
-def _follow_hub_links(model: ir.Model, folder: Path) -> None:
-    """Read what links into a Hugging Face cache from there: no ONNX library follows these links."""
+def _external_initializers(model: ir.Model) -> Iterator[tuple[ir.Value, ir.ExternalTensor]]:
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = _behind_link(value.const_value, folder)
+                yield value, value.const_value
+
+
+def _follow_hub_links(model: ir.Model, folder: Path) -> None:
+    """Read what links into a Hugging Face cache from there: no ONNX library follows these links."""
+    for value, tensor in _external_initializers(model):
+        value.const_value = _behind_link(tensor, folder)
 
 
 def _behind_link(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
@@ -223,12 +228,7 @@ def data_folder(model: ir.Model) -> Path | None:
     Raises:
         ModelError: When there are several: a runtime takes one.
     """
-    folders = {
-        Path(value.const_value.base_dir)
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
+    folders = {Path(tensor.base_dir) for _, tensor in _external_initializers(model)}
     if len(folders) > 1:
         raise ModelError(
             f"weights lie in {len(folders)} folders ({', '.join(map(str, sorted(folders)))}); "
@@ -255,13 +255,11 @@ def _load_external_attributes(model: ir.Model, folder: Path) -> None:
 
 def _check_not_source(model: ir.Model, data: Path) -> None:
     target = os.path.realpath(data)
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor) and os.path.realpath(tensor.path) == target:
-                raise UsageError(
-                    f"{data}: is where the model's own weights are read from; choose another --output"
-                )
+    for _, tensor in _external_initializers(model):
+        if os.path.realpath(tensor.path) == target:
+            raise UsageError(
+                f"{data}: is where the model's own weights are read from; choose another --output"
+            )
 
 
 @contextmanager
