@@ -16,6 +16,7 @@ import argparse
 import datetime
 import json
 import math
+import re
 import shlex
 import sys
 import time
@@ -243,7 +244,7 @@ def variant_times(
     """Return (microseconds, kernel, cut, relative error, whether it is tolerable) of each variant."""
     times = []
     for index, name in enumerate(library.kernel_names()):
-        tile = int(name[1:].split("r")[0])
+        tile = int(re.findall(r"\d+", name)[0])
         if tile > 2 * max(len(x), 8) or tile < min(len(x) // 8, 128):
             continue
         for cut in (0, 1):

@@ -26,8 +26,9 @@ INTEGERS = ("m", "n", "k", "rank", "per_token", "bfloat", "workers", "cut", "ord
 ZEROED_BYTES = 16384
 
 # emulate.cpp's kernels by number: tokens, rows, slices, cluster, promotion; and their group size.
-T8, T32, T64, T128_PAIR, T256_PAIR, T256, T128_NARROW = range(7)
+T8, T32, T64, T128_PAIR, T256_PAIR, T256, T128_NARROW, S8, S16, S8_G32 = range(10)
 GROUP_SIZE = {T8: 64, T32: 32, T64: 128, T128_PAIR: 64, T256_PAIR: 64, T256: 32, T128_NARROW: 128}
+GROUP_SIZE |= {S8: 64, S16: 128, S8_G32: 32}
 
 
 class Problem(ctypes.Structure):
@@ -80,6 +81,17 @@ CASES = [
     Case(T32, m=33, n=456, k=272, workers=4, outputs=(64, 64, 320, 8)),
     Case(T128_PAIR, m=150, n=328, k=400, bfloat=True, outputs=(64, 264)),
     Case(T256_PAIR, m=40, n=192, k=272, cut=False, outputs=(64, 128)),
+    # Strips: fewer blocks of K than warps, one, as many, more; rows of a strip that do not exist; chunks of x8.
+    Case(S8, m=5, n=72, k=1040, rank=40),
+    Case(S8, m=1, n=8, k=16, rank=8, workers=1),
+    Case(S8, m=8, n=328, k=128, workers=1, per_token=False),
+    Case(S8, m=3, n=136, k=1920, rank=64, workers=2, bfloat=True),
+    Case(S8, m=7, n=200, k=5392, rank=24, bias=False),
+    Case(S8, m=20, n=120, k=400, rank=8, workers=2),
+    Case(S16, m=16, n=200, k=2576, rank=48, workers=4),
+    Case(S16, m=9, n=72, k=400, bfloat=True, per_token=False),
+    Case(S16, m=15, n=264, k=1040, rank=40, outputs=(128, 64, 72)),
+    Case(S8_G32, m=4, n=456, k=272, workers=5, outputs=(64, 64, 320, 8)),
 ]
 
 

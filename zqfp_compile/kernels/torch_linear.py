@@ -133,11 +133,14 @@ class TorchLinear:
     def tolerance(self, m: int) -> float:
         """Return a bound on ``||y - reference|| / ||reference||`` for M rows of random data.
 
-        It grows with the columns that are added up in the tensor core: all of a slice of K, or, in kernels
-        whose names have a p, that many blocks of 128. A wrong index gives 1, a lost block of K 0.1 or more.
+        It grows with the columns that are added up in the FP8 tensor core: all of a slice of K, or, in kernels
+        whose names have a p, that many blocks of 128; none in those with a w. A wrong index gives 1, a lost
+        block of K 0.1 or more.
         """
         name, _ = self.library.describe_plan(self.layer, m)
         size = {letter: int(number) for letter, number in re.findall(r"([a-z])(\d+)", name)}
+        if "w" in size:
+            return _ROUNDING_ERROR[self.layer.dtype]
         blocks = -(-self.layer.k // (128 * size["s"]))
         steps = 4 * min(blocks, size.get("p", blocks))
         return _ROUNDING_ERROR[self.layer.dtype] + steps * _STEP_ERROR

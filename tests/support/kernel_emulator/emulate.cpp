@@ -6,6 +6,7 @@
 #include "gemm_kernel.cuh"
 #include "quantize_lorc.cuh"
 #include "quantize_stream.cuh"
+#include "strip_kernel.cuh"
 
 using namespace zqfp;
 
@@ -84,34 +85,48 @@ void quantize(const QuantizeParams& p, int size) {
   }
 }
 
-template <class C>
-void run(const Problem& problem) {
-  GemmParams p{};
-  const int box = C::kTokens / C::kCluster;
-  p.x8 = emulator::make_map(problem.x8, problem.m, problem.k, 1, box);
-  p.xv = emulator::make_map(problem.xv, problem.m, problem.rank, 2, box);
-  p.u = emulator::make_map(problem.u, problem.rank, problem.n, 2, kLorcStep);
-  p.codes = static_cast<const uint8_t*>(problem.codes);
-  p.group_scales = static_cast<const uint8_t*>(problem.group_scales);
-  p.row_scales = problem.row_scales;
-  p.a = problem.a;
-  p.bias = problem.bias;
-  p.arrivals = static_cast<uint32_t*>(problem.workspace);
-  p.partials = static_cast<float*>(problem.workspace) + 4096;
-  p.m = problem.m;
-  p.n = problem.n;
-  p.row_blocks = divide_up(problem.n, kBlockRows);
+void fill(const Problem& problem, LinearParams* p) {
+  p->codes = static_cast<const uint8_t*>(problem.codes);
+  p->group_scales = static_cast<const uint8_t*>(problem.group_scales);
+  p->row_scales = problem.row_scales;
+  p->a = problem.a;
+  p->bias = problem.bias;
+  p->m = problem.m;
+  p->n = problem.n;
+  p->row_blocks = divide_up(problem.n, kBlockRows);
   int row = 0;
   for (int i = 0; i < kMaxOutputs; ++i) {
     const int n = problem.outputs[i];
     void* y = static_cast<uint16_t*>(problem.y) + int64_t(problem.m) * row;
-    p.outputs[i] = {y, n == 0 ? p.row_blocks : row / kBlockRows, n};
+    p->outputs[i] = {y, n == 0 ? p->row_blocks : row / kBlockRows, n};
     row += n;
   }
-  p.k_blocks = divide_up(problem.k, kBlockColumns);
+  p->k_blocks = divide_up(problem.k, kBlockColumns);
+  p->per_token = problem.per_token;
+  p->bfloat = problem.bfloat;
+}
+
+template <typename Run>
+void run_workers(int workers, int order, Run run) {
+  std::vector<std::thread> together;
+  for (int i = 0; i < workers; ++i) {
+    const int worker = order == 0 ? workers - 1 - i : i;
+    order == 2 ? (void)together.emplace_back(run, worker) : run(worker);
+  }
+  for (std::thread& thread : together) thread.join();
+}
+
+template <class C>
+void run(const Problem& problem) {
+  GemmParams p{};
+  fill(problem, &p);
+  const int box = C::kTokens / C::kCluster;
+  p.x8 = emulator::make_map(problem.x8, problem.m, problem.k, 1, box);
+  p.xv = emulator::make_map(problem.xv, problem.m, problem.rank, 2, box);
+  p.u = emulator::make_map(problem.u, problem.rank, problem.n, 2, kLorcStep);
+  p.arrivals = static_cast<uint32_t*>(problem.workspace);
+  p.partials = static_cast<float*>(problem.workspace) + 4096;
   p.lorc_steps = divide_up(problem.rank, kLorcStep);
-  p.per_token = problem.per_token;
-  p.bfloat = problem.bfloat;
   Schedule& s = p.schedule;
   s.row_tiles = divide_up(problem.n, kBlockRows * C::kRows * C::kCluster);
   s.token_tiles = divide_up(problem.m, C::kTokens);
@@ -121,15 +136,29 @@ void run(const Problem& problem) {
   s.whole_tiles = problem.cut ? 0 : s.tiles();
   s.cut_workers = problem.cut ? std::min(s.workers, s.cut_units()) : 1;
   s.prepare();
-  const auto run_worker = [&](int worker) {
+  run_workers(s.workers, problem.order, [&](int worker) {
     run_cluster(worker, C::kCluster, C::kBlockThreads, C::kSharedBytes, [&](char* raw) { run_block<C>(p, raw); });
-  };
-  std::vector<std::thread> together;
-  for (int i = 0; i < s.workers; ++i) {
-    const int worker = problem.order == 0 ? s.workers - 1 - i : i;
-    problem.order == 2 ? (void)together.emplace_back(run_worker, worker) : run_worker(worker);
-  }
-  for (std::thread& thread : together) thread.join();
+  });
+}
+
+template <class C>
+void run_strip_kernel(const Problem& problem) {
+  StripParams p{};
+  fill(problem, &p);
+  p.x8 = static_cast<const uint8_t*>(problem.x8);
+  p.xv = problem.xv;
+  p.u = problem.u;
+  p.k = problem.k;
+  p.rank = problem.rank;
+  p.strips = divide_up(problem.n, kStripRows);
+  p.blocks = std::min(problem.workers, p.strips);
+  p.by_blocks = FastDivisor::of(p.blocks);
+  const int tokens = std::min(problem.m, C::kTokens);
+  run_workers(p.blocks * divide_up(problem.m, C::kTokens), problem.order, [&](int worker) {
+    run_cluster(worker, 1, C::kThreads, C::kTokenOffset + tokens * strip_pitch(p.k_blocks), [&](char* raw) {
+      run_strips<C>(p, raw);
+    });
+  });
 }
 
 }  // namespace
@@ -143,6 +172,9 @@ extern "C" int emulate(int config, const Problem* problem) {
     case 4: run<Config<256, 2, 1, 64, 2, 0>>(*problem); return 64;
     case 5: run<Config<256, 2, 1, 32, 1, 0>>(*problem); return 32;
     case 6: run<Config<128, 1, 2, 128, 1, 0>>(*problem); return 128;
+    case 7: run_strip_kernel<StripConfig<8, 64>>(*problem); return 64;
+    case 8: run_strip_kernel<StripConfig<16, 128>>(*problem); return 128;
+    case 9: run_strip_kernel<StripConfig<8, 32>>(*problem); return 32;
     default: return -1;
   }
 }

@@ -5,6 +5,7 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime_api.h>
 
 #include <chrono>
@@ -113,7 +114,8 @@ struct Cluster {
 };
 
 struct Block {
-  explicit Block(size_t bytes) : memory(bytes + 2048) {
+  // NaN in any format: what nobody writes must not be used.
+  explicit Block(size_t bytes) : memory(bytes + 2048, char(0xff)) {
     // As on a GPU, the dynamic shared memory does not start where swizzled tiles may.
     base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024) + 16;
   }
@@ -277,6 +279,27 @@ inline uint4 load_16(uint32_t address) { return load<uint4>(address); }
 inline uint2 load_8(uint32_t address) { return load<uint2>(address); }
 inline uint32_t load_4(uint32_t address) { return load<uint32_t>(address); }
 inline uint32_t load_2(uint32_t address) { return load<uint16_t>(address); }
+
+template <typename T>
+T stream(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(T)) abort();
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+inline uint4 stream_16(const void* from) { return stream<uint4>(from); }
+inline uint2 stream_8(const void* from) { return stream<uint2>(from); }
+inline uint32_t stream_4(const void* from) { return stream<uint32_t>(from); }
+inline uint32_t stream_2(const void* from) { return stream<uint16_t>(from); }
+
+inline void unpack_e4m3(uint32_t four, uint32_t& low, uint32_t& high) {
+  const auto pair = [](uint32_t two) {
+    const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(two), __NV_E4M3);
+    return halves.x | uint32_t(halves.y) << 16;
+  };
+  low = pair(four & 0xffff);
+  high = pair(four >> 16);
+}
 
 // stmatrix.x2.trans: lane i < 16 names the place of column i % 8 of matrix i / 8; thread 4r + c/2 has row r, column c.
 inline void store_transposed(uint32_t address, uint32_t first, uint32_t second) {

@@ -461,7 +461,7 @@ class Consumer {
   __device__ __forceinline__ void store_rows(const Tile& tile, int part) const {
     const char* staging = ptx::shared_pointer<char>(shared_.out(row_, 0));
     const int row_block = tile.row_block + row_;
-    const Output& output = output_of(p_, row_block);
+    const Output& output = output_of(p_.outputs, row_block);
 #pragma unroll
     for (int i = thread_; i < C::kOutTokens * 8; i += kThreads) {
       const int token = tile.token + part + i / 8;

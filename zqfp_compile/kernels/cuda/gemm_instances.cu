@@ -1,6 +1,7 @@
 // The kernels of one group size, ZQFP_GROUP (32, 64 or 128). Compiled once for each, so that they build in parallel.
 #include "gemm_kernel.cuh"
 #include "kernels.h"
+#include "strip_kernel.cuh"
 
 namespace zqfp {
 namespace {
@@ -20,7 +21,27 @@ Kernel instance(const char* name) {
           C::kSharedBytes,
           C::kPartialFloats,
           reinterpret_cast<const void*>(&gemm_kernel<C>),
-          &allowed};
+          &allowed,
+          false};
+}
+
+template <int kTokens, int... kShape>
+Kernel strip_instance(const char* name) {
+  using C = StripConfig<kTokens, ZQFP_GROUP, kShape...>;
+  static std::atomic<uint64_t> allowed{0};
+  return {name,
+          kTokens,
+          1,
+          C::kWarps,
+          1,
+          1,
+          C::kAhead,
+          C::kThreads,
+          C::kTokenOffset,
+          0,
+          reinterpret_cast<const void*>(&strip_kernel<C>),
+          &allowed,
+          true};
 }
 
 }  // namespace
@@ -45,12 +66,19 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       instance<128, 2, 1, 1, 0>("t128r2s1"),
       instance<256, 2, 1, 1, 0>("t256r2s1"),
       instance<256, 2, 1, 2, 0>("t256r2s1c2"),
+      strip_instance<8>("t8w15"),
+      strip_instance<16>("t16w15"),
 #ifdef ZQFP_VARIANTS
       instance<128, 1, 2, 1, 4>("t128r1s2p4"),
       instance<128, 2, 1, 1, 4>("t128r2s1p4"),
       instance<128, 2, 1, 2, 0>("t128r2s1c2"),
       instance<64, 1, 2, 1, 4>("t64r1s2p4"),
       instance<8, 1, 4, 1, 0>("t8r1s4"),
+      strip_instance<8, 15, 3>("t8w15a3"),
+      strip_instance<8, 15, 4>("t8w15a4"),
+      strip_instance<8, 15, 6>("t8w15a6"),
+      strip_instance<16, 15, 3>("t16w15a3"),
+      strip_instance<16, 15, 4>("t16w15a4"),
 #endif
   };
   return {kernels, int(sizeof kernels / sizeof kernels[0])};

@@ -7,14 +7,16 @@
 namespace zqfp {
 
 struct Kernel {
-  const char* name;  // t<tokens>r<rows>s<slices>, then c<cluster> and p<promotion> if any (config.h)
+  // t<tokens>r<rows>s<slices>, then c<cluster> and p<promotion> if any (config.h); t<tokens>w<warps> (strip_kernel.cuh)
+  const char* name;
   int tokens, rows, slices, cluster, promote;
   int stages;
   int threads;
-  int shared_bytes;
+  int shared_bytes;  // of kernels of strips: without x8
   int partial_floats;
   const void* function;
   std::atomic<uint64_t>* allowed;  // devices, one bit each, on which it may use its shared memory
+  bool strips;  // strip_kernel.cuh
 };
 
 // The kernels that plans choose from, by number; those beyond are there to be tried (zqfpTune).
@@ -31,6 +33,8 @@ enum KernelId {
   kT128,
   kT256,
   kT256Pair,
+  kT8Strips,
+  kT16Strips,
   kKernelCount
 };
 

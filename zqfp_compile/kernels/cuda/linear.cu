@@ -1,5 +1,6 @@
 // zqfpLinear and what belongs to it: plan, workspace, launch.
 #include "check.h"
+#include "config.h"
 #include "device.h"
 #include "launch.h"
 #include "params.h"
@@ -24,7 +25,7 @@ zqfpStatus fill_maps(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int
 
 static_assert(kMaxOutputs == ZQFP_MAX_OUTPUTS && kOutputRows == kBlockRows, "kernel and interface");
 
-void fill_outputs(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, GemmParams* p) {
+void fill_outputs(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, LinearParams* p) {
   int row = 0;
   for (int i = 0; i < kMaxOutputs; ++i) {
     const int64_t n = i == 0 && desc.outputs[0] == 0 ? desc.n : desc.outputs[i];
@@ -33,24 +34,61 @@ void fill_outputs(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, GemmPa
   }
 }
 
-void fill_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Schedule& schedule,
-                 void* workspace, GemmParams* p) {
+void fill_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, LinearParams* p) {
   p->codes = static_cast<const uint8_t*>(args.codes);
   p->group_scales = static_cast<const uint8_t*>(args.group_scales);
   p->row_scales = args.row_scales;
   p->a = args.a;
   p->bias = args.bias;
-  p->arrivals = static_cast<uint32_t*>(workspace);
-  p->partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + ZQFP_WORKSPACE_ZEROED_BYTES);
-  p->schedule = schedule;
   p->m = int(m);
   p->n = int(desc.n);
-  p->row_blocks = int((desc.n + kBlockRows - 1) / kBlockRows);
-  p->k_blocks = int((desc.k + kBlockColumns - 1) / kBlockColumns);
-  p->lorc_steps = (desc.lorc_rank + kLorcStep - 1) / kLorcStep;
+  p->row_blocks = int(divide_up(desc.n, kBlockRows));
+  p->k_blocks = int(divide_up(desc.k, kBlockColumns));
   p->per_token = desc.per_token != 0;
   p->bfloat = desc.dtype == ZQFP_BFLOAT16;
   fill_outputs(desc, args, p);
+}
+
+// Past the default limit of shared memory a kernel must ask for it.
+zqfpStatus launch_gemm(const Kernel& kernel, int blocks, int shared_bytes, int device, void* params, void* stream) {
+  ZQFP_RETURN_IF_FAILED(set_attribute_once(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           kernel.strips ? kMaxSharedBytes : kernel.shared_bytes, device,
+                                           kernel.allowed));
+  const LaunchShape shape{blocks, kernel.threads, shared_bytes, kernel.cluster};
+  return launch_kernel(kernel.function, shape, params, stream, "launching the GEMM");
+}
+
+zqfpStatus launch_strips(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Plan& plan, int device,
+                         void* stream) {
+  StripParams p{};
+  fill_params(desc, args, m, &p);
+  p.x8 = static_cast<const uint8_t*>(args.x8);
+  p.xv = args.xv;
+  p.u = args.u;
+  p.k = int(desc.k);
+  p.rank = desc.lorc_rank;
+  p.strips = plan.schedule.row_tiles;
+  p.blocks = plan.schedule.workers;
+  p.by_blocks = FastDivisor::of(p.blocks);
+  return launch_gemm(*plan.kernel, p.blocks * plan.schedule.token_tiles, strip_shared_bytes(*plan.kernel, desc, m),
+                     device, &p, stream);
+}
+
+zqfpStatus launch_tiles(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Plan& plan, int device,
+                        void* workspace, void* stream) {
+  GemmParams p{};
+  ZQFP_RETURN_IF_FAILED(fill_maps(desc, args, m, *plan.kernel, &p));
+  fill_params(desc, args, m, &p);
+  p.arrivals = static_cast<uint32_t*>(workspace);
+  p.partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + ZQFP_WORKSPACE_ZEROED_BYTES);
+  p.schedule = plan.schedule;
+  p.lorc_steps = (desc.lorc_rank + kLorcStep - 1) / kLorcStep;
+  return launch_gemm(*plan.kernel, plan.schedule.workers * plan.kernel->cluster, plan.kernel->shared_bytes, device, &p,
+                     stream);
+}
+
+zqfpStatus no_kernel(const zqfpLinearDesc& desc) {
+  return fail(ZQFP_NOT_SUPPORTED, "the kernel that zqfpTune asks for cannot have k = %lld", (long long)desc.k);
 }
 
 zqfpStatus check_plan(const zqfpLinearDesc& desc, int64_t m) {
@@ -88,15 +126,9 @@ zqfpStatus zqfpLinear(const zqfpLinearDesc* desc, const zqfpLinearArgs* args, in
   int device = 0, processors = 0;
   ZQFP_RETURN_IF_FAILED(find_device(&device, &processors));
   const Plan plan = make_plan(*desc, m, processors, tuning);
-  GemmParams p{};
-  ZQFP_RETURN_IF_FAILED(fill_maps(*desc, *args, m, *plan.kernel, &p));
-  fill_params(*desc, *args, m, plan.schedule, workspace, &p);
-  // Past the default limit of shared memory a kernel must ask for it.
-  ZQFP_RETURN_IF_FAILED(set_attribute_once(plan.kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           plan.kernel->shared_bytes, device, plan.kernel->allowed));
-  const LaunchShape shape{plan.schedule.workers * plan.kernel->cluster, plan.kernel->threads,
-                          plan.kernel->shared_bytes, plan.kernel->cluster};
-  return launch_kernel(plan.kernel->function, shape, &p, stream, "launching the GEMM");
+  if (plan.kernel == nullptr) return no_kernel(*desc);
+  return plan.kernel->strips ? launch_strips(*desc, *args, m, plan, device, stream)
+                             : launch_tiles(*desc, *args, m, plan, device, workspace, stream);
 }
 
 const char* zqfpGetKernelName(int index) {
@@ -119,6 +151,7 @@ zqfpStatus zqfpDescribePlan(const zqfpLinearDesc* desc, int64_t m, int processor
   ZQFP_RETURN_IF_FAILED(check_plan(*desc, m));
   if (m == 0 || processors < 2 || plan == nullptr) return fail(ZQFP_INVALID_VALUE, "nothing to plan");
   const Plan made = make_plan(*desc, m, processors, tuning);
+  if (made.kernel == nullptr) return no_kernel(*desc);
   const Schedule& s = made.schedule;
   const int32_t numbers[6] = {int32_t(made.kernel - kernels_of(desc->group_size).kernels),
                               s.workers,

@@ -23,13 +23,6 @@ __device__ __forceinline__ uint32_t slot_piece(int token, int piece) {
   return token * 128 + ((piece ^ (token % 8)) * 16);
 }
 
-__device__ __forceinline__ const Output& output_of(const GemmParams& p, int row_block) {
-  int index = 0;
-#pragma unroll
-  for (int i = 1; i < kMaxOutputs; ++i) index += row_block >= p.outputs[i].first_block;
-  return p.outputs[index];
-}
-
 // One warp: the slots of one row of warpgroups.
 template <class C>
 class Storer {
@@ -58,7 +51,7 @@ class Storer {
   // Eight lanes write the 128 bytes of a token, four tokens at a time.
   __device__ __forceinline__ void copy(int row_block, int token) const {
     constexpr int kAtOnce = 4;
-    const Output& output = output_of(p_, row_block);
+    const Output& output = output_of(p_.outputs, row_block);
     const int piece = lane_ % 8, column = (row_block - output.first_block) * kBlockRows + piece * 8;
     const int left = column < output.n ? p_.m - token : 0;
     const char* slot = ptx::shared_pointer<char>(shared_.out(row_, ring_.stage));

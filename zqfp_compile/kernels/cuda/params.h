@@ -1,4 +1,4 @@
-// What a launch of the GEMM kernel gets, by value.
+// What a launch of a GEMM kernel gets, by value.
 #pragma once
 
 #include <cuda.h>
@@ -17,25 +17,48 @@ struct Output {
   int n;
 };
 
-struct GemmParams {
-  CUtensorMap x8;  // E4M3 [m, k]
-  CUtensorMap xv;  // 16 bit [m, rank]
-  CUtensorMap u;   // 16 bit [rank, n]
+ZQFP_HOST_DEVICE const Output& output_of(const Output (&outputs)[kMaxOutputs], int row_block) {
+  int index = 0;
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+  for (int i = 1; i < kMaxOutputs; ++i) index += row_block >= outputs[i].first_block;
+  return outputs[index];
+}
+
+struct LinearParams {
   const uint8_t* codes;
   const uint8_t* group_scales;
   const float* row_scales;
   const float* a;
   const void* bias;  // or null
-  float* partials;     // of tiles that several workers share
-  uint32_t* arrivals;  // how many of them are done; 0 between launches
-  Schedule schedule;
   Output outputs[kMaxOutputs];  // unused ones begin after the last block
   int m, n;
   int row_blocks;  // of 64 rows
   int k_blocks;    // of 128 columns
-  int lorc_steps;  // of 32 ranks
   bool per_token;
   bool bfloat;  // type of y, bias, xv and u: bfloat16, else float16
+};
+
+struct GemmParams : LinearParams {
+  CUtensorMap x8;  // E4M3 [m, k]
+  CUtensorMap xv;  // 16 bit [m, rank]
+  CUtensorMap u;   // 16 bit [rank, n]
+  float* partials;     // of tiles that several workers share
+  uint32_t* arrivals;  // how many of them are done; 0 between launches
+  Schedule schedule;
+  int lorc_steps;  // of 32 ranks
+};
+
+// Of the kernel for few tokens (strip_kernel.cuh).
+struct StripParams : LinearParams {
+  const uint8_t* x8;  // E4M3 [m, k]
+  const void* xv;     // [m, rank]
+  const void* u;      // [rank, n]
+  int k, rank;
+  int strips;  // of 16 rows
+  int blocks;  // among which they are dealt out, for each tile of tokens
+  FastDivisor by_blocks;
 };
 
 // The rank that one LoRC step multiplies: its part of u takes as much shared memory as the codes of a block.

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "config.h"
 #include "launch.h"
+#include "strips.h"
 
 namespace zqfp {
 namespace {
@@ -32,7 +34,14 @@ constexpr Cost kCosts[kKernelCount] = {
     {976, 3200, 6000, 14000},   // kT128
     {1003, 3602, 8000, 24000},  // kT256
     {985, 3602, 8000, 24000},   // kT256Pair
+    {66, 60, 900, 0},           // kT8Strips: a piece, a strip, and all that is not one of many
+    {70, 80, 1200, 0},          // kT16Strips
 };
+
+// Strips whose x8 fits in shared memory.
+bool can_compute(const Kernel& kernel, const zqfpLinearDesc& desc, int64_t m) {
+  return !kernel.strips || (desc.k <= kMaxStripColumns && strip_shared_bytes(kernel, desc, m) <= kMaxSharedBytes);
+}
 
 Schedule tiles_of(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel) {
   Schedule s{};
@@ -70,6 +79,19 @@ Deal deal_cut(Schedule s, int processors, const Cost& cost, int rest) {
   return {s, whole + cut + (s.cut_workers == 2 * rest ? cost.cut_in_two : cost.cut)};
 }
 
+// Strips are never cut.
+Deal deal_strips(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel, int processors, const Cost& cost) {
+  Schedule s{};
+  s.row_tiles = int(divide_up(desc.n, kStripRows));
+  s.token_tiles = int(divide_up(m, kernel.tokens));
+  s.units = int(divide_up(desc.k, kBlockColumns));
+  s.whole_tiles = s.tiles();
+  s.workers = std::min(s.row_tiles, processors);
+  s.cut_workers = s.token_group = 1;
+  const int64_t strips = divide_up(s.row_tiles, s.workers) * s.token_tiles;
+  return {s, strips * (int64_t(s.units) * cost.unit + cost.tile) + cost.cut_in_two};
+}
+
 Deal deal_out(const Schedule& tiles, int processors, const Cost& cost, Cut cut) {
   const int rounds = tiles.tiles() / processors, rest = tiles.tiles() % processors;
   Deal best = deal_whole(tiles, processors, cost);
@@ -96,11 +118,16 @@ const Cost& cost_of(const KernelTable& table, int id) {
 // At most the next larger tile, which is what the workspace is made for. Pairs, which read the tokens from L2 half as
 // often, are faster only where a weight does not fit in L2 and is read again and again.
 bool is_candidate(const Kernel& kernel, const zqfpLinearDesc& desc, int64_t m) {
+  if (kernel.strips) return m <= kernel.tokens;
   constexpr int64_t kL2Bytes = 50 << 20, kManyTokens = 4096;
   return kernel.tokens < 2 * m + 8 && (kernel.cluster == 1 || (desc.n * desc.k / 2 > kL2Bytes && m >= kManyTokens));
 }
 
 }  // namespace
+
+int strip_shared_bytes(const Kernel& kernel, const zqfpLinearDesc& desc, int64_t m) {
+  return kernel.shared_bytes + int(std::min<int64_t>(m, kernel.tokens)) * strip_pitch(int(divide_up(desc.k, kBlockColumns)));
+}
 
 Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuning& tuning) {
   const KernelTable table = kernels_of(desc.group_size);
@@ -110,8 +137,10 @@ Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuni
   const int first = std::max(tuning.kernel, 0), last = tuning.kernel < 0 ? kKernelCount - 1 : tuning.kernel;
   for (int id = first; id <= last; ++id) {
     const Kernel& kernel = table.kernels[id];
-    if (tuning.kernel < 0 && !is_candidate(kernel, desc, m)) continue;
-    const Deal deal = deal_out(tiles_of(desc, m, kernel), processors / kernel.cluster, cost_of(table, id), tuning.cut);
+    if (!can_compute(kernel, desc, m) || (tuning.kernel < 0 && !is_candidate(kernel, desc, m))) continue;
+    const Deal deal = kernel.strips ? deal_strips(desc, m, kernel, processors, cost_of(table, id))
+                                    : deal_out(tiles_of(desc, m, kernel), processors / kernel.cluster,
+                                               cost_of(table, id), tuning.cut);
     if (deal.cycles >= fewest) continue;
     fewest = deal.cycles;
     plan = {&kernel, deal.schedule};

@@ -135,6 +135,39 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
   return value;
 }
 
+// Weights, which are read once, and which no kernel before makes.
+__device__ __forceinline__ uint4 stream_16(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from), "l"(kEvictFirst));
+  return v;
+}
+
+__device__ __forceinline__ uint2 stream_8(const void* from) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(from), "l"(kEvictFirst));
+  return v;
+}
+
+__device__ __forceinline__ uint32_t stream_4(const void* from) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
+               : "=r"(v)
+               : "l"(from), "l"(kEvictFirst));
+  return v;
+}
+
+__device__ __forceinline__ uint32_t stream_2(const void* from) {
+  uint16_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u16 %0, [%1], %2;"
+               : "=h"(v)
+               : "l"(from), "l"(kEvictFirst));
+  return v;
+}
+
 // ---- cluster, named barriers, registers ----------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t cluster_block() {
@@ -235,6 +268,16 @@ __device__ __forceinline__ float limit(float x, float most) {
   float limited;
   asm("min.NaN.xorsign.abs.f32 %0, %1, %2;" : "=f"(limited) : "f"(x), "f"(most));
   return limited;
+}
+
+// Four E4M3 numbers as float16, which has them all: the lower two and the upper two.
+__device__ __forceinline__ void unpack_e4m3(uint32_t four, uint32_t& low, uint32_t& high) {
+  asm("{\n.reg .b16 l, h;\n"
+      "mov.b32 {l, h}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, l;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, h;\n}"
+      : "=r"(low), "=r"(high)
+      : "r"(four));
 }
 
 // ---- mma of a warp: m16n8k16 ---------------------------------------------------------------------------------------
