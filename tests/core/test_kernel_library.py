@@ -229,7 +229,10 @@ def test_plans_cover_the_output(kernel_library, n, k, m):
     layer = Layer(n=n, k=k, group_size=64)
     name, (workers, row_tiles, token_tiles, units, whole) = kernel_library.describe_plan(layer, m)
     size = {letter: int(number) for letter, number in re.findall(r"([a-z])(\d+)", name)}
-    rows, columns = 64 * size["r"] * size.get("c", 1), 128 * size["s"]
+    if "w" in size:
+        rows, columns = 16, 128
+    else:
+        rows, columns = 64 * size["r"] * size.get("c", 1), 128 * size["s"]
     assert row_tiles * rows >= n > (row_tiles - 1) * rows
     assert token_tiles * size["t"] >= m > (token_tiles - 1) * size["t"]
     assert units * columns >= k > (units - 1) * columns
@@ -253,6 +256,19 @@ def test_plans_choose_what_an_h100_ran_fastest(kernel_library, n, k, kernels):
     layer = Layer(n=n, k=k, group_size=64)
     chosen = [kernel_library.describe_plan(layer, m)[0] for m in (1, 16, 64, 128, 256, 1024, 4096)]
     assert " ".join(chosen) == kernels
+
+
+def test_a_kernel_that_cannot_hold_the_tokens_is_refused(kernel_library):
+    """Strips keep x8 in shared memory: no plan chooses them for a K that is too large, and tuning cannot."""
+    layer = Layer(n=4096, k=65536, group_size=64)
+    assert "w" not in kernel_library.describe_plan(layer, 1)[0]
+    index = next(i for i, name in enumerate(kernel_library.kernel_names()) if "w" in name)
+    try:
+        kernel_library.tune(kernel=index)
+        with pytest.raises(binding.NotSupportedError, match="zqfpTune asks for cannot have k = 65536"):
+            kernel_library.describe_plan(layer, 1)
+    finally:
+        kernel_library.tune()
 
 
 def test_tuning_can_be_undone(kernel_library):

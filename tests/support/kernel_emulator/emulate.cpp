@@ -145,19 +145,17 @@ template <class C>
 void run_strip_kernel(const Problem& problem) {
   StripParams p{};
   fill(problem, &p);
-  p.x8 = static_cast<const uint8_t*>(problem.x8);
+  p.x8 = emulator::make_map(problem.x8, problem.m, problem.k, 1, 8);
   p.xv = problem.xv;
   p.u = problem.u;
-  p.k = problem.k;
+  p.columns = slice_blocks(p.k_blocks);
   p.rank = problem.rank;
   p.strips = divide_up(problem.n, kStripRows);
   p.blocks = std::min(problem.workers, p.strips);
   p.by_blocks = FastDivisor::of(p.blocks);
-  const int tokens = std::min(problem.m, C::kTokens);
+  const int bytes = C::kTokenOffset + C::kAlignment + C::kOctets * octet_bytes(p.k_blocks);
   run_workers(p.blocks * divide_up(problem.m, C::kTokens), problem.order, [&](int worker) {
-    run_cluster(worker, 1, C::kThreads, C::kTokenOffset + tokens * strip_pitch(p.k_blocks), [&](char* raw) {
-      run_strips<C>(p, raw);
-    });
+    run_cluster(worker, 1, C::kThreads, bytes, [&](char* raw) { run_strips<C>(p, raw); });
   });
 }
 
@@ -172,9 +170,9 @@ extern "C" int emulate(int config, const Problem* problem) {
     case 4: run<Config<256, 2, 1, 64, 2, 0>>(*problem); return 64;
     case 5: run<Config<256, 2, 1, 32, 1, 0>>(*problem); return 32;
     case 6: run<Config<128, 1, 2, 128, 1, 0>>(*problem); return 128;
-    case 7: run_strip_kernel<StripConfig<8, 64>>(*problem); return 64;
-    case 8: run_strip_kernel<StripConfig<16, 128>>(*problem); return 128;
-    case 9: run_strip_kernel<StripConfig<8, 32>>(*problem); return 32;
+    case 7: run_strip_kernel<StripConfig<8, 64, 4>>(*problem); return 64;
+    case 8: run_strip_kernel<StripConfig<16, 128, 2>>(*problem); return 128;
+    case 9: run_strip_kernel<StripConfig<8, 32, 3>>(*problem); return 32;
     default: return -1;
   }
 }

@@ -5,7 +5,6 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_fp8.h>
 #include <cuda_runtime_api.h>
 
 #include <chrono>
@@ -280,25 +279,31 @@ inline uint2 load_8(uint32_t address) { return load<uint2>(address); }
 inline uint32_t load_4(uint32_t address) { return load<uint32_t>(address); }
 inline uint32_t load_2(uint32_t address) { return load<uint16_t>(address); }
 
-template <typename T>
-T stream(const void* from) {
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(T)) abort();
-  T value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-inline uint4 stream_16(const void* from) { return stream<uint4>(from); }
-inline uint2 stream_8(const void* from) { return stream<uint2>(from); }
-inline uint32_t stream_4(const void* from) { return stream<uint32_t>(from); }
-inline uint32_t stream_2(const void* from) { return stream<uint16_t>(from); }
+// cp.async happens as late as it may, when its group is waited for.
+inline thread_local std::vector<std::function<void()>> open_copies;
+inline thread_local std::deque<std::vector<std::function<void()>>> copies;
 
-inline void unpack_e4m3(uint32_t four, uint32_t& low, uint32_t& high) {
-  const auto pair = [](uint32_t two) {
-    const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(two), __NV_E4M3);
-    return halves.x | uint32_t(halves.y) << 16;
-  };
-  low = pair(four & 0xffff);
-  high = pair(four >> 16);
+template <int kBytes>
+void copy_ahead(uint32_t to, const void* from) {
+  if (to % kBytes || reinterpret_cast<uintptr_t>(from) % kBytes) abort();
+  open_copies.push_back([to, from] { std::memcpy(block->at(to), from, kBytes); });
+}
+inline void copy_ahead_or_clear(uint32_t to, const void* from, int bytes) {
+  if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16) abort();
+  open_copies.push_back([to, from, bytes] {
+    std::memset(block->at(to), 0, 16);
+    std::memcpy(block->at(to), from, bytes);
+  });
+}
+inline void commit_copies() {
+  copies.push_back(std::move(open_copies));
+  open_copies.clear();
+}
+template <int kPending>
+void wait_copies() {
+  for (; copies.size() > kPending; copies.pop_front()) {
+    for (const auto& run : copies.front()) run();
+  }
 }
 
 // stmatrix.x2.trans: lane i < 16 names the place of column i % 8 of matrix i / 8; thread 4r + c/2 has row r, column c.
@@ -315,6 +320,20 @@ inline void store_transposed(uint32_t address, uint32_t first, uint32_t second) 
       const uint16_t value = uint16_t(pair >> (lane % 2 * 16));
       std::memcpy(block->at(address) + 2 * row, &value, 2);
     }
+  }
+  warp.barrier.sync(32);
+}
+
+// ldmatrix.x4.trans: lane i names the place of row i % 8 of matrix i / 8; thread 4q + c gets rows 2c + 0..1 of column q.
+inline void load_transposed(uint32_t address, uint32_t (&matrix)[4]) {
+  emulator::Exchange& warp = block->warps[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32, q = lane / 4, c = lane % 4;
+  if (address % 16) abort();
+  warp.words[lane][0] = address;
+  warp.barrier.sync(32);
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t low = load<uint16_t>(warp.words[8 * i + 2 * c][0] + 2 * q);
+    matrix[i] = low | uint32_t(load<uint16_t>(warp.words[8 * i + 2 * c + 1][0] + 2 * q)) << 16;
   }
   warp.barrier.sync(32);
 }

@@ -7,11 +7,10 @@ namespace zqfp::ptx {
 
 // Descriptor of a tile in shared memory with rows of 128 bytes in 128-byte swizzle. `address` is aligned to 1024, or
 // inside such a row by a multiple of 32 bytes. Along a row runs k (operand B here), or, for the transposed operand A,
-// the 64 rows of the weight; eight rows of 128 bytes are the stride of the other dimension.
-ZQFP_HOST_DEVICE uint64_t descriptor(uint32_t address) {
+// the 64 rows of the weight; `stride` bytes lie between the beginnings of eight rows of the other dimension and the next.
+ZQFP_HOST_DEVICE uint64_t descriptor(uint32_t address, uint32_t stride = 1024) {
   constexpr uint64_t kSwizzle128 = 1ull << 62;
-  constexpr uint64_t kStride = 1024 >> 4;
-  return kSwizzle128 | kStride << 32 | ((address & 0x3ffff) >> 4);
+  return kSwizzle128 | uint64_t(stride >> 4) << 32 | ((address & 0x3ffff) >> 4);
 }
 
 // The same for the transposed operand; its one 128-byte row covers all 64 rows, so the leading stride is not used.

@@ -25,19 +25,19 @@ Kernel instance(const char* name) {
           false};
 }
 
-template <int kTokens, int... kShape>
+template <int kTokens, int kAhead>
 Kernel strip_instance(const char* name) {
-  using C = StripConfig<kTokens, ZQFP_GROUP, kShape...>;
+  using C = StripConfig<kTokens, ZQFP_GROUP, kAhead>;
   static std::atomic<uint64_t> allowed{0};
   return {name,
           kTokens,
           1,
           C::kWarps,
           1,
-          1,
+          0,
           C::kAhead,
           C::kThreads,
-          C::kTokenOffset,
+          C::kTokenOffset + C::kAlignment,
           0,
           reinterpret_cast<const void*>(&strip_kernel<C>),
           &allowed,
@@ -66,19 +66,19 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       instance<128, 2, 1, 1, 0>("t128r2s1"),
       instance<256, 2, 1, 1, 0>("t256r2s1"),
       instance<256, 2, 1, 2, 0>("t256r2s1c2"),
-      strip_instance<8>("t8w15"),
-      strip_instance<16>("t16w15"),
+      strip_instance<8, 4>("t8w4"),
+      strip_instance<16, 4>("t16w4"),
 #ifdef ZQFP_VARIANTS
       instance<128, 1, 2, 1, 4>("t128r1s2p4"),
       instance<128, 2, 1, 1, 4>("t128r2s1p4"),
       instance<128, 2, 1, 2, 0>("t128r2s1c2"),
       instance<64, 1, 2, 1, 4>("t64r1s2p4"),
       instance<8, 1, 4, 1, 0>("t8r1s4"),
-      strip_instance<8, 15, 3>("t8w15a3"),
-      strip_instance<8, 15, 4>("t8w15a4"),
-      strip_instance<8, 15, 6>("t8w15a6"),
-      strip_instance<16, 15, 3>("t16w15a3"),
-      strip_instance<16, 15, 4>("t16w15a4"),
+      strip_instance<8, 2>("t8w2"),
+      strip_instance<8, 3>("t8w3"),
+      strip_instance<8, 5>("t8w5"),
+      strip_instance<8, 6>("t8w6"),
+      strip_instance<16, 3>("t16w3"),
 #endif
   };
   return {kernels, int(sizeof kernels / sizeof kernels[0])};

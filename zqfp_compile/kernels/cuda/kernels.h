@@ -7,7 +7,7 @@
 namespace zqfp {
 
 struct Kernel {
-  // t<tokens>r<rows>s<slices>, then c<cluster> and p<promotion> if any (config.h); t<tokens>w<warps> (strip_kernel.cuh)
+  // t<tokens>r<rows>s<slices>, then c<cluster> and p<promotion> if any (config.h); t<tokens>w<pieces ahead> (strip_kernel.cuh)
   const char* name;
   int tokens, rows, slices, cluster, promote;
   int stages;

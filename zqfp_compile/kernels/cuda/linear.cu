@@ -5,6 +5,7 @@
 #include "launch.h"
 #include "params.h"
 #include "plan.h"
+#include "strips.h"
 #include "tuning.h"
 
 namespace zqfp {
@@ -61,16 +62,16 @@ zqfpStatus launch_gemm(const Kernel& kernel, int blocks, int shared_bytes, int d
 zqfpStatus launch_strips(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Plan& plan, int device,
                          void* stream) {
   StripParams p{};
+  ZQFP_RETURN_IF_FAILED(make_map(&p.x8, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, args.x8, m, desc.k, 8));
   fill_params(desc, args, m, &p);
-  p.x8 = static_cast<const uint8_t*>(args.x8);
   p.xv = args.xv;
   p.u = args.u;
-  p.k = int(desc.k);
+  p.columns = slice_blocks(p.k_blocks);
   p.rank = desc.lorc_rank;
   p.strips = plan.schedule.row_tiles;
   p.blocks = plan.schedule.workers;
   p.by_blocks = FastDivisor::of(p.blocks);
-  return launch_gemm(*plan.kernel, p.blocks * plan.schedule.token_tiles, strip_shared_bytes(*plan.kernel, desc, m),
+  return launch_gemm(*plan.kernel, p.blocks * plan.schedule.token_tiles, strip_shared_bytes(*plan.kernel, desc),
                      device, &p, stream);
 }
 

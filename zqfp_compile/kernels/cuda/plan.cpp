@@ -39,8 +39,8 @@ constexpr Cost kCosts[kKernelCount] = {
 };
 
 // Strips whose x8 fits in shared memory.
-bool can_compute(const Kernel& kernel, const zqfpLinearDesc& desc, int64_t m) {
-  return !kernel.strips || (desc.k <= kMaxStripColumns && strip_shared_bytes(kernel, desc, m) <= kMaxSharedBytes);
+bool can_compute(const Kernel& kernel, const zqfpLinearDesc& desc) {
+  return !kernel.strips || strip_shared_bytes(kernel, desc) <= kMaxSharedBytes;
 }
 
 Schedule tiles_of(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel) {
@@ -125,8 +125,8 @@ bool is_candidate(const Kernel& kernel, const zqfpLinearDesc& desc, int64_t m) {
 
 }  // namespace
 
-int strip_shared_bytes(const Kernel& kernel, const zqfpLinearDesc& desc, int64_t m) {
-  return kernel.shared_bytes + int(std::min<int64_t>(m, kernel.tokens)) * strip_pitch(int(divide_up(desc.k, kBlockColumns)));
+int64_t strip_shared_bytes(const Kernel& kernel, const zqfpLinearDesc& desc) {
+  return kernel.shared_bytes + int64_t(kernel.tokens / 8) * octet_bytes(int(divide_up(desc.k, kBlockColumns)));
 }
 
 Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuning& tuning) {
@@ -137,7 +137,7 @@ Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuni
   const int first = std::max(tuning.kernel, 0), last = tuning.kernel < 0 ? kKernelCount - 1 : tuning.kernel;
   for (int id = first; id <= last; ++id) {
     const Kernel& kernel = table.kernels[id];
-    if (!can_compute(kernel, desc, m) || (tuning.kernel < 0 && !is_candidate(kernel, desc, m))) continue;
+    if (!can_compute(kernel, desc) || (tuning.kernel < 0 && !is_candidate(kernel, desc, m))) continue;
     const Deal deal = kernel.strips ? deal_strips(desc, m, kernel, processors, cost_of(table, id))
                                     : deal_out(tiles_of(desc, m, kernel), processors / kernel.cluster,
                                                cost_of(table, id), tuning.cut);
@@ -145,7 +145,7 @@ Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuni
     fewest = deal.cycles;
     plan = {&kernel, deal.schedule};
   }
-  plan.schedule.prepare();
+  if (plan.kernel != nullptr) plan.schedule.prepare();
   return plan;
 }
 

@@ -27,8 +27,8 @@ struct Plan {
 // kernel is null where the one that is wanted cannot compute the layer.
 Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuning& tuning);
 
-// A launch's shared memory: what a kernel of strips has, and x8 of a tile of tokens.
-int strip_shared_bytes(const Kernel& kernel, const zqfpLinearDesc& desc, int64_t m);
+// A launch's shared memory: what a kernel of strips has, and x8 of its tokens.
+int64_t strip_shared_bytes(const Kernel& kernel, const zqfpLinearDesc& desc);
 
 // Whether all of a schedule's numbers fit in the kernel's integers.
 bool plan_fits(const zqfpLinearDesc& desc, int64_t m);

@@ -120,6 +120,36 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// ---- copies of a thread, for itself (cp.async) ---------------------------------------------------------------------
+
+// Of weights, which are read once and which no kernel before makes: 16 bytes past L1, fewer through it.
+template <int kBytes>
+__device__ __forceinline__ void copy_ahead(uint32_t to, const void* from) {
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(kEvictFirst)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
+                 "l"(kEvictFirst)
+                 : "memory");
+  }
+}
+
+// `bytes` of 16, the others as zeros.
+__device__ __forceinline__ void copy_ahead_or_clear(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(bytes),
+               "l"(kEvictFirst)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until of the groups committed at most the last kPending are on their way.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // ---- memory --------------------------------------------------------------------------------------------------------
 
 // Adds `value`, for the whole GPU to see what this thread has seen written, and the other way round; returns the old one.
@@ -133,39 +163,6 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
-}
-
-// Weights, which are read once, and which no kernel before makes.
-__device__ __forceinline__ uint4 stream_16(const void* from) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from), "l"(kEvictFirst));
-  return v;
-}
-
-__device__ __forceinline__ uint2 stream_8(const void* from) {
-  uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
-               : "=r"(v.x), "=r"(v.y)
-               : "l"(from), "l"(kEvictFirst));
-  return v;
-}
-
-__device__ __forceinline__ uint32_t stream_4(const void* from) {
-  uint32_t v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
-               : "=r"(v)
-               : "l"(from), "l"(kEvictFirst));
-  return v;
-}
-
-__device__ __forceinline__ uint32_t stream_2(const void* from) {
-  uint16_t v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u16 %0, [%1], %2;"
-               : "=h"(v)
-               : "l"(from), "l"(kEvictFirst));
-  return v;
 }
 
 // ---- cluster, named barriers, registers ----------------------------------------------------------------------------
@@ -261,6 +258,15 @@ __device__ __forceinline__ void store_transposed(uint32_t address, uint32_t firs
                : "memory");
 }
 
+// Four 8x8 matrices of 16-bit numbers, transposed: lane i gives the address of row i % 8 of matrix i / 8. Thread 4q + c
+// gets rows 2c and 2c + 1 of column q.
+__device__ __forceinline__ void load_transposed(uint32_t address, uint32_t (&matrix)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(address)
+               : "memory");
+}
+
 // ---- numbers -------------------------------------------------------------------------------------------------------
 
 // x, or the number of x's sign and magnitude `most` if that is nearer to 0. NaN stays NaN.
@@ -268,16 +274,6 @@ __device__ __forceinline__ float limit(float x, float most) {
   float limited;
   asm("min.NaN.xorsign.abs.f32 %0, %1, %2;" : "=f"(limited) : "f"(x), "f"(most));
   return limited;
-}
-
-// Four E4M3 numbers as float16, which has them all: the lower two and the upper two.
-__device__ __forceinline__ void unpack_e4m3(uint32_t four, uint32_t& low, uint32_t& high) {
-  asm("{\n.reg .b16 l, h;\n"
-      "mov.b32 {l, h}, %2;\n"
-      "cvt.rn.f16x2.e4m3x2 %0, l;\n"
-      "cvt.rn.f16x2.e4m3x2 %1, h;\n}"
-      : "=r"(low), "=r"(high)
-      : "r"(four));
 }
 
 // ---- mma of a warp: m16n8k16 ---------------------------------------------------------------------------------------

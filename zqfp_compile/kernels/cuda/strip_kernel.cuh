@@ -1,13 +1,13 @@
-// The kernel for at most 16 tokens, whose time is that of reading the weight once. Warps stream it from memory to their
-// registers, decode it and multiply it there: nothing waits for a tile to be complete, and nothing is exchanged between
-// blocks, whose work is cut by strips of 16 rows.
+// The kernel for at most 16 tokens, whose time is that of reading the weight once. It deals out strips of 16 rows and all
+// of K: no block leaves anything to another, and x8 stays in shared memory.
 //
-// A piece is 16 rows by 128 columns: a quarter of a packed block. The pieces of a block's strips, each strip along K, go
-// round its warps; each warp has the next kAhead of its own on their way. The warps' sums of a strip meet in a ring in
-// shared memory, where one more warp adds them in the order of K, scales, adds LoRC and bias, and stores.
+// A wgmma has 64 rows, 16 of each warp. Here the four warps of a warpgroup have the same 16 rows of four quarters of K,
+// and the tokens stand in B four times, once for each quarter: each warp takes its own columns of the result and leaves
+// the others. A piece, what a warp multiplies at a time, is 16 rows by 128 columns: a quarter of a packed block. It is
+// copied by the warp that uses it, kAhead pieces ahead, so that no warp waits for another.
 //
-// On Hopper mma.sync of E4M3 is unpacked to float16 anyway, so that is done here: every product is exact, and sums are
-// float32 throughout.
+// Four warpgroups go round the columns of a strip's quarters, one strip after the other. Their sums meet in shared
+// memory, where one more warp adds them in the order of K, scales, adds LoRC and bias, and stores.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,26 +16,40 @@
 #include "params.h"
 #include "ptx.cuh"
 #include "strips.h"
+#include "wgmma.cuh"
 
 namespace zqfp {
 
-constexpr int kMaxRankSteps = 4;  // of 16 ranks
-
-// kWarps that stream: with the one that finishes 16, as registers are dealt out by four warps. kAhead: pieces that each
-// has asked for.
-template <int Tokens, int Group, int Warps = 15, int Ahead = 5>
+template <int Tokens, int Group, int Ahead>
 struct StripConfig {
-  static constexpr int kTokens = Tokens, kGroup = Group, kWarps = Warps, kAhead = Ahead;
-  static constexpr int kThreads = (Warps + 1) * 32;
+  static constexpr int kTokens = Tokens, kGroup = Group, kAhead = Ahead;
   static constexpr int kOctets = Tokens / 8;
-  static constexpr int kRing = Tokens == 8 ? 4 : 2;
+  static constexpr int kColumns = kStripSlices * Tokens;  // of wgmma's B
+  static constexpr int kWarpgroups = 4, kWarps = kWarpgroups * 4;
+  static constexpr int kThreads = (kWarps + 1) * 32;
+  static constexpr int kRing = Tokens == 8 ? 2 : 1;  // strips whose sums have room
+  static constexpr int kRankSteps = 4;               // of 16 ranks
+  static constexpr int kRanks = 16 * kRankSteps;
+  // x8 arrives in chunks of so many columns of blocks; no fewer than warpgroups, so that where there is one chunk the
+  // first piece of each warp tells of all.
+  static constexpr int kChunk = 4;
+  static constexpr int kChunks = 8;
 
-  // Shared memory: barriers, the ring of sums, and x8, a row per token (strip_pitch).
-  static constexpr int kBarrierBytes = (kMaxChunks + 2 * kRing) * 8;
-  static constexpr int kSumOffset = 256;
-  static_assert(kBarrierBytes <= kSumOffset && Warps <= kChunkBlocks);
-  static constexpr int kStripBytes = Warps * kOctets * 32 * 16;
-  static constexpr int kTokenOffset = kSumOffset + kRing * kStripBytes;
+  // Shared memory: barriers, u of a strip, sums, pieces and x8 (octet_bytes for each octet).
+  static constexpr int kBarrierBytes = 256;
+  static_assert((kChunks + 2 * kRing) * 8 <= kBarrierBytes && kChunk >= kWarpgroups);
+  static constexpr int kFactorOffset = kBarrierBytes;
+  static constexpr int kFactorPitch = kStripRows * 2;  // from rank to rank
+  static constexpr int kSumOffset = kFactorOffset + kRanks * kFactorPitch;
+  static constexpr int kStripBytes = kWarps * kOctets * 32 * 16;
+  static constexpr int kPieceOffset = kSumOffset + kRing * kStripBytes;
+  // Group scales of a thread's two rows: at least the 4 bytes that can be copied.
+  static constexpr int kScaleBytes = scale_block_bytes(Group) / 32;
+  static constexpr int kScaleCopy = kScaleBytes < 4 ? 4 : kScaleBytes;
+  static constexpr int kCodeBytes = kStripRows * kBlockColumns / 2;
+  static constexpr int kPieceBytes = kCodeBytes + 32 * kScaleCopy;
+  static constexpr int kTokenOffset = (kPieceOffset + kWarps * Ahead * kPieceBytes + 1023) / 1024 * 1024;
+  static constexpr int kAlignment = 1024;
 };
 
 template <class C>
@@ -43,12 +57,18 @@ struct StripShared {
   uint32_t base;
 
   __device__ __forceinline__ uint32_t chunk(int index) const { return base + index * 8; }
-  __device__ __forceinline__ uint32_t full(int stage) const { return base + (kMaxChunks + stage) * 8; }
+  __device__ __forceinline__ uint32_t full(int stage) const { return base + (C::kChunks + stage) * 8; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(C::kRing + stage); }
+  __device__ __forceinline__ uint32_t factor(int rank) const {
+    return base + C::kFactorOffset + rank * C::kFactorPitch;
+  }
   // A warp's sums of eight tokens: 16 bytes of each lane.
   __device__ __forceinline__ float4* sums(int stage, int slot, int octet) const {
     return ptx::shared_pointer<float4>(base + C::kSumOffset + stage * C::kStripBytes) +
            (slot * C::kOctets + octet) * 32;
+  }
+  __device__ __forceinline__ uint32_t piece(int warp, int stage) const {
+    return base + C::kPieceOffset + (warp * C::kAhead + stage) * C::kPieceBytes;
   }
   __device__ __forceinline__ uint32_t tokens() const { return base + C::kTokenOffset; }
 };
@@ -67,9 +87,6 @@ __device__ __forceinline__ StripTile strip_tile(const StripParams& p) {
           left < C::kTokens ? left : C::kTokens};
 }
 
-// Thread 4q + c holds, of eight tokens, rows q and q + 8 of tokens 2c and 2c + 1: sums[2h + i].
-using StripSums = float[4];
-
 template <class C>
 class StripWorker {
  public:
@@ -77,155 +94,175 @@ class StripWorker {
       : p_(p),
         shared_(shared),
         warp_(threadIdx.x / 32),
+        slice_(warp_ % kStripSlices),
         lane_(threadIdx.x % 32),
         tile_(strip_tile<C>(p)),
-        load_{tile_.first, warp_},
+        load_{tile_.first, warp_ / 4},
         use_(load_),
         left_(tile_.first) {
-    normalize(load_);
     normalize(use_);
+    aim();
   }
 
   // Asks for the first pieces, for which it needs nobody.
   __device__ __forceinline__ void start() {
-#pragma unroll
-    for (int i = 0; i < C::kAhead; ++i) fetch(pieces_[i]);
+    for (int stage = 0; stage < C::kAhead; ++stage) fetch(stage);
   }
 
   __device__ __forceinline__ void run() {
-    const int q = lane_ / 4, c = lane_ % 4;
-#pragma unroll
-    for (int octet = 0; octet < C::kOctets; ++octet) {
-      // Of tokens that do not exist anything will do: their sums go nowhere.
-      const int token = 8 * octet + q < tile_.tokens ? 8 * octet + q : tile_.tokens - 1;
-      tokens_[octet] = shared_.tokens() + token * strip_pitch(p_.k_blocks) + 4 * c;
-    }
-    clear();
-    slot_ = use_.k_block;
-    leave_strips_before(use_, false);
+    leave_strips_before(use_);
     while (use_.strip < tile_.end) {
+      const int strip = use_.strip, slot = use_.column * kStripSlices + slice_;
+      Sums sums;
 #pragma unroll
-      for (int i = 0; i < C::kAhead; ++i) {
-        if (use_.strip < tile_.end) step(pieces_[i]);
-      }
+      for (float& sum : sums) sum = 0.f;
+      while (use_.strip == strip) step(sums);
+      ptx::wgmma_wait<0>();
+      ptx::pin(sums);
+      leave_strip(slot, sums);
+      leave_strips_before(use_);
     }
   }
 
  private:
-  static constexpr int kScaleWords = ThreadTables<C::kGroup>::kWords;
+  using Sums = float[C::kColumns / 2];
 
-  // What a thread has of a piece: codes of two steps of 32 columns each, and group scales of its two rows.
-  struct Piece {
-    uint4 codes[2];
-    uint32_t scales[kScaleWords];
-  };
+  // Of a piece: its strip, and its block of K within the quarter.
   struct Position {
-    int strip, k_block;
+    int strip, column;
   };
 
   const StripParams& p_;
   StripShared<C> shared_;
-  int warp_, lane_;
+  int warp_, slice_, lane_;
   StripTile tile_;
   Position load_, use_;
   int left_;  // the strip that this warp leaves next
-  int slot_;  // its first block of K in the strip: where its sums go
-  Piece pieces_[C::kAhead];
-  uint32_t tokens_[C::kOctets];
-  StripSums sums_[C::kOctets];
+  int stage_ = 0;
+  const uint8_t *codes_, *scales_;
 
   __device__ __forceinline__ void normalize(Position& at) const {
-    for (; at.k_block >= p_.k_blocks; ++at.strip) at.k_block -= p_.k_blocks;
+    for (; at.column >= p_.columns; ++at.strip) at.column -= p_.columns;
   }
   __device__ __forceinline__ void advance(Position& at) const {
-    at.k_block += C::kWarps;
+    at.column += C::kWarpgroups;
     normalize(at);
   }
 
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (auto& sums : sums_) {
-      for (float& sum : sums) sum = 0.f;
-    }
+  // Where the lane's part of the piece at load_ lies.
+  __device__ __forceinline__ void aim() {
+    normalize(load_);
+    const int64_t block = int64_t(load_.strip / 4) * p_.k_blocks + slice_ * p_.columns + load_.column;
+    const int quarter = load_.strip % 4;
+    const int rows = (quarter * 8 + lane_ / 4) * C::kScaleBytes / C::kScaleCopy * C::kScaleCopy;
+    codes_ = p_.codes + block * kBlockBytes + quarter * (C::kCodeBytes / 2) + lane_ * 16;
+    scales_ = p_.group_scales + block * scale_block_bytes(C::kGroup) + rows;
   }
 
-  __device__ __forceinline__ void fetch(Piece& piece) {
-    if (load_.strip >= tile_.end) return;
-    constexpr int kScaleBytes = scale_block_bytes(C::kGroup), kThreadBytes = kScaleBytes / 32;
-    const int64_t block = int64_t(load_.strip / 4) * p_.k_blocks + load_.k_block;
-    const int part = load_.strip % 4;
-    const uint8_t* codes = p_.codes + block * kBlockBytes + part * 512 + lane_ * 16;
-    piece.codes[0] = ptx::stream_16(codes);
-    piece.codes[1] = ptx::stream_16(codes + kBlockBytes / 2);
-    const uint8_t* scales = p_.group_scales + block * kScaleBytes + (part * 8 + lane_ / 4) * kThreadBytes;
-    if constexpr (kThreadBytes == 8) {
-      const uint2 words = ptx::stream_8(scales);
-      piece.scales[0] = words.x;
-      piece.scales[1] = words.y;
-    } else if constexpr (kThreadBytes == 4) {
-      piece.scales[0] = ptx::stream_4(scales);
+  // Each lane copies what it will use itself. The last quarter of K may have fewer columns: zeros.
+  __device__ __forceinline__ void fetch(int stage) {
+    if (load_.strip < tile_.end) {
+      const uint32_t to = shared_.piece(warp_, stage);
+      const int bytes = slice_ * p_.columns + load_.column < p_.k_blocks ? 16 : 0;
+      ptx::copy_ahead_or_clear(to + lane_ * 16, codes_, bytes);
+      ptx::copy_ahead_or_clear(to + lane_ * 16 + C::kCodeBytes / 2, codes_ + kBlockBytes / 2, bytes);
+      if (bytes != 0) ptx::copy_ahead<C::kScaleCopy>(to + C::kCodeBytes + lane_ * C::kScaleCopy, scales_);
+      load_.column += C::kWarpgroups;
+      codes_ += C::kWarpgroups * kBlockBytes;
+      scales_ += C::kWarpgroups * scale_block_bytes(C::kGroup);
+      if (load_.column >= p_.columns) aim();
+    }
+    ptx::commit_copies();
+  }
+
+  __device__ __forceinline__ ThreadTables<C::kGroup> load_tables(uint32_t piece) const {
+    const uint32_t scales = piece + C::kCodeBytes + lane_ * C::kScaleCopy;
+    if constexpr (C::kGroup == 32) {
+      const uint2 words = ptx::load_8(scales);
+      return ThreadTables<C::kGroup>({words.x, words.y});
+    } else if constexpr (C::kGroup == 64) {
+      return ThreadTables<C::kGroup>({ptx::load_4(scales)});
     } else {
-      piece.scales[0] = ptx::stream_2(scales);
+      return ThreadTables<C::kGroup>({ptx::load_2(scales + lane_ / 4 % 2 * 2)});
     }
-    advance(load_);
   }
 
-  __device__ __forceinline__ void step(Piece& piece) {
-    if (use_.strip == tile_.first || p_.k_blocks < C::kWarps) {
-      ptx::barrier_wait(shared_.chunk(use_.k_block / kChunkBlocks), 0);
+  // Multiplies a piece, in two halves of two steps: while the tensor core works on one, the next is decoded into other
+  // registers (as in consumer.cuh).
+  __device__ __forceinline__ void step(Sums& sums) {
+    if (use_.strip == tile_.first || p_.columns < C::kWarpgroups) {
+      ptx::barrier_wait(shared_.chunk(use_.column / C::kChunk), 0);
     }
-    multiply(piece, use_.k_block * kBlockColumns);
-    fetch(piece);
-    const int strip = use_.strip;
+    ptx::wait_copies<C::kAhead - 1>();
+    const uint32_t piece = shared_.piece(warp_, stage_);
+    const uint4 codes = ptx::load_16(piece + lane_ * 16);
+    const uint4 more = ptx::load_16(piece + lane_ * 16 + C::kCodeBytes / 2);
+    const ThreadTables<C::kGroup> tables = load_tables(piece);
+    const uint64_t tokens =
+        ptx::descriptor(shared_.tokens() + use_.column * 1024, p_.columns * 1024);
+
+    decode_step<C::kGroup>(codes.x, codes.y, tables, 0, front_);
+    decode_step<C::kGroup>(codes.z, codes.w, tables, 1, front_ + 4);
+    ptx::wgmma_fence();
+    Wgmma<C::kColumns>::e4m3(sums, front_, tokens);
+    Wgmma<C::kColumns>::e4m3(sums, front_ + 4, tokens + 2);  // 32 bytes on
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();
+
+    decode_step<C::kGroup>(more.x, more.y, tables, 2, back_);
+    decode_step<C::kGroup>(more.z, more.w, tables, 3, back_ + 4);
+    ptx::wgmma_fence();
+    Wgmma<C::kColumns>::e4m3(sums, back_, tokens + 4);
+    Wgmma<C::kColumns>::e4m3(sums, back_ + 4, tokens + 6);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();
+
+    fetch(stage_);
+    if (++stage_ == C::kAhead) stage_ = 0;
     advance(use_);
-    if (use_.strip == strip) return;
-    leave_strips_before(use_, true);
-    slot_ = use_.k_block;
   }
+  uint32_t front_[8], back_[8];
 
-  __device__ __forceinline__ void multiply(const Piece& piece, int column) {
-    const ThreadTables<C::kGroup> tables(piece.scales);
+  __device__ __forceinline__ int stage_of(int strip) const { return (strip - tile_.first) % C::kRing; }
+
+  // The columns of this warp's quarter.
+  __device__ __forceinline__ void leave_strip(int slot, const Sums& sums) {
+    const int stage = stage_of(left_);
+    wait_for_room();
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const uint4& codes = piece.codes[step / 2];
-      uint32_t weights[4], low[4], high[4];
-      step % 2 == 0 ? decode_step<C::kGroup>(codes.x, codes.y, tables, step, weights)
-                    : decode_step<C::kGroup>(codes.z, codes.w, tables, step, weights);
+    for (int octet = 0; octet < C::kOctets; ++octet) {
+      float4 mine;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) ptx::unpack_e4m3(weights[i], low[i], high[i]);
-#pragma unroll
-      for (int octet = 0; octet < C::kOctets; ++octet) {
-        uint32_t first[2], second[2];
-        const uint32_t tokens = tokens_[octet] + column + 32 * step;
-        ptx::unpack_e4m3(ptx::load_4(tokens), first[0], second[0]);
-        ptx::unpack_e4m3(ptx::load_4(tokens + 16), first[1], second[1]);
-        ptx::mma(sums_[octet], low, first[0], first[1], __half());
-        ptx::mma(sums_[octet], high, second[0], second[1], __half());
+      for (int slice = 0; slice < kStripSlices; ++slice) {
+        const float* d = sums + 4 * (octet * kStripSlices + slice);
+        if (slice == 0 || slice == slice_) mine = {d[0], d[1], d[2], d[3]};
       }
+      shared_.sums(stage, slot, octet)[lane_] = mine;
     }
+    arrive();
   }
 
-  // Every warp leaves every strip of the block, in order; the first of these with what it has added up.
-  __device__ __forceinline__ void leave_strips_before(const Position& at, bool with_sums) {
+  // Every warp leaves every strip of the block, in order, those too of which it has nothing.
+  __device__ __forceinline__ void leave_strips_before(const Position& at) {
     const int end = at.strip < tile_.end ? at.strip : tile_.end;
-    for (; left_ < end; ++left_, with_sums = false) {
-      const int stage = (left_ - tile_.first) % C::kRing, round = (left_ - tile_.first) / C::kRing;
-      ptx::barrier_wait(shared_.empty(stage), ~round & 1);
-      if (with_sums) {
-#pragma unroll
-        for (int octet = 0; octet < C::kOctets; ++octet) {
-          const StripSums& sums = sums_[octet];
-          shared_.sums(stage, slot_, octet)[lane_] = {sums[0], sums[1], sums[2], sums[3]};
-        }
-        clear();
-      }
-      __syncwarp();
-      if (lane_ == 0) ptx::barrier_arrive(shared_.full(stage));
+    while (left_ < end) {
+      wait_for_room();
+      arrive();
     }
+  }
+
+  __device__ __forceinline__ void wait_for_room() const {
+    ptx::barrier_wait(shared_.empty(stage_of(left_)), ~((left_ - tile_.first) / C::kRing) & 1);
+  }
+  __device__ __forceinline__ void arrive() {
+    __syncwarp();
+    if (lane_ == 0) ptx::barrier_arrive(shared_.full(stage_of(left_)));
+    ++left_;
   }
 };
 
-// The last warp: brings x8, and finishes strips. T: type of y, bias, xv and u.
+// The last warp: brings x8, and finishes strips. T: type of y, bias, xv and u. Thread 4q + c holds, of eight tokens, rows
+// q and q + 8 of tokens 2c and 2c + 1: sums[2h + i].
 template <class C, typename T>
 class StripFinisher {
  public:
@@ -233,12 +270,13 @@ class StripFinisher {
       : p_(p), shared_(shared), tile_(strip_tile<C>(p)), lane_(threadIdx.x % 32), q_(lane_ / 4), c_(lane_ % 4) {}
 
   __device__ __forceinline__ void run() {
-    clear_behind_tokens();
     ptx::wait_for_kernel_before();
     bring_tokens();
     load_token_side();
+    clear_factor();
     for (int strip = tile_.first; strip < tile_.end; ++strip) {
       const int stage = (strip - tile_.first) % C::kRing, round = (strip - tile_.first) / C::kRing;
+      copy_factor(strip);
       const RowSide rows = load_row_side(strip);
       ptx::barrier_wait(shared_.full(stage), round & 1);
       add_up(stage);
@@ -255,35 +293,27 @@ class StripFinisher {
   StripTile tile_;
   int lane_, q_, c_;
   float a_[C::kOctets][2];
-  uint32_t xv_[kMaxRankSteps][C::kOctets][2];
-  StripSums sums_[C::kOctets];
+  uint32_t xv_[C::kRankSteps][C::kOctets][2];
+  float sums_[C::kOctets][4];
 
-  // Scales, bias and u of a thread's rows q and q + 8.
+  // Scales and bias of a thread's rows q and q + 8.
   struct RowSide {
     float scale[2], bias[2];
-    uint32_t u[kMaxRankSteps][4];
   };
 
-  // The last block of K may reach beyond x8: its codes are 0 there, but 0 times what lies about could be NaN.
-  __device__ __forceinline__ void clear_behind_tokens() const {
-    const int behind = (p_.k_blocks * kBlockColumns - p_.k) / 4;
-    for (int i = lane_; i < behind * tile_.tokens; i += 32) {
-      *ptx::shared_pointer<uint32_t>(shared_.tokens() + i / behind * strip_pitch(p_.k_blocks) + p_.k + i % behind * 4) = 0;
-    }
-    __syncwarp();
-  }
-
-  // Each lane a token.
+  // Chunk by chunk, a tile of eight tokens and a block of K by each lane. What lies beyond x8 arrives as zeros.
   __device__ __forceinline__ void bring_tokens() const {
-    constexpr int kChunk = kChunkBlocks * kBlockColumns;
-    for (int begin = 0; begin < p_.k; begin += kChunk) {
-      const int bytes = p_.k - begin < kChunk ? p_.k - begin : kChunk;
-      const uint32_t barrier = shared_.chunk(begin / kChunk);
-      if (lane_ == 0) ptx::barrier_expect(barrier, tile_.tokens * bytes);
+    for (int first = 0; first < p_.columns; first += C::kChunk) {
+      const int left = p_.columns - first, columns = left < C::kChunk ? left : C::kChunk;
+      const uint32_t barrier = shared_.chunk(first / C::kChunk);
+      const int tiles = C::kOctets * kStripSlices * columns;
+      if (lane_ == 0) ptx::barrier_expect(barrier, tiles * 1024);
       __syncwarp();
-      if (lane_ < tile_.tokens) {
-        ptx::copy_bytes(shared_.tokens() + lane_ * strip_pitch(p_.k_blocks) + begin,
-                        p_.x8 + int64_t(tile_.token + lane_) * p_.k + begin, bytes, barrier, ptx::kEvictLast);
+      for (int i = lane_; i < tiles; i += 32) {
+        const int of = i / columns, column = first + i - of * columns;  // of: octet, quarter
+        const int octet = of / kStripSlices, k_block = of % kStripSlices * p_.columns + column;
+        ptx::copy_box(shared_.tokens() + (of * p_.columns + column) * 1024, &p_.x8, k_block * kBlockColumns,
+                      tile_.token + octet * 8, barrier, ptx::kEvictLast);
       }
     }
   }
@@ -297,13 +327,12 @@ class StripFinisher {
         a_[octet][i] = token < p_.m ? p_.a[p_.per_token ? token : 0] : 0.f;  // not __ldg: see load_eight
       }
 #pragma unroll
-      for (int step = 0; step < kMaxRankSteps; ++step) {
+      for (int step = 0; step < C::kRankSteps; ++step) {
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
           const int token = tile_.token + 8 * octet + q_, rank = 16 * step + 8 * b + 2 * c_;
-          const bool inside = token < p_.m && rank < p_.rank;
-          xv_[step][octet][b] =
-              inside ? *reinterpret_cast<const uint32_t*>(static_cast<const T*>(p_.xv) + int64_t(token) * p_.rank + rank) : 0;
+          const T* xv = static_cast<const T*>(p_.xv) + int64_t(token) * p_.rank + rank;
+          xv_[step][octet][b] = token < p_.m && rank < p_.rank ? *reinterpret_cast<const uint32_t*>(xv) : 0;
         }
       }
     }
@@ -317,28 +346,34 @@ class StripFinisher {
       if (row >= p_.n) continue;
       side.scale[h] = __ldg(p_.row_scales + row);
       if (p_.bias != nullptr) side.bias[h] = float(static_cast<const T*>(p_.bias)[row]);
-      const uint16_t* u = static_cast<const uint16_t*>(p_.u) + row;
-#pragma unroll
-      for (int step = 0; step < kMaxRankSteps; ++step) {
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const int rank = 16 * step + 8 * b + 2 * c_;
-          if (rank >= p_.rank) continue;
-          side.u[step][h + 2 * b] =
-              __ldg(u + int64_t(rank) * p_.n) | uint32_t(__ldg(u + int64_t(rank + 1) * p_.n)) << 16;
-        }
-      }
     }
     return side;
   }
 
-  // The warps' sums, in the order of K.
+  // Ranks that there are not count as zeros.
+  __device__ __forceinline__ void clear_factor() const {
+    for (int i = p_.rank * C::kFactorPitch / 4 + lane_; i < C::kRanks * C::kFactorPitch / 4; i += 32) {
+      *ptx::shared_pointer<uint32_t>(shared_.factor(0) + i * 4) = 0;
+    }
+  }
+
+  // u of the strip, eight of its rows by each lane.
+  __device__ __forceinline__ void copy_factor(int strip) const {
+    const int row = strip * kStripRows + lane_ % 2 * 8;
+    const T* u = static_cast<const T*>(p_.u) + row;
+    for (int rank = lane_ / 2; rank < p_.rank && row < p_.n; rank += 16) {
+      ptx::copy_ahead<16>(shared_.factor(rank) + lane_ % 2 * 16, u + int64_t(rank) * p_.n);
+    }
+    ptx::commit_copies();
+  }
+
+  // The warps' sums, in the order of K's columns.
   __device__ __forceinline__ void add_up(int stage) {
-    const int slots = p_.k_blocks < C::kWarps ? p_.k_blocks : C::kWarps;
+    const int slots = kStripSlices * (p_.columns < C::kWarpgroups ? p_.columns : C::kWarpgroups);
 #pragma unroll
     for (int octet = 0; octet < C::kOctets; ++octet) {
       float4 sum{0.f, 0.f, 0.f, 0.f};
-#pragma unroll 5
+#pragma unroll 4
       for (int slot = 0; slot < slots; ++slot) {
         const float4 more = shared_.sums(stage, slot, octet)[lane_];
         sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
@@ -351,15 +386,28 @@ class StripFinisher {
   }
 
   __device__ __forceinline__ void finish(const RowSide& rows) {
+    ptx::wait_copies<0>();
+    __syncwarp();
 #pragma unroll
     for (int octet = 0; octet < C::kOctets; ++octet) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums_[octet][i] *= a_[octet][i % 2] * rows.scale[i / 2];
+    }
+    // Four matrices of 8 ranks by 8 rows: lane i says where rank i % 8 of number i / 8 lies.
+    const uint32_t corner = shared_.factor(lane_ / 16 * 8 + lane_ % 8) + lane_ / 8 % 2 * 16;
 #pragma unroll
-      for (int step = 0; step < kMaxRankSteps; ++step) {
-        if (16 * step >= p_.rank) break;
-        ptx::mma(sums_[octet], rows.u[step], xv_[step][octet][0], xv_[step][octet][1], T());
+    for (int step = 0; step < C::kRankSteps; ++step) {
+      if (16 * step >= p_.rank) break;
+      uint32_t u[4];
+      ptx::load_transposed(corner + step * 16 * C::kFactorPitch, u);
+#pragma unroll
+      for (int octet = 0; octet < C::kOctets; ++octet) {
+        ptx::mma(sums_[octet], u, xv_[step][octet][0], xv_[step][octet][1], T());
       }
+    }
+    __syncwarp();  // before the next strip's u comes
+#pragma unroll
+    for (int octet = 0; octet < C::kOctets; ++octet) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums_[octet][i] += rows.bias[i / 2];
     }
@@ -382,7 +430,7 @@ class StripFinisher {
 
 template <class C>
 __device__ __forceinline__ void init_strip_barriers(StripShared<C> shared) {
-  for (int i = 0; i < kMaxChunks; ++i) ptx::barrier_init(shared.chunk(i), 1);
+  for (int i = 0; i < C::kChunks; ++i) ptx::barrier_init(shared.chunk(i), 1);
   for (int stage = 0; stage < C::kRing; ++stage) {
     ptx::barrier_init(shared.full(stage), C::kWarps);
     ptx::barrier_init(shared.empty(stage), 1);
@@ -392,7 +440,7 @@ __device__ __forceinline__ void init_strip_barriers(StripShared<C> shared) {
 
 template <class C>
 __device__ __forceinline__ void run_strips(const StripParams& p, char* raw) {
-  const StripShared<C> shared{ptx::shared_address(raw)};
+  const StripShared<C> shared{(ptx::shared_address(raw) + 1023u) & ~1023u};
   ptx::release_kernel_after();
   if (threadIdx.x / 32 < C::kWarps) {
     StripWorker<C> worker(p, shared);
@@ -401,7 +449,10 @@ __device__ __forceinline__ void run_strips(const StripParams& p, char* raw) {
     worker.run();
     return;
   }
-  if (threadIdx.x % 32 == 0) init_strip_barriers<C>(shared);
+  if (threadIdx.x % 32 == 0) {
+    ptx::prefetch_map(&p.x8);
+    init_strip_barriers<C>(shared);
+  }
   __syncthreads();
   if (p.bfloat) {
     StripFinisher<C, __nv_bfloat16>(p, shared).run();
@@ -412,7 +463,7 @@ __device__ __forceinline__ void run_strips(const StripParams& p, char* raw) {
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) strip_kernel(const __grid_constant__ StripParams p) {
-  extern __shared__ __align__(16) char raw[];
+  extern __shared__ char raw[];
   run_strips<C>(p, raw);
 }
 

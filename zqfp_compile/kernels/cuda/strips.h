@@ -8,13 +8,13 @@
 namespace zqfp {
 
 constexpr int kStripRows = 16;
-// x8 arrives in chunks of so many blocks of K; no fewer than warps, so that where there is one chunk the first piece of
-// each warp tells of all.
-constexpr int kChunkBlocks = 20;
-constexpr int kMaxChunks = 16;
-constexpr int kMaxStripColumns = kMaxChunks * kChunkBlocks * kBlockColumns;
+// The warps of a warpgroup have a quarter of K each.
+constexpr int kStripSlices = 4;
 
-// Bytes from token to token of x8 in shared memory, padded against bank conflicts.
-ZQFP_HOST_DEVICE int strip_pitch(int k_blocks) { return k_blocks * kBlockColumns + 16; }
+// Blocks of K in a quarter of it.
+ZQFP_HOST_DEVICE int slice_blocks(int k_blocks) { return (k_blocks + kStripSlices - 1) / kStripSlices; }
+
+// Bytes of eight tokens' x8 in shared memory: a tile of 1024 for each block of K, the last quarter filled up.
+ZQFP_HOST_DEVICE int octet_bytes(int k_blocks) { return kStripSlices * slice_blocks(k_blocks) * 8 * kBlockColumns; }
 
 }  // namespace zqfp
