@@ -306,6 +306,8 @@ void wait_copies() {
   }
 }
 
+inline void publish_to_wgmma() {}
+
 // stmatrix.x2.trans: lane i < 16 names the place of column i % 8 of matrix i / 8; thread 4r + c/2 has row r, column c.
 inline void store_transposed(uint32_t address, uint32_t first, uint32_t second) {
   emulator::Exchange& warp = block->warps[threadIdx.x / 32];

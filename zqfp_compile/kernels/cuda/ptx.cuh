@@ -122,7 +122,7 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
 
 // ---- copies of a thread, for itself (cp.async) ---------------------------------------------------------------------
 
-// Of weights, which are read once and which no kernel before makes: 16 bytes past L1, fewer through it.
+// 16 bytes past L1, fewer through it.
 template <int kBytes>
 __device__ __forceinline__ void copy_ahead(uint32_t to, const void* from) {
   if constexpr (kBytes == 16) {
@@ -149,6 +149,9 @@ template <int kPending>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+
+// What this thread has written to shared memory can be read by wgmma (async proxy), by whoever hears of it.
+__device__ __forceinline__ void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@
 
 namespace zqfp {
 
+constexpr int kBarriersReady = 1;  // named barrier
+
 template <int Tokens, int Group, int Ahead>
 struct StripConfig {
   static constexpr int kTokens = Tokens, kGroup = Group, kAhead = Ahead;
@@ -261,7 +263,7 @@ class StripWorker {
   }
 };
 
-// The last warp: brings x8, and finishes strips. T: type of y, bias, xv and u. Thread 4q + c holds, of eight tokens, rows
+// The last warp: copies x8, and finishes strips. T: type of y, bias, xv and u. Thread 4q + c holds, of eight tokens, rows
 // q and q + 8 of tokens 2c and 2c + 1: sums[2h + i].
 template <class C, typename T>
 class StripFinisher {
@@ -301,21 +303,34 @@ class StripFinisher {
     float scale[2], bias[2];
   };
 
-  // Chunk by chunk, a tile of eight tokens and a block of K by each lane. What lies beyond x8 arrives as zeros.
+  // Chunk by chunk, the next on its way while one is waited for. Rows of tokens that there are not stay as they are: what
+  // is made of them goes nowhere.
   __device__ __forceinline__ void bring_tokens() const {
-    for (int first = 0; first < p_.columns; first += C::kChunk) {
-      const int left = p_.columns - first, columns = left < C::kChunk ? left : C::kChunk;
-      const uint32_t barrier = shared_.chunk(first / C::kChunk);
-      const int tiles = C::kOctets * kStripSlices * columns;
-      if (lane_ == 0) ptx::barrier_expect(barrier, tiles * 1024);
+    copy_chunk(0);
+    for (int chunk = 0; chunk * C::kChunk < p_.columns; ++chunk) {
+      copy_chunk(chunk + 1);
+      ptx::wait_copies<1>();
+      ptx::publish_to_wgmma();
       __syncwarp();
-      for (int i = lane_; i < tiles; i += 32) {
-        const int of = i / columns, column = first + i - of * columns;  // of: octet, quarter
-        const int octet = of / kStripSlices, k_block = of % kStripSlices * p_.columns + column;
-        ptx::copy_box(shared_.tokens() + (of * p_.columns + column) * 1024, &p_.x8, k_block * kBlockColumns,
-                      tile_.token + octet * 8, barrier, ptx::kEvictLast);
+      if (lane_ == 0) ptx::barrier_arrive(shared_.chunk(chunk));
+    }
+  }
+
+  // Eight lanes have the 128 bytes of a token and a block of K, in 128-byte swizzle; the four quarters at a time. Beyond
+  // K there must be zeros.
+  __device__ __forceinline__ void copy_chunk(int chunk) const {
+    const int end = (chunk + 1) * C::kChunk < p_.columns ? (chunk + 1) * C::kChunk : p_.columns;
+    const int slice = lane_ / 8, piece = lane_ % 8;
+    for (int column = chunk * C::kChunk; column < end; ++column) {
+      const int k = (slice * p_.columns + column) * kBlockColumns + piece * 16;
+      const int bytes = k < p_.k ? 16 : 0;
+      const uint8_t* from = p_.x8 + int64_t(tile_.token) * p_.k + (k < p_.k ? k : 0);
+      for (int token = 0; token < tile_.tokens; ++token, from += p_.k) {
+        const int tile = (token / 8 * kStripSlices + slice) * p_.columns + column, row = token % 8;
+        ptx::copy_ahead_or_clear(shared_.tokens() + tile * 1024 + row * 128 + (piece ^ row) * 16, from, bytes);
       }
     }
+    ptx::commit_copies();
   }
 
   __device__ __forceinline__ void load_token_side() {
@@ -445,15 +460,13 @@ __device__ __forceinline__ void run_strips(const StripParams& p, char* raw) {
   if (threadIdx.x / 32 < C::kWarps) {
     StripWorker<C> worker(p, shared);
     worker.start();
-    __syncthreads();
+    ptx::sync_threads(kBarriersReady, C::kThreads);
     worker.run();
     return;
   }
-  if (threadIdx.x % 32 == 0) {
-    ptx::prefetch_map(&p.x8);
-    init_strip_barriers<C>(shared);
-  }
-  __syncthreads();
+  if (threadIdx.x % 32 == 0) init_strip_barriers<C>(shared);
+  __syncwarp();
+  ptx::arrive_threads(kBarriersReady, C::kThreads);  // and on to x8: the others are still asking for weights
   if (p.bfloat) {
     StripFinisher<C, __nv_bfloat16>(p, shared).run();
   } else {
