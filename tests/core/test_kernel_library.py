@@ -248,7 +248,7 @@ def test_plans_cover_the_output(kernel_library, n, k, m):
         (28672, 8192, "t8r1s4p4 t16r1s4p4 t64r2s2 t128r1s2 t256r2s1 t256r2s1 t256r2s1c2"),
         (14336, 4096, "t8r2s2p4 t16r2s2p4 t64r2s2 t128r1s2 t256r2s1 t256r2s1 t256r2s1"),
         (4096, 14336, "t8r1s4p4 t16r1s4p4 t64r1s4 t128r1s2 t128r1s2 t256r2s1 t256r2s1"),
-        (4096, 4096, "t8r1s4p4 t16r1s4p4 t32r1s4p4 t64r1s4 t128r1s2 t256r2s1 t256r2s1"),
+        (4096, 4096, "t8w2 t16r1s4p4 t32r1s4p4 t64r1s4 t128r1s2 t256r2s1 t256r2s1"),
     ],
 )
 def test_plans_choose_what_an_h100_ran_fastest(kernel_library, n, k, kernels):
@@ -262,13 +262,30 @@ def test_a_kernel_that_cannot_hold_the_tokens_is_refused(kernel_library):
     """Strips keep x8 in shared memory: no plan chooses them for a K that is too large, and tuning cannot."""
     layer = Layer(n=4096, k=65536, group_size=64)
     assert "w" not in kernel_library.describe_plan(layer, 1)[0]
-    index = next(i for i, name in enumerate(kernel_library.kernel_names()) if "w" in name)
+    index = kernel_library.kernel_names().index("t8w2")
     try:
         kernel_library.tune(kernel=index)
         with pytest.raises(binding.NotSupportedError, match="zqfpTune asks for cannot have k = 65536"):
             kernel_library.describe_plan(layer, 1)
     finally:
         kernel_library.tune()
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "kernels"),
+    [
+        (1536, 1536, "t8w2 t8w2 t16w3"),
+        (2048, 1536, "t8w2 t8w2 t16w3"),
+        (4096, 4096, "t8w2 t8w2 t16r1s4p4"),
+        (1536, 8960, "t8w2 t16r1s4p4 t16r1s4p4"),
+        (17920, 1536, "t8r1s4p4 t16r1s4p4 t16r1s4p4"),
+        (4096, 11008, "t8r1s4p4 t16r1s4p4 t16r1s4p4"),
+    ],
+)
+def test_plans_choose_strips_for_small_layers(kernel_library, n, k, kernels):
+    """As above, for 1, 8 and 16 tokens."""
+    layer = Layer(n=n, k=k, group_size=64)
+    assert " ".join(kernel_library.describe_plan(layer, m)[0] for m in (1, 8, 16)) == kernels
 
 
 def test_tuning_can_be_undone(kernel_library):

@@ -171,9 +171,9 @@ extern "C" int emulate(int config, const Problem* problem) {
     case 4: run<Config<256, 2, 1, 64, 2, 0>>(*problem); return 64;
     case 5: run<Config<256, 2, 1, 32, 1, 0>>(*problem); return 32;
     case 6: run<Config<128, 1, 2, 128, 1, 0>>(*problem); return 128;
-    case 7: run_strip_kernel<StripConfig<8, 64, 4>>(*problem); return 64;
-    case 8: run_strip_kernel<StripConfig<16, 128, 2>>(*problem); return 128;
-    case 9: run_strip_kernel<StripConfig<8, 32, 3>>(*problem); return 32;
+    case 7: run_strip_kernel<StripConfig<8, 64, 2>>(*problem); return 64;
+    case 8: run_strip_kernel<StripConfig<16, 128, 3>>(*problem); return 128;
+    case 9: run_strip_kernel<StripConfig<8, 32, 4>>(*problem); return 32;
     default: return -1;
   }
 }

@@ -66,19 +66,17 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       instance<128, 2, 1, 1, 0>("t128r2s1"),
       instance<256, 2, 1, 1, 0>("t256r2s1"),
       instance<256, 2, 1, 2, 0>("t256r2s1c2"),
-      strip_instance<8, 4>("t8w4"),
-      strip_instance<16, 4>("t16w4"),
+      strip_instance<8, 2>("t8w2"),
+      strip_instance<16, 3>("t16w3"),
 #ifdef ZQFP_VARIANTS
       instance<128, 1, 2, 1, 4>("t128r1s2p4"),
       instance<128, 2, 1, 1, 4>("t128r2s1p4"),
       instance<128, 2, 1, 2, 0>("t128r2s1c2"),
       instance<64, 1, 2, 1, 4>("t64r1s2p4"),
       instance<8, 1, 4, 1, 0>("t8r1s4"),
-      strip_instance<8, 2>("t8w2"),
       strip_instance<8, 3>("t8w3"),
-      strip_instance<8, 5>("t8w5"),
-      strip_instance<8, 6>("t8w6"),
-      strip_instance<16, 3>("t16w3"),
+      strip_instance<8, 4>("t8w4"),
+      strip_instance<16, 2>("t16w2"),
 #endif
   };
   return {kernels, int(sizeof kernels / sizeof kernels[0])};

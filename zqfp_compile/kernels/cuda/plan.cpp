@@ -21,7 +21,7 @@ static_assert(2 * kMaxProcessors * kMaxRowsPerTile * sizeof(uint32_t) <= ZQFP_WO
 struct Cost {
   int unit, tile, cut_in_two, cut;
 };
-constexpr Cost kCosts[kKernelCount] = {
+constexpr Cost kCosts[kT8Strips] = {
     {1052, 1200, 3000, 3000},   // kT8
     {1090, 900, 4000, 4000},    // kT8Wide
     {1025, 1250, 3000, 3000},   // kT16
@@ -34,9 +34,14 @@ constexpr Cost kCosts[kKernelCount] = {
     {976, 3200, 6000, 14000},   // kT128
     {1003, 3602, 8000, 24000},  // kT256
     {985, 3602, 8000, 24000},   // kT256Pair
-    {66, 60, 900, 0},           // kT8Strips: a piece, a strip, and all that is not one of many
-    {70, 80, 1200, 0},          // kT16Strips
 };
+
+// Of a strip: a block of K, no less than the warp takes that finishes it, and what does not overlap; and of the launch:
+// a token's block of K, and the rest.
+struct StripCost {
+  int block, least, end, token_block, launch;
+};
+constexpr StripCost kStripCosts[] = {{100, 1900, 250, 4, 300}, {125, 2100, 250, 4, 300}};  // kT8Strips, kT16Strips
 
 // Strips whose x8 fits in shared memory.
 bool can_compute(const Kernel& kernel, const zqfpLinearDesc& desc) {
@@ -80,7 +85,8 @@ Deal deal_cut(Schedule s, int processors, const Cost& cost, int rest) {
 }
 
 // Strips are never cut.
-Deal deal_strips(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel, int processors, const Cost& cost) {
+Deal deal_strips(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel, int processors) {
+  const StripCost& cost = kStripCosts[kernel.tokens > 8];
   Schedule s{};
   s.row_tiles = int(divide_up(desc.n, kStripRows));
   s.token_tiles = int(divide_up(m, kernel.tokens));
@@ -88,8 +94,9 @@ Deal deal_strips(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel, in
   s.whole_tiles = s.tiles();
   s.workers = std::min(s.row_tiles, processors);
   s.cut_workers = s.token_group = 1;
-  const int64_t strips = divide_up(s.row_tiles, s.workers) * s.token_tiles;
-  return {s, strips * (int64_t(s.units) * cost.unit + cost.tile) + cost.cut_in_two};
+  const int64_t strip = std::max(s.units * cost.block, cost.least) + cost.end;
+  const int64_t tokens = std::min<int64_t>(m, kernel.tokens) * s.units * cost.token_block;
+  return {s, (divide_up(s.row_tiles, s.workers) * strip + tokens + cost.launch) * s.token_tiles};
 }
 
 Deal deal_out(const Schedule& tiles, int processors, const Cost& cost, Cut cut) {
@@ -107,9 +114,9 @@ Deal deal_out(const Schedule& tiles, int processors, const Cost& cost, Cut cut) 
 
 // Variants beyond those that plans choose from cost what the one of the same tile does.
 const Cost& cost_of(const KernelTable& table, int id) {
-  if (id < kKernelCount) return kCosts[id];
+  if (id < kT8Strips) return kCosts[id];
   int like = kT256;
-  for (int i = 0; i < kKernelCount; ++i) {
+  for (int i = 0; i < kT8Strips; ++i) {
     if (table.kernels[i].tokens == table.kernels[id].tokens && table.kernels[i].rows == table.kernels[id].rows) like = i;
   }
   return kCosts[like];
@@ -138,7 +145,7 @@ Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuni
   for (int id = first; id <= last; ++id) {
     const Kernel& kernel = table.kernels[id];
     if (!can_compute(kernel, desc) || (tuning.kernel < 0 && !is_candidate(kernel, desc, m))) continue;
-    const Deal deal = kernel.strips ? deal_strips(desc, m, kernel, processors, cost_of(table, id))
+    const Deal deal = kernel.strips ? deal_strips(desc, m, kernel, processors)
                                     : deal_out(tiles_of(desc, m, kernel), processors / kernel.cluster,
                                                cost_of(table, id), tuning.cut);
     if (deal.cycles >= fewest) continue;
