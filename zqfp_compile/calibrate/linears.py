@@ -54,13 +54,13 @@ class Replacement:
     @classmethod
     def of(cls, layer: QuantizedLayer, device: torch.device | str = "cpu") -> Replacement:
         """Return what the engine multiplies with; the weight lies on ``device``, a GPU decodes it itself."""
-        rounded = layer.weight.scale_constraint != "none" or layer.weight.weight_format == "fp8"
+        rounded = layer.tensors.scale_constraint != "none" or layer.tensors.weight_format == "fp8"
         on_cpu = torch.device(device).type == "cpu"
         return cls(
             weight=torch.from_numpy(layer.weight.fp8_weight())
             if on_cpu
-            else decoded_w8(layer.weight, device),
-            row_scales=torch.tensor(layer.weight.row_scales),  # read back, it is read-only
+            else decoded_w8(layer.tensors, device),
+            row_scales=layer.tensors.row_scales,
             lorc=layer.lorc,
             exact=rounded,
         )

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zqfp_compile.quantize.grid import Grid
+if TYPE_CHECKING:
+    from zqfp_compile.quantize.grid import Grid
 
 _ROWS = 32
+# Groups a program measures.
+_GROUPS = 256
 # Columns of a group whose block of the gram matrix fits into a program's registers.
 _WIDEST = 64
 # Threads of several devices launch, and at first compile, one at a time.
@@ -27,55 +30,61 @@ def usable(grid: Grid, block: torch.Tensor) -> bool:
     return block.is_cuda and grid.table is not None and _kernels() is not None
 
 
+def groups(grid: Grid, columns: torch.Tensor) -> torch.Tensor:
+    """Return the group of each column, int32 [B]."""
+    size = grid.group_size
+    found = torch.div(columns, size, rounding_mode="floor") if size else torch.zeros_like(columns)
+    return found.to(torch.int32)
+
+
 def round_block(
-    block: torch.Tensor, inner: torch.Tensor, columns: torch.Tensor, grid: Grid
+    block: torch.Tensor, inner: torch.Tensor, groups: torch.Tensor, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """GPTQ's inner loop over one block: :func:`zqfp_compile.quantize.gptq.gptq_round`.
 
     Args:
         block: What is left of the block's columns, float32 [B, N]; not changed.
-        inner: The block's part of the inverse's upper Cholesky factor, float32 [B, B].
-        columns: Index of each column in the weight, int64 [B].
+        inner: The block's part of the inverse's upper Cholesky factor, float32 [B, B], rows anywhere.
+        groups: Group of each column, int32 [B].
         grid: Its levels.
 
     Returns:
         The rounded columns and the errors over the factor's diagonal, both float32 [B, N].
     """
-    table, groups = _table(grid, columns)
     rounded, scaled = torch.empty_like(block), torch.empty_like(block)
     with _launching:
         _kernels()["round"][_programs(block)](
-            block, inner.contiguous(), table, groups, rounded, scaled, *_sizes(block, table)
+            block, inner, inner.stride(0), grid.table, groups, rounded, scaled, *_sizes(block, grid)
         )
     return rounded, scaled
 
 
 def descend_block(
-    values: torch.Tensor, slope: torch.Tensor, inner: torch.Tensor, columns: torch.Tensor, grid: Grid
+    values: torch.Tensor, slope: torch.Tensor, inner: torch.Tensor, groups: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
     """The inner loop of :func:`zqfp_compile.quantize.descent.descend` over one block.
 
     Args:
         values: The block's grid values, float32 [B, N].
         slope: ``G (T - Q)`` in the block, float32 [B, N]; not changed.
-        inner: The block of the gram matrix, float32 [B, B].
-        columns: Index of each column in the weight, int64 [B].
+        inner: The block of the gram matrix, float32 [B, B], rows anywhere.
+        groups: Group of each column, int32 [B].
         grid: Its levels.
 
     Returns:
         The changes of the values, float32 [B, N].
     """
-    table, groups = _table(grid, columns)
     changes = torch.empty_like(values)
     with _launching:
         _kernels()["descend"][_programs(values)](
             values.contiguous(),
             slope.contiguous(),
-            inner.contiguous(),
-            table,
+            inner,
+            inner.stride(0),
+            grid.table,
             groups,
             changes,
-            *_sizes(values, table),
+            *_sizes(values, grid),
         )
     return changes
 
@@ -118,21 +127,42 @@ def search_scales(
     return best, change
 
 
-def _table(grid: Grid, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    assert grid.table is not None
-    size = grid.group_size
-    groups = torch.div(columns, size, rounding_mode="floor") if size else torch.zeros_like(columns)
-    return grid.table, groups.to(torch.int32)
+def measures(sizes: torch.Tensor) -> bool:
+    """Return whether the kernel of :func:`group_errors` can do these."""
+    return sizes.is_cuda and _errors_kernel() is not None
+
+
+def group_errors(sizes: torch.Tensor, levels: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    """Squared error of every group when its values take the nearest level: ``rtn``'s search in one pass.
+
+    Args:
+        sizes: Magnitudes, float32 [g, M].
+        levels: Each group's levels, ascending from 0, float32 [L, M].
+        importance: Factors on the squared errors, float32 [g, G], G a divisor of M: of group m at m modulo G.
+
+    Returns:
+        float32 [M].
+    """
+    width, count = sizes.shape
+    errors = torch.empty_like(sizes[0])
+    factors, period = (sizes, 1) if importance is None else (importance, importance.shape[1])
+    with _launching:
+        _errors_kernel()[(-(-count // _GROUPS),)](
+            *(sizes, levels, factors, errors, count, width, period),
+            *(len(levels), importance is not None, _GROUPS),
+        )
+    return errors
 
 
 def _programs(block: torch.Tensor) -> tuple[int]:
     return (-(-block.shape[1] // _ROWS),)
 
 
-def _sizes(block: torch.Tensor, table: torch.Tensor) -> tuple[int, int, int, int, int]:
+def _sizes(block: torch.Tensor, grid: Grid) -> tuple[int, int, int, int, int]:
     """Return N, B, B rounded up to a power of two, levels, rows per program."""
+    assert grid.table is not None
     columns = len(block)
-    return block.shape[1], columns, max(16, 1 << (columns - 1).bit_length()), table.shape[2], _ROWS
+    return block.shape[1], columns, max(16, 1 << (columns - 1).bit_length()), grid.table.shape[2], _ROWS
 
 
 @functools.cache
@@ -160,6 +190,7 @@ def _kernels() -> Any:
     def round_kernel(  # type: ignore[no-untyped-def]
         block,
         inner,
+        inner_stride,
         table,
         groups,
         rounded,
@@ -176,8 +207,8 @@ def _kernels() -> Any:
         both = (along < columns)[:, None] & mask[None, :]
         left = tl.load(block + along[:, None] * n + row[None, :], mask=both, other=0.0)
         for at in range(columns):
-            factor = tl.load(inner + at * columns + along, mask=along < columns, other=0.0)
-            pivot = tl.load(inner + at * columns + at)
+            factor = tl.load(inner + at * inner_stride + along, mask=along < columns, other=0.0)
+            pivot = tl.load(inner + at * inner_stride + at)
             here = tl.sum(tl.where((along == at)[:, None], left, 0.0), axis=0)
             value = nearest(here, table, tl.load(groups + at), row, mask, n, levels)
             error = (here - value) / pivot
@@ -190,6 +221,7 @@ def _kernels() -> Any:
         values,
         slope,
         inner,
+        inner_stride,
         table,
         groups,
         changes,
@@ -205,8 +237,8 @@ def _kernels() -> Any:
         both = (along < columns)[:, None] & mask[None, :]
         left = tl.load(slope + along[:, None] * n + row[None, :], mask=both, other=0.0)
         for at in range(columns):
-            gram = tl.load(inner + at * columns + along, mask=along < columns, other=0.0)
-            pivot = tl.maximum(tl.load(inner + at * columns + at), 1e-30)
+            gram = tl.load(inner + at * inner_stride + along, mask=along < columns, other=0.0)
+            pivot = tl.maximum(tl.load(inner + at * inner_stride + at), 1e-30)
             here = tl.sum(tl.where((along == at)[:, None], left, 0.0), axis=0)
             old = tl.load(values + at * n + row, mask=mask, other=0.0)
             change = nearest(old + here / pivot, table, tl.load(groups + at), row, mask, n, levels) - old
@@ -263,3 +295,43 @@ def _kernels() -> Any:
         tl.store(change + row[:, None] * columns + along[None, :], move, mask=both)
 
     return {"round": round_kernel, "descend": descend_kernel, "search": search_kernel}
+
+
+@functools.cache
+def _errors_kernel() -> Any:
+    """Likewise, the kernel of :func:`group_errors`."""
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def errors_kernel(  # type: ignore[no-untyped-def]
+        sizes,
+        levels,
+        importance,
+        errors,
+        count,
+        width,
+        period,
+        number: tl.constexpr,
+        weighed: tl.constexpr,
+        groups: tl.constexpr,
+    ):
+        group = tl.program_id(0) * groups + tl.arange(0, groups)
+        mask = group < count
+        total = tl.zeros([groups], tl.float32)
+        for at in range(width):
+            size = tl.load(sizes + at * count + group, mask=mask, other=0.0)
+            distance = size  # level 0 is zero
+            for level in tl.static_range(1, number):
+                high = tl.load(levels + level * count + group, mask=mask, other=0.0)
+                distance = tl.minimum(distance, tl.abs(size - high))
+            error = distance * distance
+            if weighed:
+                error *= tl.load(importance + at * period + group % period, mask=mask, other=0.0)
+            total += error
+        tl.store(errors + group, total, mask=mask)
+
+    return errors_kernel
