@@ -16,7 +16,7 @@ from zqfp_compile.formats.scales import legal_scales
 from zqfp_compile.quantize import fused
 from zqfp_compile.quantize.grid import Grid, decoded, decoded_w8
 from zqfp_compile.quantize.quantized_tensors import QuantizedTensors
-from zqfp_compile.quantize.rounding import decode_codes, round_minifloat
+from zqfp_compile.quantize.rounding import decode_codes, queued, round_minifloat
 from zqfp_compile.quantize.rtn import over_blocks
 
 # Columns worked on before their changes go to all others in one matrix product.
@@ -102,17 +102,20 @@ def refit_scales(quantized: QuantizedTensors, target: torch.Tensor, gram: torch.
     device = target.device
     book = CODE_BOOKS[quantized.weight_format]
     values = decode_codes(quantized.codes, book)[:, : quantized.k]
+    rows = quantized.row_scales
     # A group after the other, each group's scales one piece.
     old = quantized.group_scales.t().contiguous()
-    found = torch.empty_like(old)
-    choices = _choices(old, torch.from_numpy(legal_scales("e4m3", book)).to(device))
+    choices = _choices(old, queued(torch.from_numpy(legal_scales("e4m3", book)), device))
     weight = decoded(quantized, device)
     slope = (target - weight) @ gram
     size = values.shape[1] if quantized.group_size == 0 else quantized.group_size
+    if quantized.scale_constraint == "e4m3" and fused.searches(values, size):
+        found = fused.search_scales(values, rows, slope, gram, weight, choices, size)
+        return dataclasses.replace(quantized, group_scales=found.t().contiguous())
+    found = torch.empty_like(old)
     for index in range(len(old)):
         part = slice(index * size, min((index + 1) * size, quantized.k))
-        inner = gram[part, part]
-        group = _Group(values[:, part], quantized.row_scales, slope[:, part], inner, weight[:, part])
+        group = _Group(values[:, part], rows, slope[:, part], gram[part, part], weight[:, part])
         if quantized.scale_constraint == "none":
             found[index], change = group.fit(old[index])
         else:
@@ -124,7 +127,7 @@ def refit_scales(quantized: QuantizedTensors, target: torch.Tensor, gram: torch.
 
 def _choices(scales: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Return every scale [G, N] and those :data:`STEPS` away in ``table``, float32 [G, 1 + S, N]."""
-    steps = torch.tensor(STEPS, device=scales.device)[:, None]
+    steps = queued(torch.tensor(STEPS), scales.device)[:, None]
     places = (torch.searchsorted(table, scales)[:, None] + steps).clamp_(0, len(table) - 1)
     return torch.cat([scales[:, None], table[places]], dim=1)  # what is there first: it wins ties
 
@@ -141,8 +144,6 @@ class _Group:
 
     def search(self, choices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the best scales [N] among ``choices`` [1 + S, N], and how weights change."""
-        if fused.searches(self.values):
-            return fused.search_scales(self.values, self.rows, self.slope, self.gram, self.decoded, choices)
         moved = round_minifloat(self.values * choices[1:, :, None], E4M3FN) * self.rows[:, None]
         moved -= self.decoded
         gains = ((moved @ self.gram - 2 * self.slope) * moved).sum(dim=2).nan_to_num(0.0)

@@ -19,7 +19,7 @@ from zqfp_compile.formats.quantized import QuantizedWeight, group_width
 from zqfp_compile.formats.scales import SCALE_CONSTRAINTS, top_scale
 from zqfp_compile.quantize import fused
 from zqfp_compile.quantize.quantized_tensors import AnyWeight, QuantizedTensors
-from zqfp_compile.quantize.rounding import nearest_level, round_minifloat
+from zqfp_compile.quantize.rounding import nearest_level, queued, round_minifloat
 from zqfp_compile.quantize.threads import one_torch_thread
 
 # Elements of the rows worked on at once: three float32 arrays of it stay in one core's cache. Measured with
@@ -272,7 +272,7 @@ def _quantize_rows(values: torch.Tensor, rule: _Rule) -> tuple[torch.Tensor, tor
 
 def _levels(scales: torch.Tensor, rows: torch.Tensor, rule: _Rule) -> torch.Tensor:
     """Return the eight magnitudes a decoded weight can take: s [r, G], R [r] -> float32 [8, r * G]."""
-    magnitudes = torch.tensor(rule.book.magnitudes, device=scales.device)
+    magnitudes = queued(torch.tensor(rule.book.magnitudes, dtype=torch.float32), scales.device)
     levels = magnitudes[:, None, None] * scales
     if rule.constraint != "none":
         levels = round_minifloat(levels, E4M3FN).mul_(rows[:, None])
