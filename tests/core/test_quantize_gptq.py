@@ -25,7 +25,7 @@ from zqfp_compile.quantize.layer import (
     quantize_layers,
 )
 from zqfp_compile.quantize.moments import InputMoments, damp
-from zqfp_compile.quantize.products import full_products, short_products
+from zqfp_compile.quantize.products import full_products, halved, short_products
 from zqfp_compile.quantize.rounding import round_minifloat
 from zqfp_compile.quantize.rtn import quantize_tensors
 from zqfp_compile.quantize.threads import DeviceThreads, side_by_side
@@ -353,6 +353,14 @@ def test_threads_wait_for_each_others_products() -> None:
         list(threads.map(work, [True, False, True]))
     assert len(seen) == 600 and all(seen)
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_halves_add_up_and_the_first_is_a_tf32_number() -> None:
+    matrix = normal(N, K) * torch.logspace(-20, 20, K)
+    high, low = halved(matrix)
+    assert torch.equal(high + low, matrix)
+    bits = torch.frexp(high).mantissa * 2**11
+    assert torch.equal(bits, bits.round()) and bool((low.abs() <= high.abs() * 2.0**-10).all())
 
 
 def test_an_error_in_a_thread_is_raised() -> None:
