@@ -90,7 +90,7 @@ def descend_block(
 
 def searches(values: torch.Tensor, size: int) -> bool:
     """Return whether the kernel of :func:`search_scales` can do groups of so many columns."""
-    return values.is_cuda and size <= _WIDEST and _search_kernel() is not None
+    return values.is_cuda and size <= _WIDEST and _search_kernels() is not None
 
 
 def search_scales(
@@ -123,7 +123,7 @@ def search_scales(
     for first in range(0, len(best), _SPAN):
         last = min(first + _SPAN, len(best))
         with _launching:
-            _search_kernel()[(-(-n // _SEARCHED),)](
+            _search_kernels()["search"][(-(-n // _SEARCHED),)](
                 *(values, rows, slope, gram, decoded, choices, best, change, n, k, first, last),
                 *(size, width, choices.shape[1], _SEARCHED),
                 *(part.stride(0) for part in (values, slope, gram, decoded, change)),
@@ -138,7 +138,7 @@ def search_scales(
 
 def measures(sizes: torch.Tensor) -> bool:
     """Return whether the kernel of :func:`group_errors` can do these."""
-    return sizes.is_cuda and _errors_kernel() is not None
+    return sizes.is_cuda and _search_kernels() is not None
 
 
 def group_errors(sizes: torch.Tensor, levels: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
@@ -156,7 +156,7 @@ def group_errors(sizes: torch.Tensor, levels: torch.Tensor, importance: torch.Te
     errors = torch.empty_like(sizes[0])
     factors, period = (sizes, 1) if importance is None else (importance, importance.shape[1])
     with _launching:
-        _errors_kernel()[(-(-count // _GROUPS),)](
+        _search_kernels()["errors"][(-(-count // _GROUPS),)](
             *(sizes, levels, factors, errors, count, width, period),
             *(len(levels), importance is not None, _GROUPS),
         )
@@ -254,8 +254,8 @@ def _kernels() -> Any:
 
 
 @functools.cache
-def _search_kernel() -> Any:
-    """Likewise, the kernel of :func:`search_scales`."""
+def _search_kernels() -> Any:
+    """Likewise, those of :func:`search_scales` and :func:`group_errors`."""
     try:
         import triton
         import triton.language as tl
@@ -336,18 +336,6 @@ def _search_kernel() -> Any:
             tl.store(change + row[:, None] * change_stride + place[None, :], move, mask=both)
             tl.debug_barrier()  # the program's other threads read it
 
-    return search_kernel
-
-
-@functools.cache
-def _errors_kernel() -> Any:
-    """Likewise, the kernel of :func:`group_errors`."""
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
-        return None
-
     @triton.jit  # type: ignore[untyped-decorator]
     def errors_kernel(  # type: ignore[no-untyped-def]
         sizes,
@@ -376,4 +364,4 @@ def _errors_kernel() -> Any:
             total += error
         tl.store(errors + group, total, mask=mask)
 
-    return errors_kernel
+    return {"search": search_kernel, "errors": errors_kernel}
