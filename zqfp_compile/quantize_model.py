@@ -22,6 +22,7 @@ from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan, SitePrecisio
 from zqfp_compile.quantize.layer import LayerOptions, LayerTask, QuantizedLayer, quantize_layers
 from zqfp_compile.quantize.lorc import LowRank
 from zqfp_compile.quantize.moments import InputMoments
+from zqfp_compile.quantize.quantized_tensors import QuantizedTensors
 from zqfp_compile.quantize.threads import DeviceThreads, side_by_side
 from zqfp_compile.tensor_store import TensorStore
 from zqfp_compile.weights import locate_weight
@@ -311,7 +312,7 @@ class _Layers:
         plan = self._plan.replace(tensors=self.tensors)
         factors = plan.low_rank(site)
         lorc = None if factors is None else LowRank(*map(torch.from_numpy, factors))
-        return QuantizedLayer(plan.quantized_weight(site), lorc)
+        return QuantizedLayer(QuantizedTensors.of(plan.quantized_weight(site), "cpu"), lorc)
 
 
 def _layer_options(plan: QuantPlan, site: LinearSite) -> LayerOptions:

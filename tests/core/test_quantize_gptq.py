@@ -25,9 +25,9 @@ from zqfp_compile.quantize.layer import (
     quantize_layers,
 )
 from zqfp_compile.quantize.moments import InputMoments, damp
-from zqfp_compile.quantize.products import full_products, short_products
+from zqfp_compile.quantize.products import full_products, halved, short_products
 from zqfp_compile.quantize.rounding import round_minifloat
-from zqfp_compile.quantize.rtn import quantize_weight
+from zqfp_compile.quantize.rtn import quantize_tensors
 from zqfp_compile.quantize.threads import DeviceThreads, side_by_side
 
 N, K = 24, 80  # K is no multiple of 32 or 64: the last group is padded
@@ -62,7 +62,7 @@ def cost(error: torch.Tensor, gram: torch.Tensor) -> float:
 
 
 def start_of(weight: torch.Tensor, form: str, constraint: str, group_size: int = 32):
-    return quantize_weight(
+    return quantize_tensors(
         weight, weight_format=form, group_size=group_size, scale_constraint=constraint, name="w"
     )
 
@@ -103,14 +103,14 @@ def test_it_beats_rounding_on_tokens_it_has_not_seen() -> None:
 def test_every_step_stays_on_the_grid_and_lowers_the_error(
     form: str, constraint: str, group_size: int
 ) -> None:
-    """Values are decoded codes bit for bit; building a QuantizedWeight checks that scales are legal."""
+    """Values are decoded codes bit for bit; ``checked`` looks whether scales are legal."""
     weight, moments = normal(N, K), moments_of(inputs())
     gram = damp(moments.gram.clone(), 0.01)
     quantized = start_of(weight, form, constraint, group_size)
     grid = WeightGrid(quantized, "cpu")
     values = gptq_round(weight, moments, grid)
     quantized = grid.encode(values)
-    assert torch.equal(torch.from_numpy(quantized.dequantize()), values)
+    assert torch.equal(torch.from_numpy(quantized.checked().dequantize()), values)
     costs = [cost(weight - values, gram)]
     for refit in (refit_scales, refit_rows):
         quantized = refit(quantized, weight, gram)
@@ -119,7 +119,7 @@ def test_every_step_stays_on_the_grid_and_lowers_the_error(
     values = descend(weight, decoded(quantized, "cpu"), gram, grid)
     quantized = grid.encode(values)
     # Values are reached by adding changes: an ulp off.
-    torch.testing.assert_close(torch.from_numpy(quantized.dequantize()), values, rtol=0, atol=2e-6)
+    torch.testing.assert_close(torch.from_numpy(quantized.checked().dequantize()), values, rtol=0, atol=2e-6)
     costs.append(cost(weight - values, gram))
     for before, after in itertools.pairwise(costs):
         assert after <= before * (1 + 1e-5)  # float32 sums
@@ -148,9 +148,9 @@ def test_refits_find_what_was_scaled_away() -> None:
         target = decoded(right, "cpu")
         assert right.group_scales is not None
         if constraint == "none":
-            wrong = dataclasses.replace(right, group_scales=right.group_scales * np.float32(1.07))
+            wrong = dataclasses.replace(right, group_scales=right.group_scales * 1.07)
         else:
-            wrong = dataclasses.replace(right, row_scales=right.row_scales * np.float32(1.07))
+            wrong = dataclasses.replace(right, row_scales=right.row_scales * 1.07)
         refit = refit_rows if constraint == "e4m3" else refit_scales
         found = decoded(refit(wrong, target, moments.gram), "cpu")
         if constraint == "e4m3":
@@ -353,6 +353,14 @@ def test_threads_wait_for_each_others_products() -> None:
         list(threads.map(work, [True, False, True]))
     assert len(seen) == 600 and all(seen)
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_halves_add_up_and_the_first_is_a_tf32_number() -> None:
+    matrix = normal(N, K) * torch.logspace(-20, 20, K)
+    high, low = halved(matrix)
+    assert torch.equal(high + low, matrix)
+    bits = torch.frexp(high).mantissa * 2**11
+    assert torch.equal(bits, bits.round()) and bool((low.abs() <= high.abs() * 2.0**-10).all())
 
 
 def test_an_error_in_a_thread_is_raised() -> None:

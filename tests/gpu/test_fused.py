@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from zqfp_compile.quantize import descent, fused, gptq
+from zqfp_compile.quantize import descent, fused, gptq, rtn
 from zqfp_compile.quantize.grid import WeightGrid
-from zqfp_compile.quantize.rtn import quantize_weight
+from zqfp_compile.quantize.rtn import quantize_tensors
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -17,8 +17,13 @@ def problem(n=200, k=300, columns=100, group_size=64):
     mix = torch.randn(columns, 2 * columns, device="cuda")
     gram = mix @ mix.t() / columns
     order = torch.randperm(k, device="cuda")[:columns]
-    grid = WeightGrid(quantize_weight(weight, group_size=group_size), "cuda")
+    grid = WeightGrid(quantize_tensors(weight, group_size=group_size), "cuda")
     return weight, gram, order, grid
+
+
+def wide(inner):
+    """Return the values as a part of a larger matrix."""
+    return torch.nn.functional.pad(inner, (0, 28))[:, : len(inner)]
 
 
 @pytest.mark.parametrize(("columns", "group_size"), [(128, 64), (100, 64), (7, 0)])
@@ -27,7 +32,7 @@ def test_round_block(columns, group_size):
     factor = torch.linalg.cholesky(gram, upper=True)
     block = weight[:, order].t().contiguous()
     assert fused.usable(grid, block)
-    rounded, scaled = fused.round_block(block, factor, order, grid)
+    rounded, scaled = fused.round_block(block, wide(factor), fused.groups(grid, order), grid)
     wanted, wanted_scaled = gptq._round_block(block.clone(), factor, order, grid)
     # A value within float32 rounding of a midpoint may go the other way and take later ones with it.
     assert (rounded == wanted).float().mean() > 0.995
@@ -40,7 +45,7 @@ def test_descend_block(columns):
     weight, gram, order, grid = problem(columns=columns)
     values = torch.stack([grid.nearest(weight[:, c], c) for c in order.tolist()])
     slope = gram @ torch.randn_like(values) * 0.1
-    changes = fused.descend_block(values, slope, gram, order, grid)
+    changes = fused.descend_block(values, slope, wide(gram), fused.groups(grid, order), grid)
     wanted = descent._descend_block(values, slope, gram, order, grid)
     assert (changes == wanted).float().mean() > 0.995
     assert bool((wanted != 0).any())
@@ -52,10 +57,25 @@ def test_search_scales(k, group_size, weight_format, monkeypatch):
     torch.manual_seed(1)
     weight, x = torch.randn(200, k, device="cuda"), torch.randn(4 * k, k, device="cuda")
     gram = x.t() @ x / len(x)
-    start = quantize_weight(weight, weight_format=weight_format, group_size=group_size)
-    assert fused.searches(weight[:, :group_size]) and not fused.searches(weight.cpu())
+    start = quantize_tensors(weight, weight_format=weight_format, group_size=group_size)
+    assert fused.searches(weight, group_size) and not fused.searches(weight.cpu(), group_size)
     found = descent.refit_scales(start, weight, gram).group_scales
-    monkeypatch.setattr(fused, "searches", lambda values: False)
+    monkeypatch.setattr(fused, "searches", lambda values, size: False)
     wanted = descent.refit_scales(start, weight, gram).group_scales
     # Sums in another order: two scales that are equally good may change places.
-    assert (found == wanted).mean() > 0.995 and (wanted != start.group_scales).any()
+    assert (found == wanted).float().mean() > 0.995 and (wanted != start.group_scales).any()
+
+
+@pytest.mark.parametrize(
+    ("width", "count", "period"), [(64, 600, 5), (64, 600, None), (300, 3, 1), (7, 1, 1)]
+)
+def test_group_errors(width, count, period, monkeypatch):
+    torch.manual_seed(2)
+    sizes = torch.rand(width, count, device="cuda")
+    levels = torch.rand(8, count, device="cuda").sort(dim=0).values
+    levels[0] = 0
+    importance = None if period is None else torch.rand(width, period, device="cuda")
+    assert fused.measures(sizes) and not fused.measures(sizes.cpu())
+    found = rtn._group_errors(sizes, levels, importance)
+    monkeypatch.setattr(fused, "measures", lambda sizes: False)
+    torch.testing.assert_close(found, rtn._group_errors(sizes, levels, importance))

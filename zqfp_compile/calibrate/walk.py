@@ -205,14 +205,16 @@ class _Walk:
         steps = self.parts.steps
         visited: Sequence[_Visited] = ()
         begin = self._restore()
-        for index, step in enumerate(steps):
-            if index < begin:
-                continue
+        ahead: Callable[[], list[torch.Tensor]] | None = None
+        for index, step in enumerate(steps[begin:], begin):
             progress(index, len(steps), step.sites[0].name)
-            weights = self._weights(step)
+            weights = ahead or self._weights(step)
             if index > begin or not self.ranges:
                 self._advance(index, visited)
-            visited = self._visit(step, self._survey(step), weights)
+            quantizer = self._survey(step)
+            if index + 1 < len(steps):
+                ahead = self._weights(steps[index + 1])
+            visited = self._visit(step, quantizer, weights)
             self._commit(index)
         progress(len(steps), len(steps), "")
 

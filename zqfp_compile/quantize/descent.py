@@ -12,11 +12,11 @@ import torch
 
 from zqfp_compile.formats.codebook import CODE_BOOKS
 from zqfp_compile.formats.minifloat import E4M3FN
-from zqfp_compile.formats.quantized import QuantizedWeight
 from zqfp_compile.formats.scales import legal_scales
 from zqfp_compile.quantize import fused
 from zqfp_compile.quantize.grid import Grid, decoded, decoded_w8
-from zqfp_compile.quantize.rounding import decode_codes, round_minifloat
+from zqfp_compile.quantize.quantized_tensors import QuantizedTensors
+from zqfp_compile.quantize.rounding import decode_codes, queued, round_minifloat
 from zqfp_compile.quantize.rtn import over_blocks
 
 # Columns worked on before their changes go to all others in one matrix product.
@@ -46,13 +46,17 @@ def descend(target: torch.Tensor, rounded: torch.Tensor, gram: torch.Tensor, gri
     values = rounded.t().contiguous()
     slope = gram @ (target.t() - values)
     order = torch.arange(len(values), device=values.device)
+    groups = fused.groups(grid, order) if fused.usable(grid, values) else None
     for begin in range(0, len(values), BLOCK):
         end = min(begin + BLOCK, len(values))
-        part, columns = slice(begin, end), order[begin:end]
-        change_block = fused.descend_block if fused.usable(grid, values) else _descend_block
-        changes = change_block(values[part], slope[part], gram[part, part], columns, grid)
+        part = slice(begin, end)
+        inner = gram[part, part]
+        if groups is None:
+            changes = _descend_block(values[part], slope[part], inner, order[part], grid)
+        else:
+            changes = fused.descend_block(values[part], slope[part], inner, groups[part], grid)
         values[part] += changes
-        slope.addmm_(gram[:, part], changes, alpha=-1)
+        slope[end:].addmm_(gram[end:, part], changes, alpha=-1)
     return values.t()
 
 
@@ -68,7 +72,7 @@ def _descend_block(
     return changes
 
 
-def refit_rows(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.Tensor) -> QuantizedWeight:
+def refit_rows(quantized: QuantizedTensors, target: torch.Tensor, gram: torch.Tensor) -> QuantizedTensors:
     """Fit each row's scale R to the codes in closed form: ``R = (q G t) / (q G q)`` with q the row of w8.
 
     Rows of one compute group have one R: both products are summed over them.
@@ -78,17 +82,16 @@ def refit_rows(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.Ten
         return quantized
     w8 = decoded_w8(quantized, target.device)
     weighted = w8 @ gram
-    old = torch.from_numpy(quantized.row_scales).to(target.device)
+    old = quantized.row_scales
     below, above = (
         over_blocks((weighted * other).sum(dim=1), quantized.scale_rows, torch.sum) for other in (w8, target)
     )
     fitted = above / below.clamp_min(_TINY)
     good = (below > 0) & (fitted * LARGEST_MOVE > old) & (fitted < LARGEST_MOVE * old)
-    rows = torch.where(good, fitted, old)
-    return dataclasses.replace(quantized, row_scales=rows.cpu().numpy())
+    return dataclasses.replace(quantized, row_scales=torch.where(good, fitted, old))
 
 
-def refit_scales(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.Tensor) -> QuantizedWeight:
+def refit_scales(quantized: QuantizedTensors, target: torch.Tensor, gram: torch.Tensor) -> QuantizedTensors:
     """Move each group's scale to the best of its neighbours, group by group, the codes staying.
 
     Only ``e4m3`` scales have neighbours close enough to win with unchanged codes, and ``none`` allows any
@@ -98,29 +101,40 @@ def refit_scales(quantized: QuantizedWeight, target: torch.Tensor, gram: torch.T
         return quantized
     device = target.device
     book = CODE_BOOKS[quantized.weight_format]
-    values = decode_codes(torch.from_numpy(quantized.codes).to(device), book)[:, : quantized.k]
-    scales = torch.tensor(quantized.group_scales, device=device)  # a copy, written to
-    rows = torch.from_numpy(quantized.row_scales).to(device)[:, None]
+    values = decode_codes(quantized.codes, book)[:, : quantized.k]
+    rows = quantized.row_scales
+    # A group after the other, each group's scales one piece.
+    old = quantized.group_scales.t().contiguous()
+    choices = _choices(old, queued(torch.from_numpy(legal_scales("e4m3", book)), device))
     weight = decoded(quantized, device)
     slope = (target - weight) @ gram
-    table = torch.from_numpy(legal_scales("e4m3", book)).to(device)
-    steps = torch.tensor(STEPS, device=device)
     size = values.shape[1] if quantized.group_size == 0 else quantized.group_size
-    for index in range(scales.shape[1]):
+    if quantized.scale_constraint == "e4m3" and fused.searches(values, size):
+        found = fused.search_scales(values, rows, slope, gram, weight, choices, size)
+        return dataclasses.replace(quantized, group_scales=found.t().contiguous())
+    found = torch.empty_like(old)
+    for index in range(len(old)):
         part = slice(index * size, min((index + 1) * size, quantized.k))
         group = _Group(values[:, part], rows, slope[:, part], gram[part, part], weight[:, part])
         if quantized.scale_constraint == "none":
-            best, change = group.fit(scales[:, index])
+            found[index], change = group.fit(old[index])
         else:
-            best, change = group.search(scales[:, index].contiguous(), table, steps)
-        scales[:, index] = best
-        slope -= change @ gram[part]
-    return dataclasses.replace(quantized, group_scales=scales.cpu().numpy())
+            found[index], change = group.search(choices[index])
+        # Nobody looks at the slope of the groups before.
+        slope[:, part.stop :].addmm_(change, gram[part, part.stop :], alpha=-1)
+    return dataclasses.replace(quantized, group_scales=found.t().contiguous())
+
+
+def _choices(scales: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Return every scale [G, N] and those :data:`STEPS` away in ``table``, float32 [G, 1 + S, N]."""
+    steps = queued(torch.tensor(STEPS), scales.device)[:, None]
+    places = (torch.searchsorted(table, scales)[:, None] + steps).clamp_(0, len(table) - 1)
+    return torch.cat([scales[:, None], table[places]], dim=1)  # what is there first: it wins ties
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Group:
-    """One group of every row: [N, g] code-book values, slopes and decoded weights, and G's block [g, g]."""
+    """One group of every row: code-book values, slopes, decoded weights [N, g], R [N], G's block [g, g]."""
 
     values: torch.Tensor
     rows: torch.Tensor
@@ -128,20 +142,14 @@ class _Group:
     gram: torch.Tensor
     decoded: torch.Tensor
 
-    def search(
-        self, scales: torch.Tensor, table: torch.Tensor, steps: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the best scales [N] among those ``steps`` away in ``table``, and how weights change."""
-        places = (torch.searchsorted(table, scales) + steps[:, None]).clamp_(0, len(table) - 1)
-        choices = torch.cat([scales[None], table[places]])  # what is there first: it wins ties
-        if fused.searches(self.values):
-            rows = self.rows[:, 0].contiguous()
-            return fused.search_scales(self.values, rows, self.slope, self.gram, self.decoded, choices)
-        moved = round_minifloat(self.values * choices[1:, :, None], E4M3FN) * self.rows - self.decoded
+    def search(self, choices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the best scales [N] among ``choices`` [1 + S, N], and how weights change."""
+        moved = round_minifloat(self.values * choices[1:, :, None], E4M3FN) * self.rows[:, None]
+        moved -= self.decoded
         gains = ((moved @ self.gram - 2 * self.slope) * moved).sum(dim=2).nan_to_num(0.0)
-        best = torch.cat([torch.zeros_like(scales)[None], gains]).argmin(dim=0)
+        best = torch.cat([torch.zeros_like(choices[:1]), gains]).argmin(dim=0)
         changes = torch.cat([torch.zeros_like(self.decoded)[None], moved])
-        rows = torch.arange(len(scales), device=scales.device)
+        rows = torch.arange(len(best), device=best.device)
         return choices[best, rows], changes[best, rows]
 
     def fit(self, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,13 +37,15 @@ def gptq_round(
     # Columns of W as rows: each step then works on contiguous memory.
     work = weight.float()[:, order].t().contiguous()
     result = torch.empty_like(work)
+    groups = fused.groups(grid, order) if fused.usable(grid, work) else None
     for begin in range(0, len(work), BLOCK):
         end = min(begin + BLOCK, len(work))
-        columns, inner = order[begin:end], factor[begin:end, begin:end]
-        if fused.usable(grid, work):
-            result[begin:end], scaled = fused.round_block(work[begin:end], inner, columns, grid)
+        part = slice(begin, end)
+        inner = factor[part, part]
+        if groups is None:
+            result[part], scaled = _round_block(work[part], inner, order[part], grid)
         else:
-            result[begin:end], scaled = _round_block(work[begin:end], inner, columns, grid)
+            result[part], scaled = fused.round_block(work[part], inner, groups[part], grid)
         work[end:].addmm_(factor[begin:end, end:].t(), scaled, alpha=-1)
     values = torch.empty_like(result)
     values[order] = result

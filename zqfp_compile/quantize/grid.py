@@ -9,7 +9,7 @@ import torch
 
 from zqfp_compile.formats.codebook import CODE_BOOKS
 from zqfp_compile.formats.minifloat import E4M3FN
-from zqfp_compile.formats.quantized import QuantizedWeight
+from zqfp_compile.quantize.quantized_tensors import AnyWeight, QuantizedTensors
 from zqfp_compile.quantize.rounding import decode_codes, nearest_level, round_minifloat
 from zqfp_compile.quantize.rtn import decoded_levels
 
@@ -32,16 +32,16 @@ class Grid(Protocol):
 class WeightGrid:
     """The values a quantised weight can take when its scales are fixed: a :class:`Grid`."""
 
-    def __init__(self, start: QuantizedWeight, device: torch.device | str) -> None:
+    def __init__(self, start: AnyWeight, device: torch.device | str) -> None:
         """Take the scales of ``start``; its codes do not matter."""
-        self._start = start
+        self._start = start = QuantizedTensors.of(start, device)
         self.table: torch.Tensor | None = None
         self.group_size = start.group_size
         if start.weight_format == "fp8":
-            self._rows = torch.from_numpy(start.row_scales).to(device)
+            self._rows = start.row_scales
             return
         # [G, N, 8] and [G, N, 7]: one group's table is contiguous.
-        self.table = decoded_levels(start, torch.device(device)).permute(2, 1, 0).contiguous()
+        self.table = decoded_levels(start, device).permute(2, 1, 0).contiguous()
         self._middles = ((self.table[..., 1:] + self.table[..., :-1]) / 2).contiguous()
 
     def nearest(self, column: torch.Tensor, index: int) -> torch.Tensor:
@@ -52,31 +52,32 @@ class WeightGrid:
         place = torch.searchsorted(self._middles[group], column.abs()[:, None])
         return self.table[group].gather(1, place)[:, 0].copysign_(column)
 
-    def encode(self, values: torch.Tensor) -> QuantizedWeight:
+    def encode(self, values: torch.Tensor) -> QuantizedTensors:
         """Return the quantised weight with the grid values nearest to ``values`` [N, K]."""
         start = self._start
         if self.table is None:
             rounded = round_minifloat(values / self._rows[:, None], E4M3FN).to(torch.float8_e4m3fn)
-            codes = rounded.contiguous().view(torch.uint8).cpu().numpy().view(E4M3FN.dtype)
-            return dataclasses.replace(start, codes=codes)
+            return dataclasses.replace(start, codes=rounded.contiguous())
         width = start.codes.shape[1]
         padded = torch.nn.functional.pad(values, (0, width - values.shape[1]))
         groups = padded.reshape(len(values), len(self.table), -1)
         index = nearest_level(groups.abs(), self.table.permute(2, 1, 0)[..., None]).copysign_(groups)
-        return dataclasses.replace(start, codes=index.reshape(padded.shape).to(torch.int8).cpu().numpy())
+        # The values came as columns.
+        return dataclasses.replace(start, codes=index.reshape(padded.shape).to(torch.int8).contiguous())
 
 
-def decoded_w8(weight: QuantizedWeight, device: torch.device | str) -> torch.Tensor:
+def decoded_w8(weight: AnyWeight, device: torch.device | str) -> torch.Tensor:
     """Return w8, float32 [N, K]: :meth:`QuantizedWeight.fp8_weight` in torch."""
-    if weight.group_scales is None:
-        return torch.from_numpy(weight.fp8_weight()).to(device)
-    codes = torch.from_numpy(weight.codes).to(device)
+    weight = QuantizedTensors.of(weight, device)
+    codes, scales = weight.codes, weight.group_scales
+    if scales is None:
+        return codes.to(torch.float32)
     values = decode_codes(codes, CODE_BOOKS[weight.weight_format])
-    scales = torch.from_numpy(weight.group_scales).to(device)
     values = (values.view(*scales.shape, -1) * scales[..., None]).view(codes.shape)[:, : weight.k]
     return values if weight.scale_constraint == "none" else round_minifloat(values, E4M3FN)
 
 
-def decoded(weight: QuantizedWeight, device: torch.device | str) -> torch.Tensor:
+def decoded(weight: AnyWeight, device: torch.device | str) -> torch.Tensor:
     """Return W_hat, float32 [N, K]: :meth:`QuantizedWeight.dequantize` in torch."""
-    return decoded_w8(weight, device) * torch.from_numpy(weight.row_scales).to(device)[:, None]
+    weight = QuantizedTensors.of(weight, device)
+    return decoded_w8(weight, device) * weight.row_scales[:, None]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
-import numpy as np
 import torch
 
 from zqfp_compile.formats.quantized import QuantizedWeight
@@ -16,7 +15,8 @@ from zqfp_compile.quantize.gptq import gptq_round
 from zqfp_compile.quantize.grid import WeightGrid, decoded
 from zqfp_compile.quantize.lorc import LowRank, low_rank_factors
 from zqfp_compile.quantize.moments import DAMPING, InputMoments
-from zqfp_compile.quantize.rtn import check_finite, quantize_weight
+from zqfp_compile.quantize.quantized_tensors import QuantizedTensors, joined
+from zqfp_compile.quantize.rtn import check_finite, quantize_tensors
 from zqfp_compile.quantize.threads import DeviceThreads, one_torch_thread, threads_for
 
 Algorithm = Literal["rtn", "gptq"]
@@ -63,14 +63,19 @@ class LayerOptions:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLayer:
-    """A quantised weight and its compensation."""
+    """A quantised weight, where it was computed, and its compensation."""
 
-    weight: QuantizedWeight
+    tensors: QuantizedTensors
     lorc: LowRank | None
+
+    @cached_property
+    def weight(self) -> QuantizedWeight:
+        """The weight, checked and on the host."""
+        return self.tensors.checked()
 
     def effective_weight(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return W_hat, float32 [N, K], without the compensation."""
-        return decoded(self.weight, device)
+        return decoded(self.tensors, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,9 +199,12 @@ class _Layers:
             mine = [(repeat, index, [part for part in parts if part.index == index]) for index in wanted]
             for (_, index, _), found in zip(mine, self._threads.map(self._compensate, mine), strict=True):
                 self._low_rank[index] = found
+        rows = [
+            [part.quantized for part in parts if part.index == index] for index in range(len(self._tasks))
+        ]
         return [
-            QuantizedLayer(_joined([part.quantized for part in parts if part.index == index]), low_rank)
-            for index, low_rank in enumerate(self._low_rank)
+            QuantizedLayer(joined(found, self._threads.main), low_rank)
+            for found, low_rank in zip(rows, self._low_rank, strict=True)
         ]
 
     def _begin(self, place: int, half: tuple[int, slice]) -> _Rows:
@@ -248,7 +256,7 @@ class _Rows:
     task: LayerTask
     moments: InputMoments | None
     target: torch.Tensor
-    quantized: QuantizedWeight = field(init=False)
+    quantized: QuantizedTensors = field(init=False)
 
     def round(self, low_rank: LowRank | None) -> None:
         """Quantise the target, less what the compensation adds."""
@@ -260,20 +268,6 @@ class _Rows:
     def error(self) -> torch.Tensor:
         """Return what the quantised rows lack."""
         return self.target - decoded(self.quantized, self.target.device)
-
-
-def _joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Return the rows of all parts as one weight."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    scales = [part.group_scales for part in parts if part.group_scales is not None]
-    return dataclasses.replace(
-        first,
-        codes=np.concatenate([part.codes for part in parts]),
-        group_scales=np.concatenate(scales) if scales else None,
-        row_scales=np.concatenate([part.row_scales for part in parts]),
-    )
 
 
 def corrected(weight: torch.Tensor, moments: InputMoments, options: LayerOptions) -> torch.Tensor:
@@ -291,7 +285,7 @@ def corrected(weight: torch.Tensor, moments: InputMoments, options: LayerOptions
 
 def _quantize(
     target: torch.Tensor, options: LayerOptions, moments: InputMoments | None, name: str
-) -> QuantizedWeight:
+) -> QuantizedTensors:
     if options.algorithm == "rtn":
         moments = None  # LoRC alone weighs with them
     importance = None
@@ -299,7 +293,7 @@ def _quantize(
         importance = moments.energy
     elif moments is not None and options.importance == "conditional":
         importance = moments.conditional_energy(options.damping)
-    start = quantize_weight(
+    start = quantize_tensors(
         target,
         weight_format=options.weight_format,
         group_size=options.group_size,

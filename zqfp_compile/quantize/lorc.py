@@ -181,8 +181,9 @@ def _fitted(error: torch.Tensor, metric: _Metric, v: torch.Tensor, u: torch.Tens
     # A quarter of the bound: errors of a sum cancel.
     rounding = torch.finfo(torch.float32).eps / 4 * metric.norm * float(v.square().sum(dim=0).max())
     missing = -normal @ u.double()
-    step = max(1, _BLOCK // error.shape[1])
-    for start in range(0, len(error), step):  # the whole error in float64 would be its size twice over
+    # The whole error in float64 would be its size twice over, for which a GPU has room.
+    step = len(error) if error.is_cuda else max(1, _BLOCK // error.shape[1])
+    for start in range(0, len(error), step):
         block = error[start : start + step].double()
         missing[:, start : start + step] += weighted.t() @ block.t()
     inverse = torch.where(energies > rounding, 1.0 / energies, 0.0)

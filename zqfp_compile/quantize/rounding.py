@@ -25,15 +25,20 @@ def encode_codes(x: torch.Tensor, book: CodeBook) -> torch.Tensor:
     :meth:`CodeBook.encode` in torch, except that the code of a NaN is undefined.
     """
     values = x.to(torch.float32)
-    levels = torch.tensor(book.magnitudes, dtype=torch.float32, device=values.device)
+    levels = queued(torch.tensor(book.magnitudes, dtype=torch.float32), values.device)
     return nearest_level(values.abs(), levels).copysign_(values).to(torch.int8)
 
 
 def decode_codes(codes: torch.Tensor, book: CodeBook) -> torch.Tensor:
     """Return the float32 values of int8 codes -7..7. :meth:`CodeBook.decode` in torch."""
-    half = torch.tensor(book.magnitudes, dtype=torch.float32, device=codes.device)
+    half = queued(torch.tensor(book.magnitudes, dtype=torch.float32), codes.device)
     table = torch.cat([-half[1:].flip(0), half])
     return table[codes.to(torch.int64) + 7]
+
+
+def queued(small: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return a small tensor of the host on ``device``, where it arrives in turn: a GPU is not waited for."""
+    return small.to(device, non_blocking=True)  # pageable memory: it is free again at once
 
 
 def nearest_level(sizes: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
 import torch
 
 from zqfp_compile.errors import ModelError
@@ -17,13 +17,15 @@ from zqfp_compile.formats.codebook import CODE_BOOKS, CodeBook
 from zqfp_compile.formats.minifloat import E4M3FN
 from zqfp_compile.formats.quantized import QuantizedWeight, group_width
 from zqfp_compile.formats.scales import SCALE_CONSTRAINTS, top_scale
-from zqfp_compile.quantize.rounding import nearest_level, round_minifloat
+from zqfp_compile.quantize import fused
+from zqfp_compile.quantize.quantized_tensors import AnyWeight, QuantizedTensors
+from zqfp_compile.quantize.rounding import nearest_level, queued, round_minifloat
 from zqfp_compile.quantize.threads import one_torch_thread
 
 # Elements of the rows worked on at once: three float32 arrays of it stay in one core's cache. Measured with
 # one thread each, 15000 to 30000 elements take 1.5 times as long (calls), 250000 take 1.2 times (memory).
 CPU_CHUNK = 1 << 17
-CUDA_CHUNK = 1 << 22
+CUDA_CHUNK = 1 << 25
 
 # Larger weights would overflow float32 when decoded; rows below the floor count as rows of zeros.
 LARGEST_WEIGHT = 2.0**126
@@ -76,7 +78,12 @@ class _Rule:
     importance: torch.Tensor | None = None  # float32 [g, G], largest 1, on the weight's device
 
 
-def quantize_weight(
+def quantize_weight(weight: torch.Tensor, **options: Any) -> QuantizedWeight:
+    """:func:`quantize_tensors`, checked and on the host."""
+    return quantize_tensors(weight, **options).checked()
+
+
+def quantize_tensors(
     weight: torch.Tensor,
     *,
     weight_format: str = "e2m1",
@@ -86,7 +93,7 @@ def quantize_weight(
     search: bool = True,
     importance: torch.Tensor | None = None,
     name: str = "weight",
-) -> QuantizedWeight:
+) -> QuantizedTensors:
     """Quantise W[N, K] to the nearest values its format can take.
 
     Args:
@@ -103,7 +110,7 @@ def quantize_weight(
         name: The tensor's name, for errors.
 
     Returns:
-        The quantised weight, in numpy. Rows of zeros (below 2^-100) have codes 0, and R = 1 unless they
+        The quantised weight, on W's device. Rows of zeros (below 2^-100) have codes 0, and R = 1 unless they
         share another row's.
 
     Raises:
@@ -129,7 +136,7 @@ def quantize_weight(
     return _quantize_4bit(weight, rule, group_size)
 
 
-def decoded_levels(weight: QuantizedWeight, device: torch.device | str = "cpu") -> torch.Tensor:
+def decoded_levels(weight: AnyWeight, device: torch.device | str = "cpu") -> torch.Tensor:
     """Return the magnitudes that a decoded weight of each group can take, float32 [8, N, G] in code order.
 
     ``levels[abs(c), n, j]`` is exactly ``abs(weight.dequantize()[n, k])`` for ``c = weight.codes[n, k]`` in
@@ -138,12 +145,12 @@ def decoded_levels(weight: QuantizedWeight, device: torch.device | str = "cpu") 
     Raises:
         ValueError: For ``fp8`` weights, which have no code book.
     """
-    if weight.group_scales is None:
+    scales = QuantizedTensors.of(weight, device).group_scales
+    if scales is None:
         raise ValueError(f"{weight.weight_format} weights have no code book")
     width = group_width(weight.k, weight.group_size)
     rule = _Rule(CODE_BOOKS[weight.weight_format], width, weight.scale_constraint, search=False)
-    scales, rows = (torch.from_numpy(part).to(device) for part in (weight.group_scales, weight.row_scales))
-    return _levels(scales, rows, rule).view(-1, *scales.shape)
+    return _levels(scales, QuantizedTensors.of(weight, device).row_scales, rule).view(-1, *scales.shape)
 
 
 def check_finite(weight: torch.Tensor, name: str) -> None:
@@ -176,30 +183,29 @@ def _group_importance(importance: torch.Tensor, weight: torch.Tensor, width: int
     return values.view(-1, width).t().contiguous()
 
 
-def _quantize_fp8(weight: torch.Tensor, group_size: int, scale_constraint: str) -> QuantizedWeight:
+def _quantize_fp8(weight: torch.Tensor, group_size: int, scale_constraint: str) -> QuantizedTensors:
     n, k = weight.shape
-    codes = np.empty((n, k), dtype=E4M3FN.dtype)
-    row_scales = np.empty(n, dtype=np.float32)
+    codes = torch.empty(n, k, dtype=torch.float8_e4m3fn, device=weight.device)
+    row_scales = torch.empty(n, device=weight.device)
 
     def work(start: int, stop: int) -> None:
         rows, factor = _normalise(weight[start:stop], 1)
         largest = rows.abs().amax(dim=1)
         scale = torch.where(largest > 0, largest / E4M3FN.max_value, 1.0)
-        rounded = round_minifloat(rows / scale[:, None], E4M3FN).to(torch.float8_e4m3fn)
-        codes[start:stop] = rounded.view(torch.uint8).cpu().numpy().view(E4M3FN.dtype)
-        row_scales[start:stop] = (scale * factor).cpu().numpy()
+        codes[start:stop] = round_minifloat(rows / scale[:, None], E4M3FN)
+        row_scales[start:stop] = scale * factor
 
     _for_row_chunks(weight, k, 1, work)
-    return QuantizedWeight(codes, None, row_scales, k, "fp8", group_size, scale_constraint)
+    return QuantizedTensors(codes, None, row_scales, k, "fp8", group_size, scale_constraint)
 
 
-def _quantize_4bit(weight: torch.Tensor, rule: _Rule, group_size: int) -> QuantizedWeight:
+def _quantize_4bit(weight: torch.Tensor, rule: _Rule, group_size: int) -> QuantizedTensors:
     n, k = weight.shape
     groups = -(-k // rule.width)
     padded = groups * rule.width
-    codes = np.empty((n, padded), dtype=np.int8)
-    group_scales = np.empty((n, groups), dtype=np.float32)
-    row_scales = np.empty(n, dtype=np.float32)
+    codes = torch.empty(n, padded, dtype=torch.int8, device=weight.device)
+    group_scales = torch.empty(n, groups, device=weight.device)
+    row_scales = torch.empty(n, device=weight.device)
 
     def work(start: int, stop: int) -> None:
         values, factor = _normalise(weight[start:stop], rule.scale_rows)
@@ -207,12 +213,12 @@ def _quantize_4bit(weight: torch.Tensor, rule: _Rule, group_size: int) -> Quanti
         signed, scales, rows = _quantize_rows(values, rule)
         if rule.constraint == "none":
             scales, factor = scales * factor[:, None], torch.ones_like(factor)
-        codes[start:stop] = signed.cpu().numpy()
-        group_scales[start:stop] = scales.cpu().numpy()
-        row_scales[start:stop] = (rows * factor).cpu().numpy()
+        codes[start:stop] = signed
+        group_scales[start:stop] = scales
+        row_scales[start:stop] = rows * factor
 
     _for_row_chunks(weight, padded, rule.scale_rows, work)
-    return QuantizedWeight(
+    return QuantizedTensors(
         codes, group_scales, row_scales, k, rule.book.name, group_size, rule.constraint, rule.scale_rows
     )
 
@@ -266,7 +272,7 @@ def _quantize_rows(values: torch.Tensor, rule: _Rule) -> tuple[torch.Tensor, tor
 
 def _levels(scales: torch.Tensor, rows: torch.Tensor, rule: _Rule) -> torch.Tensor:
     """Return the eight magnitudes a decoded weight can take: s [r, G], R [r] -> float32 [8, r * G]."""
-    magnitudes = torch.tensor(rule.book.magnitudes, device=scales.device)
+    magnitudes = queued(torch.tensor(rule.book.magnitudes, dtype=torch.float32), scales.device)
     levels = magnitudes[:, None, None] * scales
     if rule.constraint != "none":
         levels = round_minifloat(levels, E4M3FN).mul_(rows[:, None])
@@ -311,6 +317,8 @@ def _group_errors(sizes: torch.Tensor, levels: torch.Tensor, importance: torch.T
         levels: Each group's levels, ascending from 0.
         importance: Factors [g, G] on the squared errors, alike for all rows.
     """
+    if fused.measures(sizes):
+        return fused.group_errors(sizes, levels, importance)
     nearest = sizes.clone()  # level 0 is zero
     distance = torch.empty_like(sizes)
     for level in levels[1:]:
