@@ -81,8 +81,8 @@ CASES = [
     Case(T32, m=33, n=456, k=272, workers=4, outputs=(64, 64, 320, 8)),
     Case(T128_PAIR, m=150, n=328, k=400, bfloat=True, outputs=(64, 264)),
     Case(T256_PAIR, m=40, n=192, k=272, cut=False, outputs=(64, 128)),
-    # Strips: quarters of fewer blocks of K than warpgroups, of one, as many, more; a last quarter that is short; rows of
-    # a strip that do not exist; chunks of x8.
+    # Strips: quarters of fewer blocks of K than warpgroups, of one, as many, more; a last quarter that is
+    # short; rows of a strip that do not exist; chunks of x8.
     Case(S8, m=5, n=72, k=1040, rank=40),
     Case(S8, m=1, n=8, k=16, rank=8, workers=1),
     Case(S8, m=8, n=328, k=128, workers=1, per_token=False),

@@ -134,13 +134,12 @@ class TorchLinear:
         """Return a bound on ``||y - reference|| / ||reference||`` for M rows of random data.
 
         It grows with the columns that are added up in the FP8 tensor core: all of a slice of K, or, in kernels
-        whose names have a p, that many blocks of 128; none in those with a w. A wrong index gives 1, a lost
-        block of K 0.1 or more.
+        whose names have a p, that many blocks of 128. Those with a w (strips) have sixteen slices. A wrong
+        index gives 1, a lost block of K 0.1 or more.
         """
         name, _ = self.library.describe_plan(self.layer, m)
         size = {letter: int(number) for letter, number in re.findall(r"([a-z])(\d+)", name)}
-        if "w" in size:
-            return _ROUNDING_ERROR[self.layer.dtype]
-        blocks = -(-self.layer.k // (128 * size["s"]))
+        slices = 16 if "w" in size else size["s"]
+        blocks = -(-self.layer.k // (128 * slices))
         steps = 4 * min(blocks, size.get("p", blocks))
         return _ROUNDING_ERROR[self.layer.dtype] + steps * _STEP_ERROR
