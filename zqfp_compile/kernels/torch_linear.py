@@ -133,9 +133,9 @@ class TorchLinear:
     def tolerance(self, m: int) -> float:
         """Return a bound on ``||y - reference|| / ||reference||`` for M rows of random data.
 
-        It grows with the columns that are added up in the FP8 tensor core: all of a slice of K, or, in kernels
-        whose names have a p, that many blocks of 128. Those with a w (strips) have sixteen slices. A wrong
-        index gives 1, a lost block of K 0.1 or more.
+        It grows with the columns that the FP8 tensor core adds up: all of a slice of K, or, in kernels whose
+        names have a p, that many blocks of 128. Those with a w (strips) have sixteen slices. A wrong index
+        gives 1, a lost block of K 0.1 or more.
         """
         name, _ = self.library.describe_plan(self.layer, m)
         size = {letter: int(number) for letter, number in re.findall(r"([a-z])(\d+)", name)}
