@@ -4,8 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "multiply.cuh"
 #include "output.cuh"
-#include "wgmma.cuh"
 
 namespace zqfp {
 
@@ -177,8 +177,7 @@ class Consumer {
     for (int i = 0; i < kCount; ++i) sums[i] = 0.f;
   }
 
-  // Blocks of K, one stage each, in two halves of two steps. While the tensor core works on one half, the next is
-  // decoded into other registers; a wait for all but the newest half is what makes its registers free.
+  // Blocks of K, one stage each, in two halves.
   __device__ __forceinline__ void multiply(int units, Sums& sums) {
     uint32_t front[8], back[8];
     int previous = -1;
@@ -188,44 +187,19 @@ class Consumer {
       const uint32_t codes = shared_.codes(ring_.stage, warpgroup_) + thread_ * 16;
       const uint4 front_codes = ptx::load_16(codes);
       const uint4 back_codes = ptx::load_16(codes + kBlockBytes / 2);
-      const ThreadTables<C::kGroup> tables = load_tables();
+      constexpr int kScaleBytes = scale_block_bytes(C::kGroup) / 32;
+      const auto tables = load_tables<C::kGroup>(shared_.scales(ring_.stage, warpgroup_) + thread_ / 4 * kScaleBytes);
       const uint64_t tokens = ptx::descriptor(shared_.activations(ring_.stage, slice_));
 
-      decode_step<C::kGroup>(front_codes.x, front_codes.y, tables, 0, front);
-      decode_step<C::kGroup>(front_codes.z, front_codes.w, tables, 1, front + 4);
-      ptx::wgmma_fence();
-      Wgmma<C::kTokens>::e4m3(sums, front, tokens);
-      Wgmma<C::kTokens>::e4m3(sums, front + 4, tokens + 2);  // 32 bytes on
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();
+      multiply_half<C::kTokens>(sums, front_codes, tables, 0, tokens, front);
       if (previous >= 0) release(previous);
-
-      decode_step<C::kGroup>(back_codes.x, back_codes.y, tables, 2, back);
-      decode_step<C::kGroup>(back_codes.z, back_codes.w, tables, 3, back + 4);
-      ptx::wgmma_fence();
-      Wgmma<C::kTokens>::e4m3(sums, back, tokens + 4);
-      Wgmma<C::kTokens>::e4m3(sums, back + 4, tokens + 6);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();
+      multiply_half<C::kTokens>(sums, back_codes, tables, 2, tokens, back);
       previous = ring_.stage;
       ring_.advance();
     }
     ptx::wgmma_wait<0>();
     ptx::pin(sums);
     if (previous >= 0) release(previous);
-  }
-
-  __device__ __forceinline__ ThreadTables<C::kGroup> load_tables() const {
-    constexpr int kBytes = scale_block_bytes(C::kGroup) / 32;
-    const uint32_t address = shared_.scales(ring_.stage, warpgroup_) + thread_ / 4 * kBytes;
-    if constexpr (C::kGroup == 32) {
-      const uint2 scales = ptx::load_8(address);
-      return ThreadTables<C::kGroup>({scales.x, scales.y});
-    } else if constexpr (C::kGroup == 64) {
-      return ThreadTables<C::kGroup>({ptx::load_4(address)});
-    } else {
-      return ThreadTables<C::kGroup>({ptx::load_2(address)});
-    }
   }
 
   // ---- after K -----------------------------------------------------------------------------------------------------

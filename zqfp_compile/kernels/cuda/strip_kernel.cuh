@@ -13,10 +13,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "multiply.cuh"
 #include "params.h"
 #include "ptx.cuh"
 #include "strips.h"
-#include "wgmma.cuh"
 
 namespace zqfp {
 
@@ -177,20 +177,6 @@ class StripWorker {
     ptx::commit_copies();
   }
 
-  __device__ __forceinline__ ThreadTables<C::kGroup> load_tables(uint32_t piece) const {
-    const uint32_t scales = piece + C::kCodeBytes + lane_ * C::kScaleCopy;
-    if constexpr (C::kGroup == 32) {
-      const uint2 words = ptx::load_8(scales);
-      return ThreadTables<C::kGroup>({words.x, words.y});
-    } else if constexpr (C::kGroup == 64) {
-      return ThreadTables<C::kGroup>({ptx::load_4(scales)});
-    } else {
-      return ThreadTables<C::kGroup>({ptx::load_2(scales + lane_ / 4 % 2 * 2)});
-    }
-  }
-
-  // Multiplies a piece, in two halves of two steps: while the tensor core works on one, the next is decoded into other
-  // registers (as in consumer.cuh).
   __device__ __forceinline__ void step(Sums& sums) {
     if (use_.strip == tile_.first || p_.columns < C::kWarpgroups) {
       ptx::barrier_wait(shared_.chunk(use_.column / C::kChunk), 0);
@@ -199,31 +185,18 @@ class StripWorker {
     const uint32_t piece = shared_.piece(warp_, stage_);
     const uint4 codes = ptx::load_16(piece + lane_ * 16);
     const uint4 more = ptx::load_16(piece + lane_ * 16 + C::kCodeBytes / 2);
-    const ThreadTables<C::kGroup> tables = load_tables(piece);
-    const uint64_t tokens =
-        ptx::descriptor(shared_.tokens() + use_.column * 1024, p_.columns * 1024);
-
-    decode_step<C::kGroup>(codes.x, codes.y, tables, 0, front_);
-    decode_step<C::kGroup>(codes.z, codes.w, tables, 1, front_ + 4);
-    ptx::wgmma_fence();
-    Wgmma<C::kColumns>::e4m3(sums, front_, tokens);
-    Wgmma<C::kColumns>::e4m3(sums, front_ + 4, tokens + 2);  // 32 bytes on
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<1>();
-
-    decode_step<C::kGroup>(more.x, more.y, tables, 2, back_);
-    decode_step<C::kGroup>(more.z, more.w, tables, 3, back_ + 4);
-    ptx::wgmma_fence();
-    Wgmma<C::kColumns>::e4m3(sums, back_, tokens + 4);
-    Wgmma<C::kColumns>::e4m3(sums, back_ + 4, tokens + 6);
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<1>();
+    // Where two rows' scales are fewer bytes than can be copied, those of the next rows came with them.
+    const int row = lane_ / 4 * C::kScaleBytes % C::kScaleCopy;
+    const auto tables = load_tables<C::kGroup>(piece + C::kCodeBytes + lane_ * C::kScaleCopy + row);
+    const uint64_t tokens = ptx::descriptor(shared_.tokens() + use_.column * 1024, p_.columns * 1024);
+    uint32_t front[8], back[8];
+    multiply_half<C::kColumns>(sums, codes, tables, 0, tokens, front);
+    multiply_half<C::kColumns>(sums, more, tables, 2, tokens, back);
 
     fetch(stage_);
     if (++stage_ == C::kAhead) stage_ = 0;
     advance(use_);
   }
-  uint32_t front_[8], back_[8];
 
   __device__ __forceinline__ int stage_of(int strip) const { return (strip - tile_.first) % C::kRing; }
 
