@@ -10,7 +10,7 @@ from zqfp_compile import triton_repository
 from zqfp_compile.backends.host_libraries import HOSTS, copy_libraries, host_library
 from zqfp_compile.backends.profiles import Profile, default_profiles, position_limit
 from zqfp_compile.backends.target import TargetChoice
-from zqfp_compile.backends.tensorrt import EngineResult, build_engine
+from zqfp_compile.backends.tensorrt import EngineResult, build_engine, keep_log
 from zqfp_compile.calibrate.causal_lm import InputSpec
 from zqfp_compile.companions import companion_folder
 from zqfp_compile.disk import format_bytes
@@ -254,7 +254,8 @@ def _build_engine(
     )
     if not result.lint.ok:
         more = f" (and {len(result.lint.problems) - 1} more)" if len(result.lint.problems) > 1 else ""
-        raise BuilderError(f"engine: {result.lint.problems[0]}{more}; the plan lint refuses this engine")
+        log = keep_log(result.log_path)
+        raise BuilderError(f"engine: {result.lint.problems[0]}{more}; the plan lint refuses this engine{log}")
     return _engine_report(result, choice, profiles)
 
 
