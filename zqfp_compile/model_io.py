@@ -222,6 +222,11 @@ def _behind_link(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
     )
 
 
+def data_files(model: ir.Model) -> set[Path]:
+    """Return the files that hold a loaded model's external data, of subgraphs too; functions have none."""
+    return {Path(tensor.path) for _, tensor in _external_initializers(model)}
+
+
 def data_folder(model: ir.Model) -> Path | None:
     """Return the real folder of a loaded model's external data; ``None`` when it has none.
 
@@ -254,12 +259,8 @@ def _load_external_attributes(model: ir.Model, folder: Path) -> None:
 
 
 def _check_not_source(model: ir.Model, data: Path) -> None:
-    target = os.path.realpath(data)
-    for _, tensor in _external_initializers(model):
-        if os.path.realpath(tensor.path) == target:
-            raise UsageError(
-                f"{data}: is where the model's own weights are read from; choose another --output"
-            )
+    if os.path.realpath(data) in map(os.path.realpath, data_files(model)):
+        raise UsageError(f"{data}: is where the model's own weights are read from; choose another --output")
 
 
 @contextmanager
