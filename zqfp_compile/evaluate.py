@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from zqfp_compile.backends.cpu_session import open_on_cpu
-from zqfp_compile.backends.ort import check_memory, run_session
+from zqfp_compile.backends.model_session import open_model_session
+from zqfp_compile.backends.ort import check_memory, is_large, run_session
 from zqfp_compile.calibrate.causal_lm import CausalLm
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.model_io import load_model
@@ -93,8 +93,9 @@ class _Model:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
+            model = load_model(self.path)
             # Without the arena: two models are open at once.
-            self.session = open_on_cpu(self.path, load_model(self.path), arena=False)
+            self.session = open_model_session(self.path, model, arena=False, low_memory=is_large(model))
         except Exception as error:
             raise _ort_error(self.path, "open", error) from error
         self.interface = CausalLm.from_session(self.session)

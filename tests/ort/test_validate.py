@@ -350,7 +350,7 @@ def test_help_names_the_exit_codes(cli):
 
 
 def test_large_models_run_with_their_weights_on_disk(a: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zqfp_compile.backends import cpu_session, ort, runners
+    from zqfp_compile.backends import model_session, ort, runners
 
     wanted = []
 
@@ -358,7 +358,7 @@ def test_large_models_run_with_their_weights_on_disk(a: Path, monkeypatch: pytes
         wanted.append(options["low_memory"])
         return create_session(path, **options)
 
-    monkeypatch.setattr(cpu_session, "create_session", spy)
+    monkeypatch.setattr(model_session, "create_session", spy)
     feed = {"input_ids": np.arange(6).reshape(2, 3)}
     expected = runners.OrtRunner(a).run(feed)
     monkeypatch.setattr(ort, "LOW_MEMORY_BYTES", 1000)  # the model has 6400 bytes of weights

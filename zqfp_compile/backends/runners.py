@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import onnx_ir as ir
 
-from zqfp_compile.backends.cpu_session import open_on_cpu
-from zqfp_compile.backends.ort import check_memory, run_session
+from zqfp_compile.backends.model_session import open_model_session
+from zqfp_compile.backends.ort import check_memory, is_large, run_session
 from zqfp_compile.backends.trt_session import TrtSession
 from zqfp_compile.calibrate.causal_lm import Feed, InputSpec, find_vocab_size, graph_inputs
 from zqfp_compile.errors import ModelError, ZqfpError
@@ -60,7 +60,9 @@ class OrtRunner:
         self.scales: Mapping[str, float] = _output_scales(model)
         try:
             # Folding a compiled model decodes every weight to float: three times the memory.
-            self._session = open_on_cpu(path, model, fold_constants=not model.functions)
+            self._session = open_model_session(
+                path, model, fold_constants=not model.functions, low_memory=is_large(model)
+            )
         except Exception as error:
             raise runtime_error(path, "load", error) from error
         self.inputs = graph_inputs(model)
