@@ -7,7 +7,7 @@ from pathlib import Path
 
 from zqfp_compile.disk import format_bytes
 from zqfp_compile.errors import ModelError
-from zqfp_compile.hub_cache import linked_blob, snapshot
+from zqfp_compile.hub_cache import HubLinks, snapshot
 from zqfp_compile.output_folder import COMPANIONS
 
 _MAX_BYTES = 1 << 28  # the largest tokenizer.json known has 34 MB
@@ -33,9 +33,10 @@ def find_companions(folder: Path) -> tuple[Path, ...]:
             its Hugging Face cache, which would put somebody's private file into the output.
     """
     found = tuple(path for name in COMPANIONS if os.path.lexists(path := folder / name))
+    links = HubLinks(folder)
     for path in found:
         inside = Path(os.path.realpath(path)).parent == Path(os.path.realpath(folder))
-        if not inside and linked_blob(folder, path.name) is None:
+        if not inside and links.blob(path.name) is None:
             raise ModelError(
                 f"{path}: is a symbolic link out of the model's folder; "
                 "make a real copy of the folder (cp -rL) and compile that"

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx_ir as ir
+
 from zqfp_compile import triton_repository
 from zqfp_compile.backends.host_libraries import HOSTS, copy_libraries, host_library
 from zqfp_compile.backends.profiles import Profile, default_profiles, position_limit
 from zqfp_compile.backends.target import TargetChoice
-from zqfp_compile.backends.tensorrt import EngineResult, build_engine
-from zqfp_compile.calibrate.causal_lm import InputSpec
+from zqfp_compile.backends.tensorrt import EngineResult, build_engine, keep_log
+from zqfp_compile.calibrate.causal_lm import InputSpec, graph_inputs
+from zqfp_compile.calibrate.widen import uses_bfloat16
 from zqfp_compile.companions import companion_folder
 from zqfp_compile.disk import format_bytes
 from zqfp_compile.errors import BuilderError, MissingDependencyError, UsageError
@@ -74,14 +77,13 @@ def check_options(recipe: Recipe, choice: TargetChoice) -> None:
         Recipe.from_dict({**recipe.to_dict(), "target": choice.target})
 
 
-def check_model_options(
-    recipe: Recipe, choice: TargetChoice, inputs: Sequence[InputSpec], source: Path
-) -> list[str]:
+def check_model_options(recipe: Recipe, choice: TargetChoice, model: ir.Model, source: Path) -> list[str]:
     """Check the engine options against the model, before any work is done; return warnings.
 
     Raises:
         UsageError: The shapes do not fit the model's inputs, or Triton cannot serve them.
     """
+    inputs = graph_inputs(model)
     if "triton-repository" in recipe.emit:
         triton_repository.check(recipe, choice.target, inputs)
     shapes = recipe.min_shapes or recipe.opt_shapes or recipe.max_shapes
@@ -91,7 +93,14 @@ def check_model_options(
         unused = {}
     if choice.target != "tensorrt":
         unused["--timing-cache"] = recipe.timing_cache
-    return [f"{flag} has no effect with target {choice.target}" for flag, value in unused.items() if value]
+    given = [flag for flag, value in unused.items() if value]
+    warnings = [f"{flag} has no effect with target {choice.target}" for flag in given]
+    if "onnxruntime" in (choice.target, *recipe.emit) and uses_bfloat16(model):
+        warnings.append(
+            f"{ORT_MODEL} computes in bfloat16, which ONNX Runtime's CPU provider cannot: there only Engine "
+            "and the zqfp commands run it, in float32; for others export the model in float16 or float32"
+        )
+    return warnings
 
 
 def _profiles(recipe: Recipe, inputs: Sequence[InputSpec], source: Path) -> tuple[Profile, ...]:
@@ -254,7 +263,8 @@ def _build_engine(
     )
     if not result.lint.ok:
         more = f" (and {len(result.lint.problems) - 1} more)" if len(result.lint.problems) > 1 else ""
-        raise BuilderError(f"engine: {result.lint.problems[0]}{more}; the plan lint refuses this engine")
+        log = keep_log(result.log_path)
+        raise BuilderError(f"engine: {result.lint.problems[0]}{more}; the plan lint refuses this engine{log}")
     return _engine_report(result, choice, profiles)
 
 

@@ -11,15 +11,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 import torch
 
-from zqfp_compile.backends.host_libraries import host_library, needs_host
-from zqfp_compile.backends.ort import check_memory, create_session, is_large, run_session
+from zqfp_compile.backends.model_session import open_model_session
+from zqfp_compile.backends.ort import check_memory, is_large, run_session
 from zqfp_compile.calibrate.causal_lm import CausalLm
-from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.errors import ModelError, UsageError
-from zqfp_compile.model_io import data_folder, load_model
+from zqfp_compile.model_io import load_model
 from zqfp_compile.report.metrics import perplexity, ratio_db
 
 Progress = Callable[[int, int, str], None]
@@ -95,7 +93,9 @@ class _Model:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            self.session = _open(self.path)
+            model = load_model(self.path)
+            # Without the arena: two models are open at once.
+            self.session = open_model_session(self.path, model, arena=False, low_memory=is_large(model))
         except Exception as error:
             raise _ort_error(self.path, "open", error) from error
         self.interface = CausalLm.from_session(self.session)
@@ -218,18 +218,6 @@ def _nll(log_probabilities: torch.Tensor, targets: Tokens) -> float:
 def _sum(values: torch.Tensor) -> float:
     """Sum over positions in float64."""
     return float(values.sum(dtype=torch.float64))
-
-
-def _open(path: Path) -> Any:
-    model = load_model(path)
-    options: dict[str, Any] = {"arena": False, "low_memory": is_large(model)}
-    if needs_host(model):
-        options["custom_ops"] = host_library("onnxruntime")
-    if not uses_bfloat16(model):
-        return create_session(path, **options)
-    widen_bfloat16(model)
-    content = ir.to_proto(model).SerializeToString()
-    return create_session(content, external_data=data_folder(model), **options)
 
 
 def _ort_error(path: Path, action: str, error: Exception) -> Exception:

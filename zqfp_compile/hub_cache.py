@@ -21,17 +21,24 @@ def snapshot(folder: Path) -> Path | None:
     return None
 
 
-def linked_blob(folder: Path, location: str) -> Path | None:
-    """Return the real path of the blob that the file ``location`` of a model's folder links to.
+class HubLinks:
+    """The links of one model's folder into the ``blobs`` of the repository that its snapshot is of."""
 
-    ``None`` when the folder is in no snapshot, or the file leads elsewhere than right into the ``blobs`` of
-    the same repository. The blob need not exist.
-    """
-    root = snapshot(folder)
-    if root is None:
-        return None
-    named = Path(os.path.normpath(os.path.join(os.path.realpath(folder), location)))  # noqa: PTH118
-    real = Path(os.path.realpath(named))
-    # The file alone may be a link, no folder on the way to it.
-    linked = named.is_symlink() and Path(os.path.realpath(named.parent)) == named.parent
-    return real if linked and real.parent == root.parents[1] / "blobs" else None
+    def __init__(self, folder: Path) -> None:
+        """Look for the snapshot that ``folder`` is in; without one nothing is a link."""
+        self._folder = os.path.realpath(folder)
+        self._root = snapshot(folder)
+
+    def blob(self, location: str) -> Path | None:
+        """Return the real path of the blob that the file ``location`` of the folder links to.
+
+        ``None`` when the folder is in no snapshot, or the file leads elsewhere than right into the ``blobs``
+        of the same repository. The blob need not exist.
+        """
+        if self._root is None:
+            return None
+        named = Path(os.path.normpath(os.path.join(self._folder, location)))  # noqa: PTH118
+        real = Path(os.path.realpath(named))
+        # The file alone may be a link, no folder on the way to it.
+        linked = named.is_symlink() and Path(os.path.realpath(named.parent)) == named.parent
+        return real if linked and real.parent == self._root.parents[1] / "blobs" else None

@@ -150,7 +150,7 @@ class _StructureChecker:
                 "the file is damaged or hostile, export it again"
             )
         if body.graph is not None:
-            self._check_graph_fields(body.graph, body.where)
+            self._check_graph_fields(body.graph, body.where, body.in_function)
         producers = _producers(body)
         own = {*body.inputs, *body.initializers, *producers}
         scopes = [*outer, own]
@@ -159,9 +159,9 @@ class _StructureChecker:
         self._check_order(body, producers, needs)
         return set().union(*needs) - own
 
-    def _check_graph_fields(self, graph: onnx.GraphProto, where: str) -> None:
+    def _check_graph_fields(self, graph: onnx.GraphProto, where: str, in_function: bool) -> None:
         for tensor in graph.initializer:
-            self._tensors.check(tensor, where)
+            self._tensors.check(tensor, where, external=not in_function)
         if graph.sparse_initializer:
             raise ModelError(f"{where} has sparse initializers, which are not supported; export it dense")
         for value in (*graph.input, *graph.output, *graph.value_info):

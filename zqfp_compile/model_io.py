@@ -17,7 +17,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from zqfp_compile.disk import format_bytes, fsync_path, full_disk_errors
 from zqfp_compile.errors import ModelError, UsageError
-from zqfp_compile.hub_cache import linked_blob
+from zqfp_compile.hub_cache import HubLinks
 from zqfp_compile.model_checks import check_model
 
 MAX_PROTO_BYTES = (1 << 31) - 1
@@ -74,8 +74,9 @@ def load_proto(proto: onnx.ModelProto, folder: Path) -> ir.Model:
         for function in model.functions.values():
             function.sort()
     LiftConstantsToInitializersPass(size_limit=_LIFT_FROM_ELEMENTS)(model)
-    _follow_hub_links(model, folder)
-    _load_external_attributes(model, folder)
+    links = HubLinks(folder)
+    _follow_hub_links(model, links)
+    _load_external_attributes(model, links)
     return model
 
 
@@ -201,14 +202,14 @@ def _external_initializers(model: ir.Model) -> Iterator[tuple[ir.Value, ir.Exter
                 yield value, value.const_value
 
 
-def _follow_hub_links(model: ir.Model, folder: Path) -> None:
+def _follow_hub_links(model: ir.Model, links: HubLinks) -> None:
     """Read what links into a Hugging Face cache from there: no ONNX library follows these links."""
     for value, tensor in _external_initializers(model):
-        value.const_value = _behind_link(tensor, folder)
+        value.const_value = _behind_link(tensor, links)
 
 
-def _behind_link(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
-    blob = linked_blob(folder, str(tensor.location))
+def _behind_link(tensor: ir.ExternalTensor, links: HubLinks) -> ir.ExternalTensor:
+    blob = links.blob(str(tensor.location))
     if blob is None:
         return tensor
     return ir.ExternalTensor(
@@ -220,6 +221,11 @@ def _behind_link(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
         name=tensor.name,
         base_dir=str(blob.parent),
     )
+
+
+def data_files(model: ir.Model) -> set[Path]:
+    """Return the files that hold a loaded model's external data, of subgraphs too; functions have none."""
+    return {Path(tensor.path) for _, tensor in _external_initializers(model)}
 
 
 def data_folder(model: ir.Model) -> Path | None:
@@ -237,7 +243,7 @@ def data_folder(model: ir.Model) -> Path | None:
     return next(iter(folders)).resolve() if folders else None
 
 
-def _load_external_attributes(model: ir.Model, folder: Path) -> None:
+def _load_external_attributes(model: ir.Model, links: HubLinks) -> None:
     """Read the (small) tensors left in attributes: only initializers are external when a model is saved."""
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         for name, attribute in list(node.attributes.items()):
@@ -245,7 +251,7 @@ def _load_external_attributes(model: ir.Model, folder: Path) -> None:
                 continue
             tensor = attribute.as_tensor()
             if isinstance(tensor, ir.ExternalTensor):
-                tensor = _behind_link(tensor, folder)
+                tensor = _behind_link(tensor, links)
                 array = tensor.numpy().copy()
                 node.attributes[name] = ir.AttrTensor(
                     name, ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
@@ -254,12 +260,8 @@ def _load_external_attributes(model: ir.Model, folder: Path) -> None:
 
 
 def _check_not_source(model: ir.Model, data: Path) -> None:
-    target = os.path.realpath(data)
-    for _, tensor in _external_initializers(model):
-        if os.path.realpath(tensor.path) == target:
-            raise UsageError(
-                f"{data}: is where the model's own weights are read from; choose another --output"
-            )
+    if os.path.realpath(data) in map(os.path.realpath, data_files(model)):
+        raise UsageError(f"{data}: is where the model's own weights are read from; choose another --output")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from zqfp_compile.disk import format_bytes
 from zqfp_compile.errors import ModelError
-from zqfp_compile.hub_cache import linked_blob
+from zqfp_compile.hub_cache import HubLinks
 
 MAX_RANK = 32
 MAX_TENSOR_BYTES = 1 << 40
@@ -48,6 +48,7 @@ class TensorChecker:
         """Check against ``folder``, the one the model file is in."""
         self._folder = folder
         self._real_folder = os.path.realpath(folder)
+        self._links = HubLinks(folder)
         self._sizes: dict[str, int] = {}
         self._regions: dict[str, list[tuple[int, int]]] = {}  # per file: sorted (begin, end)
         self._total = 0
@@ -141,7 +142,7 @@ class TensorChecker:
                 "copy it beside the model, under the name it had at export"
             ) from error
         expected = os.path.normpath(os.path.join(self._real_folder, location))  # noqa: PTH118 - plain strings
-        blob = linked_blob(self._folder, location)
+        blob = self._links.blob(location)
         if blob is not None:
             status = self._blob_status(blob, location, label)
         elif os.path.realpath(path) != expected:

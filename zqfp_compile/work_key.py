@@ -13,6 +13,7 @@ import torch
 from zqfp_compile import __version__
 from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.companions import companion_folder
+from zqfp_compile.model_io import data_files
 from zqfp_compile.output_folder import TOKENIZER
 from zqfp_compile.recipe import Recipe
 
@@ -71,12 +72,7 @@ def work_key(source: Path, model: ir.Model, recipe: Recipe, device: str) -> str:
         else:
             digest.update(b"none")
         digest.update(b"\0")
-    for path in sorted(_data_files(model)):
+    for path in sorted(data_files(model)):
         status = path.stat()
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def _data_files(model: ir.Model) -> set[Path]:
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    return {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}

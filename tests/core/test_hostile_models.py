@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import onnx
 import pytest
 from hostile_case import HostileCase
 from hostile_cases import AT_LOAD
-from hostile_protos import WEIGHT, calling, external, function, linear, write_model
+from hostile_protos import WEIGHT, branching, calling, external, function, linear, node, write_model
 
 from zqfp_compile.errors import ModelError
 from zqfp_compile.model_io import load_model
@@ -95,6 +96,28 @@ def test_equal_tensors_may_share_their_bytes(tmp_path: Path) -> None:
             entry.value = length if entry.key == "length" else entry.value
     weights = load_model(write_model(tmp_path, model)).graph.initializers
     np.testing.assert_array_equal(weights["v"].const_value.numpy(), WEIGHT)
+
+
+def _constant(tensor: onnx.TensorProto) -> list[onnx.NodeProto]:
+    return [node("Constant", [], "y", value=tensor)]
+
+
+def _in_a_branch(tensor: onnx.TensorProto) -> list[onnx.NodeProto]:
+    nodes = branching([node("MatMul", ["a", "w"], "b")], "b")
+    for branch in nodes[-1].attribute:
+        branch.g.initializer.append(tensor)
+    return nodes
+
+
+@pytest.mark.parametrize("body", [_constant, _in_a_branch])
+def test_a_function_holds_no_external_data(
+    tmp_path: Path, body: Callable[[onnx.TensorProto], list[onnx.NodeProto]]
+) -> None:
+    """ONNX Runtime looks for it in the current folder once the function is inlined."""
+    imports = [onnx.helper.make_opsetid("", 18)]
+    nodes = body(external().graph.initializer[0])
+    made = onnx.helper.make_function("f", "F", ["a"], ["y"], nodes, imports)
+    _refused(write_model(tmp_path, calling("F", [made])), "cannot be external data")
 
 
 def test_random_damage_never_escapes(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 from hostile_protos import WEIGHT, external, write_model
 from hub_layout import snapshot_of
 
+from zqfp_compile import hub_cache
 from zqfp_compile.companions import companion_folder, find_companions
 from zqfp_compile.errors import ModelError
+from zqfp_compile.hub_cache import snapshot
 from zqfp_compile.model_io import data_folder, load_model
 from zqfp_compile.runtime.folder import ModelFolder
 
@@ -32,6 +34,21 @@ def test_weights_are_read_from_the_blob(revision: Path) -> None:
     model = load_model(revision / "onnx" / "model.onnx")
     np.testing.assert_array_equal(model.graph.initializers["w"].const_value.numpy(), WEIGHT)
     assert data_folder(model) == revision.parents[1] / "blobs"
+
+
+def test_the_snapshot_is_looked_for_once_per_model(revision: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once per tensor: by the checks, and by what reads the weights."""
+    path = revision / "onnx" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for name in ("u", "v"):
+        model.graph.initializer.add().CopyFrom(model.graph.initializer[0])
+        model.graph.initializer[-1].name = name
+    path.write_bytes(model.SerializeToString())
+    asked = []
+    monkeypatch.setattr(hub_cache, "snapshot", lambda folder: asked.append(folder) or snapshot(folder))
+    weights = load_model(path).graph.initializers
+    assert all(np.array_equal(value.const_value.numpy(), WEIGHT) for value in weights.values())
+    assert len(weights) == 3 and len(asked) == 2
 
 
 def test_the_cache_may_be_behind_a_link(revision: Path, tmp_path: Path) -> None:

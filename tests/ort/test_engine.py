@@ -300,7 +300,7 @@ def test_without_a_gpu(copy: Path) -> None:
 
 def test_weights_stay_on_disk_when_memory_is_short(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers from a session that decodes weights in every run."""
-    from zqfp_compile.backends import ort_session
+    from zqfp_compile.backends import model_session, ort_session
 
     wanted = Engine.load(compiled, device="cpu")
     feed = feed_of(wanted)
@@ -310,7 +310,7 @@ def test_weights_stay_on_disk_when_memory_is_short(compiled: Path, monkeypatch: 
         opened.append(options["low_memory"])
         return create_session(path, **options)
 
-    monkeypatch.setattr(ort_session, "create_session", spy)
+    monkeypatch.setattr(model_session, "create_session", spy)
     monkeypatch.setattr(ort_session, "free_memory", lambda device: 100_000)
     short = Engine.load(compiled, device="cpu")
     monkeypatch.setattr(ort_session, "free_memory", lambda device: None)

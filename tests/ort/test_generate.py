@@ -107,10 +107,24 @@ def test_the_end_token_ends(tiny_model: TinyModel, llama: Path, models_folder: P
     assert list(engine.generate_tokens(prompt, max_new_tokens=30)) == stopped
 
 
-def test_a_compiled_model_continues_as_its_own_logits_say(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_bfloat16_is_computed_in_float32(tiny_model: TinyModel, models_folder: Path) -> None:
+    """On the CPU, where ONNX Runtime has no bfloat16; the weights are rounded to it, nothing else is."""
+    from tiny_models import make_model
+
+    engine = Engine.load(tiny_model("llama", dtype="bfloat16").parent, device="cpu")
+    tokens = engine.encode(PROMPT)
+    wide = make_model("llama", "bfloat16").float()
+    assert list(engine.generate_tokens(tokens, max_new_tokens=40)) == of_transformers(wide, tokens, 40)
+    assert {spec.dtype for spec in engine.outputs} == {ir.DataType.FLOAT}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_compiled_model_continues_as_its_own_logits_say(
+    dtype: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
     """With an FP8 cache: step by step through the cache, and from the whole text at once."""
     recipe = quick(target="onnxruntime", evaluate=False, kv_cache_dtype="fp8")
-    folder = compile_model(tiny_model("qwen2"), recipe, output=tmp_path / "out").folder
+    folder = compile_model(tiny_model("qwen2", dtype=dtype), recipe, output=tmp_path / "out").folder
     engine = Engine.load(folder, device="cpu")
     prompt = engine.encode(PROMPT)
     made = list(engine.generate_tokens(prompt, max_new_tokens=12))

@@ -145,7 +145,8 @@ def test_every_model(family: str, exporter: str, dtype: str, tiny_model, tmp_pat
     report = _check_report(result, family)
     assert set(report["seconds"]) >= SECONDS
     assert report["engine"]["path"] == "onnxruntime.onnx"
-    assert report["warnings"] == []
+    # What anybody's session cannot run on the CPU is said.
+    assert ["in bfloat16" in text for text in report["warnings"]] == [True] * (dtype == "bfloat16")
     check_valid(result.artifact)
     logits = _check_runs(result, tight=False)
     # The report's figures are of these two models: computed here on other tokens they come out alike.

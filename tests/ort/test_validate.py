@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -28,8 +29,9 @@ def save(
     outputs: tuple[str, ...] = ("logits",),
     inputs: tuple[str, ...] = ("input_ids",),
     functions: tuple[onnx.FunctionProto, ...] = (),
+    dtype: int = TensorProto.FLOAT,
 ) -> Path:
-    types = {"input_ids": TensorProto.INT64, "position_ids": TensorProto.INT64, "x": TensorProto.FLOAT}
+    types = {"input_ids": TensorProto.INT64, "position_ids": TensorProto.INT64, "x": dtype}
     dims: dict[str, list[Any]] = {"x": ["B", HIDDEN]}
     graph = helper.make_graph(
         nodes,
@@ -37,7 +39,7 @@ def save(
         [helper.make_tensor_value_info(name, types[name], dims.get(name, ["B", "S"])) for name in inputs],
         [
             helper.make_tensor_value_info(
-                name, TensorProto.FLOAT, ["B", "S", VOCAB] if name.startswith("logits") else None
+                name, dtype, ["B", "S", VOCAB] if name.startswith("logits") else None
             )
             for name in outputs
         ],
@@ -180,14 +182,15 @@ def test_models_with_other_inputs_and_other_logits_names_are_matched(a, tmp_path
     assert any("only in" in warning and "hidden" in warning for warning in result.warnings)
 
 
-def test_text_goes_through_the_tokenizer_beside_the_model(tiny_model, tmp_path, cli):
+# float16 keeps 11 bits, about 66 dB per operation, bfloat16's weights 8, 48 dB; a few layers cost some of it.
+@pytest.mark.parametrize(("dtype", "sqnr"), [("float16", 40), ("bfloat16", 20)])
+def test_text_goes_through_the_tokenizer_beside_the_model(tiny_model, tmp_path, cli, dtype, sqnr):
     a = tiny_model("llama")
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
     code, out, _ = cli(
-        a, tiny_model("llama", dtype="float16"), "--text", tmp_path / "text.txt",
-        "--samples", 2, "--length", 16, "--min-sqnr", 40, "--json", tmp_path / "r.json",
+        a, tiny_model("llama", dtype=dtype), "--text", tmp_path / "text.txt",
+        "--samples", 2, "--length", 16, "--min-sqnr", sqnr, "--json", tmp_path / "r.json",
     )  # fmt: skip
-    # float16 keeps 11 bits, about 66 dB per operation; a few layers cost some of it.
     assert code == 0
     assert "text.txt" in out
     data = json.loads((tmp_path / "r.json").read_text())
@@ -196,6 +199,19 @@ def test_text_goes_through_the_tokenizer_beside_the_model(tiny_model, tmp_path, 
     assert names[0] == "logits"
     assert len(names) == 5  # and keys and values of two layers
     assert data["outputs"][0]["values"] % (2 * 16) == 0
+
+
+def test_bfloat16_is_compared_in_float32(tmp_path):
+    """The same weights in both types are the same model; neither inputs nor outputs are rounded."""
+    nodes = [helper.make_node("MatMul", ["x", "head"], ["y"])]
+    head = weights()["head"].astype(ml_dtypes.bfloat16)
+    ends = {"inputs": ("x",), "outputs": ("y",)}
+    narrow = save(tmp_path / "narrow.onnx", nodes, {"head": head}, dtype=TensorProto.BFLOAT16, **ends)
+    wide = save(tmp_path / "wide.onnx", nodes, {"head": head.astype(np.float32)}, **ends)
+    np.savez(tmp_path / "in.npz", x=np.random.default_rng(0).normal(size=(2, HIDDEN)).astype(np.float32))
+    for pair in ((narrow, wide), (wide, narrow)):
+        (output,) = compare_models(*pair, inputs=tmp_path / "in.npz", samples=2).outputs
+        assert output.equal and output.values == 2 * VOCAB
 
 
 def test_models_without_tokens_take_an_npz(tmp_path, cli):
@@ -334,7 +350,7 @@ def test_help_names_the_exit_codes(cli):
 
 
 def test_large_models_run_with_their_weights_on_disk(a: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zqfp_compile.backends import ort, runners
+    from zqfp_compile.backends import model_session, ort, runners
 
     wanted = []
 
@@ -342,7 +358,7 @@ def test_large_models_run_with_their_weights_on_disk(a: Path, monkeypatch: pytes
         wanted.append(options["low_memory"])
         return create_session(path, **options)
 
-    monkeypatch.setattr(runners, "create_session", spy)
+    monkeypatch.setattr(model_session, "create_session", spy)
     feed = {"input_ids": np.arange(6).reshape(2, 3)}
     expected = runners.OrtRunner(a).run(feed)
     monkeypatch.setattr(ort, "LOW_MEMORY_BYTES", 1000)  # the model has 6400 bytes of weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 import signal
 import subprocess
@@ -15,10 +14,14 @@ PROGRAM = [sys.executable, "-m", "zqfp_compile"]
 def start(place: Path, *arguments: str, **options: object) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     command = [*PROGRAM, "m/model.onnx", *arguments]
-    # A background job of a shell (how CI may run this) starts with SIGINT ignored, and children inherit that.
-    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    options = {"stdout": pipe, "stderr": pipe, "preexec_fn": heeding, **options}
+    options = {"stdout": pipe, "stderr": pipe, "preexec_fn": _heed_signals, **options}
     return subprocess.Popen(command, cwd=place, text=True, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def _heed_signals() -> None:
+    # A shell's background job starts with SIGINT ignored, nohup's with SIGHUP: children inherit that.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def listing(folder: Path) -> list[str]:

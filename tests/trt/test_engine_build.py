@@ -15,6 +15,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
+from zqfp_compile.backends import tensorrt
+from zqfp_compile.backends.equal_products import equal_products
 from zqfp_compile.backends.profiles import Profile, default_profiles
 from zqfp_compile.backends.tensorrt import EngineResult, build_engine
 from zqfp_compile.errors import BuilderError, MissingDependencyError, UsageError
@@ -247,6 +249,17 @@ def test_a_node_that_is_not_in_the_plan_is_missing(build) -> None:
     result = build(linears("q"), linears=[*matmuls("q"), "model/layers.7/mlp/MatMul"])
     assert result.lint.missing == ("model/layers.7/mlp/MatMul",)
     assert result.lint.fp8_linears == 1
+
+
+def test_the_model_is_read_again_only_for_linears_that_the_plan_lacks(build, monkeypatch) -> None:
+    def read(path: Path, names: list[str]) -> list[list[str]]:
+        asked.append(names)
+        return equal_products(path, names)
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(tensorrt, "equal_products", read)
+    assert build(linears("q"), linears=matmuls("q")).lint.ok and not asked
+    assert not build(linears("q"), linears=matmuls("qk")).lint.ok and asked == [matmuls("qk")]
 
 
 def test_external_data_is_found_beside_the_model(build, tmp_path) -> None:

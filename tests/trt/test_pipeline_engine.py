@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from compiled_models import LINEARS, quick
 
-from zqfp_compile import compile_model
+from zqfp_compile import compile_model, engines
+from zqfp_compile.backends.plan_lint import parse_layers
 from zqfp_compile.backends.target import resolve_target
-from zqfp_compile.errors import UsageError
+from zqfp_compile.backends.tensorrt import EngineResult, build_engine
+from zqfp_compile.errors import BuilderError, UsageError
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed (x86-64 Linux only)")
 
@@ -117,3 +120,21 @@ def test_auto_refuses_what_the_chosen_engine_cannot_hold(options, tiny_model, tm
     with pytest.raises(UsageError, match="--target onnxruntime"):
         _build(tiny_model("gpt2"), tmp_path / "out", target="auto", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_engine_leaves_its_log(tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is asked for one linear more than the model has, so the lint refuses a sound engine."""
+
+    def ask_for_more(*paths: Path, linears: list[str], **options: Any) -> EngineResult:
+        return build_engine(*paths, linears=[*linears, "no/such/MatMul"], **options)
+
+    monkeypatch.setattr(engines, "build_engine", ask_for_more)
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(logs))
+    with pytest.raises(BuilderError, match="'no/such/MatMul' is not an FP8 GEMM") as refused:
+        _build(tiny_model("gpt2", dtype="float16"), tmp_path / "out", lorc_rank=0)
+    (log,) = logs.iterdir()
+    assert str(refused.value).endswith(f"; the plan lint refuses this engine (log: {log})")
+    assert all(parse_layers(log.read_text(errors="replace"), 2))  # the plan of both profiles
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.work", "logs"]

@@ -11,8 +11,8 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from zqfp_compile.backends.arrays import Array, as_torch, check_fits, from_numpy, to_numpy
-from zqfp_compile.backends.host_libraries import host_library, needs_host
-from zqfp_compile.backends.ort import create_session, import_onnxruntime
+from zqfp_compile.backends.model_session import open_model_session
+from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.backends.runners import runtime_error, value_spec
 from zqfp_compile.calibrate.causal_lm import InputSpec, graph_inputs
 from zqfp_compile.device import CUDA_PROVIDER, free_memory
@@ -27,7 +27,8 @@ class OrtSession:
     """See :class:`zqfp_compile.backends.session.Session`; values are ``onnxruntime.OrtValue``.
 
     Weights are decoded to float once, when the session opens; where that does not fit into free memory, in
-    every run, which is many times slower (SmolLM2 on two cores: 22 and 0.8 tokens per second).
+    every run, which is many times slower (SmolLM2 on two cores: 22 and 0.8 tokens per second). On the CPU
+    bfloat16 is float32, inputs and outputs too.
 
     With ONNX Runtime's CUDA provider values are on the GPU. That part has not been run: this project is
     developed without ``onnxruntime-gpu``.
@@ -41,18 +42,13 @@ class OrtSession:
         self.path = path
         self.device = "cuda" if CUDA_PROVIDER in providers else "cpu"
         model = load_model(path)
-        self.inputs = graph_inputs(model)
-        self.outputs = tuple(value_spec(value) for value in model.graph.outputs)
         self._ort = import_onnxruntime()
         try:
-            self._session = create_session(
-                path,
-                providers=providers,
-                low_memory=not _fits(model),
-                custom_ops=host_library("onnxruntime") if needs_host(model) else None,
-            )
+            self._session = open_model_session(path, model, providers=providers, low_memory=not _fits(model))
         except Exception as error:
             raise runtime_error(path, "load", error) from error
+        self.inputs = graph_inputs(model)
+        self.outputs = tuple(value_spec(value) for value in model.graph.outputs)
 
     def take(self, spec: InputSpec, array: Any) -> Any:
         """See :class:`Session`."""

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import onnx_ir as ir
 
-from zqfp_compile.backends.host_libraries import host_library, needs_host
-from zqfp_compile.backends.ort import check_memory, create_session, is_large, run_session
+from zqfp_compile.backends.model_session import open_model_session
+from zqfp_compile.backends.ort import check_memory, is_large, run_session
 from zqfp_compile.backends.trt_session import TrtSession
 from zqfp_compile.calibrate.causal_lm import Feed, InputSpec, find_vocab_size, graph_inputs
 from zqfp_compile.errors import ModelError, ZqfpError
@@ -46,7 +46,7 @@ class Runner(Protocol):
 
 
 class OrtRunner:
-    """An ONNX model in ONNX Runtime on the CPU, model-local functions as they are.
+    """An ONNX model in ONNX Runtime on the CPU, model-local functions as they are, bfloat16 as float32.
 
     Raises:
         ModelError: When the file is unsafe, malformed, or refused by ONNX Runtime.
@@ -56,20 +56,17 @@ class OrtRunner:
     def __init__(self, path: Path) -> None:
         self.path = path
         model = load_model(path)
-        self.inputs = graph_inputs(model)
-        self.outputs = tuple(value_spec(value) for value in model.graph.outputs)
         self.vocab_size = find_vocab_size(model)
         self.scales: Mapping[str, float] = _output_scales(model)
         try:
             # Folding a compiled model decodes every weight to float: three times the memory.
-            self._session = create_session(
-                path,
-                fold_constants=not model.functions,
-                low_memory=is_large(model),
-                custom_ops=host_library("onnxruntime") if needs_host(model) else None,
+            self._session = open_model_session(
+                path, model, fold_constants=not model.functions, low_memory=is_large(model)
             )
         except Exception as error:
             raise runtime_error(path, "load", error) from error
+        self.inputs = graph_inputs(model)
+        self.outputs = tuple(value_spec(value) for value in model.graph.outputs)
 
     def run(self, feed: Feed) -> dict[str, Array]:
         """See :class:`Runner`."""

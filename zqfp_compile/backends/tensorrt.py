@@ -45,7 +45,7 @@ class EngineResult:
         profiles: Optimisation profiles, in engine order.
         seconds: Build time.
         layers: The plan, per profile.
-        lint: Verdict on the plan. ``build_engine`` does not raise for it.
+        lint: Verdict on the plan. ``build_engine`` does not raise for it; who does, calls :func:`keep_log`.
         log_path: The builder's log, beside the engine.
         peak_bytes: Largest resident memory of the builder process.
     """
@@ -134,11 +134,14 @@ def build_engine(
         )
         outcome = _run(job, place, timeout_s, on_progress)
         if outcome.result is None:
-            raise _users_fault(outcome, job) or _diagnose(outcome, job, timeout_s, place.keep_log())
+            raise _users_fault(outcome, job) or _diagnose(outcome, job, timeout_s, keep_log(place.log))
         place.engine.replace(engine_path)
         log_path = engine_path.with_name(engine_path.name + ".log")
         shutil.move(place.log, log_path)
     layers = parse_layers(outcome.log, max(1, len(profiles)))
+    verdict = lint(layers, linears)
+    if verdict.missing:  # what computes the same as another runs once, and only the model says which
+        verdict = lint(layers, linears, equal=equal_products(onnx_path, linears))
     return EngineResult(
         target=target,
         path=engine_path,
@@ -148,10 +151,23 @@ def build_engine(
         profiles=tuple(profiles),
         seconds=time.monotonic() - started,
         layers=layers,
-        lint=lint(layers, linears, equal=equal_products(onnx_path, linears)),
+        lint=verdict,
         log_path=log_path,
         peak_bytes=outcome.result["peak_bytes"],
     )
+
+
+def keep_log(log: Path) -> str:
+    """Save a builder's log from the removal of its folder, into the system's temporary folder.
+
+    Returns:
+        What an error says about it, to go at the end of its line; empty when there is nothing in the log.
+    """
+    if not log.exists() or log.stat().st_size == 0:
+        return ""
+    handle, name = tempfile.mkstemp(prefix="zqfp-build-", suffix=".log")
+    os.close(handle)
+    return f" (log: {shutil.move(log, name)})"
 
 
 @dataclass(frozen=True)
@@ -164,14 +180,6 @@ class _Workplace:
     @property
     def log(self) -> Path:
         return self.folder / "build.log"
-
-    def keep_log(self) -> Path | None:
-        """Save the log from the folder's removal; ``None`` when there is nothing in it."""
-        if not self.log.exists() or self.log.stat().st_size == 0:
-            return None
-        handle, name = tempfile.mkstemp(prefix="zqfp-build-", suffix=".log")
-        os.close(handle)
-        return Path(shutil.move(self.log, name))
 
 
 @contextmanager
@@ -278,9 +286,8 @@ def _users_fault(outcome: _Outcome, job: Job) -> ZqfpError | None:
     return None if kind is None else kind(outcome.text)
 
 
-def _diagnose(outcome: _Outcome, job: Job, timeout_s: int, log: Path | None) -> BuilderError:
+def _diagnose(outcome: _Outcome, job: Job, timeout_s: int, hint: str) -> BuilderError:
     label, name = LABELS[job.target], Path(job.onnx_path).name
-    hint = f" (log: {log})" if log else ""
     if outcome.timed_out:
         return BuilderError(
             f"{label} did not finish {name} within {timeout_s} s (last seen: {outcome.phase}); "

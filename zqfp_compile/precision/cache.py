@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from zqfp_compile.model_io import data_files
 from zqfp_compile.plan import QuantPlan
 from zqfp_compile.precision.sensitivity import LayerErrors
 
@@ -33,9 +34,7 @@ def cache_key(
     """Return a digest of everything a measurement depends on: graph, weights, samples, formats, options."""
     digest = hashlib.sha256(repr((VERSION, _formats(plan), options)).encode())
     digest.update(ir.to_proto(model).SerializeToString(deterministic=True))
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    files = {Path(item.path) for item in tensors if isinstance(item, ir.ExternalTensor)}
-    for path in sorted(files):
+    for path in sorted(data_files(model)):
         with path.open("rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from zqfp_compile import engines
-from zqfp_compile.calibrate.causal_lm import graph_inputs
 from zqfp_compile.compilation import MARK, Compilation
 from zqfp_compile.errors import ModelError
 from zqfp_compile.report.assemble import tool_versions
@@ -18,6 +17,6 @@ def prepare(run: Compilation) -> None:
         raise ModelError(f"{run.name}: was compiled by zqfp-compile already; give the original model")
     run.reporter.info(f"target {run.choice.target}: {run.choice.reason}")
     run.reporter.detail(", ".join(f"{name} {version}" for name, version in tool_versions().items()))
-    run.warn(engines.check_model_options(run.recipe, run.choice, graph_inputs(run.model), run.source))
+    run.warn(engines.check_model_options(run.recipe, run.choice, run.model, run.source))
     run.runner.run(run.model, "strip-metadata", "exported")
     run.runner.run(run.model, "raise-opset", "exported")
