@@ -9,10 +9,12 @@ from pathlib import Path
 import onnx_ir as ir
 
 from zqfp_compile import triton_repository
+from zqfp_compile.backends.capability import settle_capability
 from zqfp_compile.backends.host_libraries import HOSTS, copy_libraries, host_library
 from zqfp_compile.backends.profiles import Profile, default_profiles, position_limit
 from zqfp_compile.backends.target import TargetChoice
 from zqfp_compile.backends.tensorrt import EngineResult, build_engine, keep_log
+from zqfp_compile.backends.trt_api import LABELS, import_runtime
 from zqfp_compile.calibrate.causal_lm import InputSpec, graph_inputs
 from zqfp_compile.calibrate.widen import uses_bfloat16
 from zqfp_compile.companions import companion_folder
@@ -62,7 +64,8 @@ def check_options(recipe: Recipe, choice: TargetChoice) -> None:
 
     Raises:
         MissingDependencyError: ``--weight-lowering plugin``, and our kernel's host is not built.
-        UsageError: ``--emit fp4`` for weights that are not E2M1.
+        UsageError: ``--emit fp4`` for weights that are not E2M1, or a GPU architecture that the builder does
+            not know.
     """
     if recipe.weight_lowering == "plugin" and choice.target in HOSTS:
         try:
@@ -75,6 +78,8 @@ def check_options(recipe: Recipe, choice: TargetChoice) -> None:
     if choice.target in _BUILDERS:
         # An explicit target was checked with the recipe; "auto" is settled only here.
         Recipe.from_dict({**recipe.to_dict(), "target": choice.target})
+        trt = import_runtime(choice.target)
+        settle_capability(trt, recipe.compute_capability, f"{LABELS[choice.target]} {trt.__version__}")
 
 
 def check_model_options(recipe: Recipe, choice: TargetChoice, model: ir.Model, source: Path) -> list[str]:

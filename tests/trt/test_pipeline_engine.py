@@ -122,6 +122,11 @@ def test_auto_refuses_what_the_chosen_engine_cannot_hold(options, tiny_model, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_an_unknown_architecture_is_said_before_the_model_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--compute-capability 90: TensorRT-RTX .*builds for .*89"):
+        _build(tmp_path / "missing.onnx", tmp_path / "out", compute_capability="90")
+
+
 def test_a_refused_engine_leaves_its_log(tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan is asked for one linear more than the model has, so the lint refuses a sound engine."""
 

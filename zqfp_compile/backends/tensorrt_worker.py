@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from zqfp_compile.backends import gpu, timing_cache
+from zqfp_compile.backends.capability import chooses_capability, settle_capability
 from zqfp_compile.backends.trt_api import (
     LABELS,
     Builder,
@@ -30,9 +31,8 @@ from zqfp_compile.backends.trt_api import (
     TrtModule,
     import_runtime,
 )
-from zqfp_compile.errors import BuilderError, MissingDependencyError, UsageError, ZqfpError
+from zqfp_compile.errors import BuilderError, MissingDependencyError, ZqfpError
 
-DEFAULT_CAPABILITY = "89"
 _PR_SET_PDEATHSIG = 1
 _PROGRESS_SECONDS = 0.25
 _MESSAGE_CHARACTERS = 400
@@ -253,23 +253,12 @@ def _parse(parser: Parser, network: Network, log: Any, path: Path, label: str) -
 
 def _set_capability(trt: TrtModule, config: BuilderConfig, wanted: str | None, label: str) -> str:
     """Choose the GPU architecture; returns it as digits."""
-    here = gpu.compute_capabilities()
-    if not hasattr(config, "set_compute_capability"):
-        if wanted is not None and wanted not in here:
-            raise UsageError(
-                f"--compute-capability {wanted}: {label} builds for the GPU in this machine only "
-                f"({', '.join(here) or 'none found'}); leave the option out"
-            )
-        return here[0] if here else "unknown"
-    known = getattr(trt, "ComputeCapability").__members__  # noqa: B009  TensorRT-RTX only
-    if wanted is None:
-        wanted = next((digits for digits in here if f"SM{digits}" in known), DEFAULT_CAPABILITY)
-    if f"SM{wanted}" not in known:
-        choices = ", ".join(name[2:] for name in known if name.startswith("SM"))
-        raise UsageError(f"--compute-capability {wanted}: {label} builds for {choices}")
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(known[f"SM{wanted}"], 0)
-    return wanted
+    capability = settle_capability(trt, wanted, label)
+    if chooses_capability(trt):
+        known = getattr(trt, "ComputeCapability").__members__  # noqa: B009  TensorRT-RTX only
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(known[f"SM{capability}"], 0)
+    return capability
 
 
 def _add_profiles(
