@@ -2,6 +2,7 @@
 
     python tools/eval_perplexity.py MODEL.onnx --text ../shared/data/wikitext2-test.txt --wikitext
     python tools/eval_perplexity.py MODEL.onnx --text ... --wikitext --scale-constraint m2 --lorc-rank 0
+    python tools/eval_perplexity.py OUT/onnxruntime.onnx --text ... --provider cuda    # needs onnxruntime-gpu
 
 Without an option of the recipe the model itself is scored; with one, the model is compiled first (``--target
 onnxruntime``, no report evaluation) and that is scored. Prints a line for people and a
@@ -56,6 +57,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--text", help="UTF-8 text; built-in text when left out")
     parser.add_argument("--wikitext", action="store_true", help="undo WikiText's tokenisation in the texts")
     parser.add_argument("--length", type=int, default=2048, help="tokens per window (default 2048)")
+    parser.add_argument(
+        "--provider",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="ONNX Runtime's, to score with (default cpu)",
+    )
     parser.add_argument("--limit-tokens", type=int, help="score at most this many tokens")
     parser.add_argument("--output", type=Path, help="keep the compiled model in this folder")
     for name in SHORTCUTS:
@@ -103,7 +110,14 @@ def score(model: Path, arguments: argparse.Namespace, reporter: ConsoleReporter)
     for warning in text.warnings:
         reporter.warn(warning)
     with StepTimer(reporter).step("evaluate"):
-        return evaluate(model, None, text.tokens, length=arguments.length, progress=reporter.update)
+        return evaluate(
+            model,
+            None,
+            text.tokens,
+            length=arguments.length,
+            device=arguments.provider,
+            progress=reporter.update,
+        )
 
 
 def compile_and_score(
@@ -169,6 +183,7 @@ def print_result(values: argparse.Namespace, options: dict[str, Any], result: Ev
         "text": values.text,
         "wikitext": values.wikitext,
         "length": values.length,
+        "provider": values.provider,
         "options": options,
         "tokens": result.tokens_scored,
         "perplexity": result.perplexity_original,

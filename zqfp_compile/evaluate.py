@@ -16,6 +16,7 @@ import torch
 from zqfp_compile.backends.model_session import open_model_session
 from zqfp_compile.backends.ort import check_memory, is_large, run_session
 from zqfp_compile.calibrate.causal_lm import CausalLm
+from zqfp_compile.device import CPU_PROVIDER, CUDA_PROVIDER
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.model_io import load_model
 from zqfp_compile.report.metrics import perplexity, ratio_db
@@ -90,12 +91,10 @@ class _Totals:
 class _Model:
     """A model opened for scoring."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, device: str) -> None:
         self.path = Path(path)
         try:
-            model = load_model(self.path)
-            # Without the arena: two models are open at once.
-            self.session = open_model_session(self.path, model, arena=False, low_memory=is_large(model))
+            self.session = _open(self.path, device)
         except Exception as error:
             raise _ort_error(self.path, "open", error) from error
         self.interface = CausalLm.from_session(self.session)
@@ -118,6 +117,7 @@ def evaluate(
     tokens: Tokens,
     *,
     length: int,
+    device: str = "cpu",
     progress: Progress = lambda done, total, detail: None,
 ) -> Evaluation:
     """Score text with one model, or with two and compare their logits.
@@ -130,15 +130,17 @@ def evaluate(
         compiled: ONNX file of the other model, or ``None``.
         tokens: Text, int64 [T].
         length: Tokens per window (the graph's own sequence length wins when it is fixed).
+        device: Where ONNX Runtime computes, ``cpu`` or ``cuda``.
         progress: Called with (tokens done, tokens, text).
 
     Raises:
         UsageError: When there is nothing to score, or a model is no causal language model.
         ModelError: When ONNX Runtime cannot run a model or a model's logits are NaN or infinite.
+        MissingDependencyError: When ONNX Runtime has no CUDA provider here.
     """
     begin = time.perf_counter()
-    first = _Model(original)
-    second = None if compiled is None else _Model(compiled)
+    first = _Model(original, device)
+    second = None if compiled is None else _Model(compiled, device)
     fixed = first.interface.sequence_length
     windows = list(cut_windows(tokens, fixed or length, exact=fixed is not None))
     total = sum(window.size - 1 for window in windows)
@@ -218,6 +220,15 @@ def _nll(log_probabilities: torch.Tensor, targets: Tokens) -> float:
 def _sum(values: torch.Tensor) -> float:
     """Sum over positions in float64."""
     return float(values.sum(dtype=torch.float64))
+
+
+def _open(path: Path, device: str) -> Any:
+    model = load_model(path)
+    providers = (CUDA_PROVIDER, CPU_PROVIDER) if device == "cuda" else (CPU_PROVIDER,)
+    # Without the arena: two models are open at once. TF32 keeps 10 bits of the operands: enough to move a
+    # perplexity in the third digit.
+    options = {"arena": False, "low_memory": is_large(model), "tf32": False}
+    return open_model_session(path, model, providers=providers, widen=True, **options)
 
 
 def _ort_error(path: Path, action: str, error: Exception) -> Exception:

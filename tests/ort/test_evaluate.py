@@ -14,11 +14,12 @@ import pytest
 
 from zqfp_compile.backends.ort import create_session
 from zqfp_compile.calibrate.causal_lm import CausalLm
+from zqfp_compile.device import CUDA_PROVIDER
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.evaluate import cut_windows, evaluate
 from zqfp_compile.report import metrics
 
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 TOKENS = np.random.default_rng(0).integers(0, 320, 100)
 
@@ -142,9 +143,11 @@ def test_perplexity_tool(options: list[str], tiny_model, repo_root: Path, tmp_pa
 
 def test_perplexity_tool_reports_errors_in_one_line(repo_root: Path, tiny_model) -> None:
     tool = [sys.executable, str(repo_root / "tools" / "eval_perplexity.py")]
+    has_cuda = CUDA_PROVIDER in onnxruntime.get_available_providers()
     for arguments, code, says in (
         (["missing.onnx"], 3, "missing.onnx"),
         ([str(tiny_model("llama")), "--set", "nonsense=1"], 2, "nonsense"),
+        *([] if has_cuda else [([str(tiny_model("llama")), "--provider", "cuda"], 6, "onnxruntime-gpu")]),
     ):
         done = subprocess.run([*tool, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == code

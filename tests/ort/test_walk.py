@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from compiled_models import quick, sqnr
+from compiled_models import quick, sqnr, walked_bytes
 
+import zqfp_compile.calibrate.walk as walk_module
 from zqfp_compile.backends.ort import create_session
 from zqfp_compile.calibrate.causal_lm import CausalLm, graph_inputs
 from zqfp_compile.calibrate.linears import ActivationQuantizer, QuantizedLinear, Replacement
@@ -394,6 +395,22 @@ def test_no_bit_depends_on_the_number_of_devices(in_torch: bool, tiny_model, tmp
         assert torch.equal(moments.gram, together.moments[name].gram)
         assert moments.drift is not None and moments.drift.any()
         assert torch.equal(moments.drift, together.moments[name].drift)
+
+
+def test_no_bit_depends_on_where_activations_lie(tiny_model, tmp_path: Path, monkeypatch) -> None:
+    """GPTQ and LoRC with activations on disk, as on a CPU, and in memory, as where a GPU has room."""
+    model, plan = planned(tiny_model("llama", dtype="float16"))
+    plan = plan.replace(lorc_rank=4, lorc_format="fp8")
+    files, save = [], np.save
+    monkeypatch.setattr(np, "save", lambda path, array: (files.append(path), save(path, array)))
+    found = []
+    for room in ({}, {"cpu": 1 << 30}):
+        monkeypatch.setattr(walk_module, "activation_room", lambda devices, room=room: room)
+        files.clear()
+        found.append(walked_bytes(model, plan, feeds_for(model), tmp_path / str(len(room))))
+        assert bool(files) == (not room)
+    on_disk, in_memory = found
+    assert len(on_disk) >= 14 * 5 and on_disk == in_memory
 
 
 def test_an_error_on_a_device_is_raised(tiny_model, tmp_path: Path) -> None:

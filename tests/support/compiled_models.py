@@ -14,7 +14,10 @@ import onnx_ir as ir
 from zqfp_compile.backends.ort import create_session
 from zqfp_compile.calibrate.causal_lm import CausalLm
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
+from zqfp_compile.plan import QuantPlan
+from zqfp_compile.quantize_model import quantize_while_walking
 from zqfp_compile.recipe import Recipe
+from zqfp_compile.tensor_store import TensorStore
 
 # Linears of the two decoder layers: q k v o gate up down; q k v o fc1 fc2; c_attn c_proj c_fc c_proj.
 LINEARS = {"llama": 14, "qwen2": 14, "opt": 12, "gpt2": 8}
@@ -35,6 +38,27 @@ def quick(**options: Any) -> Recipe:
         **options,
     }
     return Recipe.from_dict(values)
+
+
+def walked_bytes(
+    model: ir.Model,
+    plan: QuantPlan,
+    feeds: Sequence[Mapping[str, Any]],
+    folder: Path,
+    devices: Sequence[str] = ("cpu",),
+) -> dict[tuple[str, str], bytes]:
+    """Every tensor that GPTQ makes of a model, by layer and field; ``folder`` is made."""
+    folder.mkdir()
+    with TensorStore(folder) as store:
+        found, _ = quantize_while_walking(
+            model, plan, store, feeds, scratch=folder, devices=devices, seed=0, progress=lambda *_: None
+        )
+        return {
+            (name, field): tensor.tobytes()
+            for name, tensors in found.tensors.items()
+            for field, tensor in vars(tensors).items()
+            if tensor is not None
+        }
 
 
 def pairwise(

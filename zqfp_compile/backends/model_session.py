@@ -16,7 +16,12 @@ from zqfp_compile.model_io import data_folder
 
 
 def open_model_session(
-    path: Path, model: ir.Model, *, providers: Sequence[str] = (CPU_PROVIDER,), **options: Any
+    path: Path,
+    model: ir.Model,
+    *,
+    providers: Sequence[str] = (CPU_PROVIDER,),
+    widen: bool = False,
+    **options: Any,
 ) -> Any:
     """Open an ``onnxruntime.InferenceSession``.
 
@@ -25,6 +30,7 @@ def open_model_session(
         model: Its content. On the CPU alone, of whose provider bfloat16 has no kernels, a model that uses it
             is widened to float32 in place: what the session takes and returns is what ``model`` then says.
         providers: As for :func:`zqfp_compile.backends.ort.create_session`.
+        widen: Do that on any provider, as who reads outputs as numpy arrays needs it.
         options: Likewise.
 
     Raises:
@@ -33,7 +39,8 @@ def open_model_session(
             there.
     """
     options["custom_ops"] = host_library("onnxruntime") if needs_host(model) else None
-    if list(providers) != [CPU_PROVIDER] or not uses_bfloat16(model):
+    widen = widen or list(providers) == [CPU_PROVIDER]
+    if not (widen and uses_bfloat16(model)):
         return create_session(path, providers=providers, **options)
     widen_bfloat16(model)
     content = ir.to_proto(model).SerializeToString()

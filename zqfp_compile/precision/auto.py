@@ -54,7 +54,7 @@ def sensitivities(
     model: ir.Model,
     plan: QuantPlan,
     feeds: Sequence[Mapping[str, npt.NDArray[Any]]],
-    statistics: Statistics,
+    statistics: Callable[[], Statistics],
     *,
     max_rank: int,
     seed: int,
@@ -69,7 +69,7 @@ def sensitivities(
         model: The original model.
         plan: Layers and formats.
         feeds: Calibration windows; a few of them are used.
-        statistics: Of the layers' inputs, over all windows.
+        statistics: Returns those of the layers' inputs, over all windows; only called to measure anew.
         max_rank: Largest LoRC rank a layer may get.
         seed: Of LoRC's range finder.
         gptq: Whether the weights will be rounded by GPTQ, not to nearest.
@@ -96,7 +96,7 @@ def sensitivities(
         plan,
         lambda source: read_weight(model, source),
         probe,
-        statistics,
+        statistics(),
         max_rank=max_rank,
         gptq=gptq,
         seed=seed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from zqfp_compile.calibrate.statistics import activation_scales, collect
 from zqfp_compile.compilation import Compilation
 from zqfp_compile.precision.auto import Chooser, sensitivities
@@ -21,7 +23,7 @@ def assign(run: Compilation) -> None:
             run.model,
             run.plan,
             run.samples.feeds,
-            _statistics(run),
+            partial(_statistics, run),
             max_rank=recipe.lorc_rank,
             gptq=run.walks,
             seed=recipe.seed,
