@@ -267,14 +267,15 @@ def test_plans_choose_what_an_h100_ran_fastest(kernel_library, n, k, tokens, ker
     assert " ".join(kernel_library.describe_plan(layer, m)[0] for m in tokens) == kernels
 
 
-def test_a_kernel_that_cannot_hold_the_tokens_is_refused(kernel_library):
-    """Strips keep x8 in shared memory: no plan chooses them for a K that is too large, and tuning cannot."""
-    layer = Layer(n=4096, k=65536, group_size=64)
+@pytest.mark.parametrize("k", [16400, 20480, 65536])
+def test_a_kernel_that_cannot_hold_the_tokens_is_refused(kernel_library, k):
+    """Strips keep x8 in shared memory, in at most eight chunks: no plan chooses them for more, and tuning cannot."""
+    layer = Layer(n=16, k=k, group_size=64)
     assert "w" not in kernel_library.describe_plan(layer, 1)[0]
-    index = kernel_library.kernel_names().index("t8w2")
     try:
-        kernel_library.tune(kernel=index)
-        with pytest.raises(binding.NotSupportedError, match="zqfpTune asks for cannot have k = 65536"):
+        kernel_library.tune(kernel=kernel_library.kernel_names().index("t8w2"))
+        assert kernel_library.describe_plan(Layer(n=16, k=16384, group_size=64), 1)[0] == "t8w2"
+        with pytest.raises(binding.NotSupportedError, match=f"zqfpTune asks for cannot have k = {k}"):
             kernel_library.describe_plan(layer, 1)
     finally:
         kernel_library.tune()

@@ -43,9 +43,10 @@ struct StripCost {
 };
 constexpr StripCost kStripCosts[] = {{100, 1900, 250, 4, 300}, {125, 2100, 250, 4, 300}};  // kT8Strips, kT16Strips
 
-// Strips whose x8 fits in shared memory.
+// Strips whose x8 fits in shared memory, and its chunks among the barriers.
 bool can_compute(const Kernel& kernel, const zqfpLinearDesc& desc) {
-  return !kernel.strips || strip_shared_bytes(kernel, desc) <= kMaxSharedBytes;
+  constexpr int64_t kMaxColumns = int64_t(kMaxStripChunks) * kStripChunk * kStripSlices * kBlockColumns;
+  return !kernel.strips || (desc.k <= kMaxColumns && strip_shared_bytes(kernel, desc) <= kMaxSharedBytes);
 }
 
 Schedule tiles_of(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel) {

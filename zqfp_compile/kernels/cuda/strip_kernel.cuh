@@ -32,14 +32,12 @@ struct StripConfig {
   static constexpr int kRing = Tokens == 8 ? 2 : 1;  // strips whose sums have room
   static constexpr int kRankSteps = 4;               // of 16 ranks
   static constexpr int kRanks = 16 * kRankSteps;
-  // x8 arrives in chunks of so many columns of blocks; no fewer than warpgroups, so that where there is one chunk the
-  // first piece of each warp tells of all.
-  static constexpr int kChunk = 4;
-  static constexpr int kChunks = 8;
+  // Where there is one chunk of x8, the first piece of each warp tells of all.
+  static_assert(kStripChunk >= kWarpgroups);
 
   // Shared memory: barriers, u of a strip, sums, pieces and x8 (octet_bytes for each octet).
   static constexpr int kBarrierBytes = 256;
-  static_assert((kChunks + 2 * kRing) * 8 <= kBarrierBytes && kChunk >= kWarpgroups);
+  static_assert((kMaxStripChunks + 2 * kRing) * 8 <= kBarrierBytes);
   static constexpr int kFactorOffset = kBarrierBytes;
   static constexpr int kFactorPitch = kStripRows * 2;  // from rank to rank
   static constexpr int kSumOffset = kFactorOffset + kRanks * kFactorPitch;
@@ -59,7 +57,7 @@ struct StripShared {
   uint32_t base;
 
   __device__ __forceinline__ uint32_t chunk(int index) const { return base + index * 8; }
-  __device__ __forceinline__ uint32_t full(int stage) const { return base + (C::kChunks + stage) * 8; }
+  __device__ __forceinline__ uint32_t full(int stage) const { return base + (kMaxStripChunks + stage) * 8; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(C::kRing + stage); }
   __device__ __forceinline__ uint32_t factor(int rank) const {
     return base + C::kFactorOffset + rank * C::kFactorPitch;
@@ -179,7 +177,7 @@ class StripWorker {
 
   __device__ __forceinline__ void step(Sums& sums) {
     if (use_.strip == tile_.first || p_.columns < C::kWarpgroups) {
-      ptx::barrier_wait(shared_.chunk(use_.column / C::kChunk), 0);
+      ptx::barrier_wait(shared_.chunk(use_.column / kStripChunk), 0);
     }
     ptx::wait_copies<C::kAhead - 1>();
     const uint32_t piece = shared_.piece(warp_, stage_);
@@ -280,7 +278,7 @@ class StripFinisher {
   // is made of them goes nowhere.
   __device__ __forceinline__ void bring_tokens() const {
     copy_chunk(0);
-    for (int chunk = 0; chunk * C::kChunk < p_.columns; ++chunk) {
+    for (int chunk = 0; chunk * kStripChunk < p_.columns; ++chunk) {
       copy_chunk(chunk + 1);
       ptx::wait_copies<1>();
       ptx::publish_to_wgmma();
@@ -292,9 +290,9 @@ class StripFinisher {
   // Eight lanes have the 128 bytes of a token and a block of K, in 128-byte swizzle; the four quarters at a time. Beyond
   // K there must be zeros.
   __device__ __forceinline__ void copy_chunk(int chunk) const {
-    const int end = (chunk + 1) * C::kChunk < p_.columns ? (chunk + 1) * C::kChunk : p_.columns;
+    const int end = (chunk + 1) * kStripChunk < p_.columns ? (chunk + 1) * kStripChunk : p_.columns;
     const int slice = lane_ / 8, piece = lane_ % 8;
-    for (int column = chunk * C::kChunk; column < end; ++column) {
+    for (int column = chunk * kStripChunk; column < end; ++column) {
       const int k = (slice * p_.columns + column) * kBlockColumns + piece * 16;
       const int bytes = k < p_.k ? 16 : 0;
       const uint8_t* from = p_.x8 + int64_t(tile_.token) * p_.k + (k < p_.k ? k : 0);
@@ -418,7 +416,7 @@ class StripFinisher {
 
 template <class C>
 __device__ __forceinline__ void init_strip_barriers(StripShared<C> shared) {
-  for (int i = 0; i < C::kChunks; ++i) ptx::barrier_init(shared.chunk(i), 1);
+  for (int i = 0; i < kMaxStripChunks; ++i) ptx::barrier_init(shared.chunk(i), 1);
   for (int stage = 0; stage < C::kRing; ++stage) {
     ptx::barrier_init(shared.full(stage), C::kWarps);
     ptx::barrier_init(shared.empty(stage), 1);

@@ -10,6 +10,9 @@ namespace zqfp {
 constexpr int kStripRows = 16;
 // The warps of a warpgroup have a quarter of K each.
 constexpr int kStripSlices = 4;
+// x8 arrives in chunks of so many columns of blocks, a block of each quarter.
+constexpr int kStripChunk = 4;
+constexpr int kMaxStripChunks = 8;
 
 // Blocks of K in a quarter of it.
 ZQFP_HOST_DEVICE int slice_blocks(int k_blocks) { return (k_blocks + kStripSlices - 1) / kStripSlices; }
