@@ -93,6 +93,8 @@ CASES = [
     Case(S16, m=9, n=72, k=400, bfloat=True, per_token=False),
     Case(S16, m=15, n=264, k=1040, rank=40, outputs=(128, 64, 72)),
     Case(S8_G32, m=4, n=456, k=272, workers=5, outputs=(64, 64, 320, 8)),
+    # The last chunk of x8 has columns for one warpgroup in the first strip, for others in those after it.
+    Case(S8, m=2, n=96, k=2576, workers=1),
 ]
 
 

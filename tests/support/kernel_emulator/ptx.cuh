@@ -19,6 +19,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "descriptor.h"
@@ -279,7 +280,8 @@ inline uint2 load_8(uint32_t address) { return load<uint2>(address); }
 inline uint32_t load_4(uint32_t address) { return load<uint32_t>(address); }
 inline uint32_t load_2(uint32_t address) { return load<uint16_t>(address); }
 
-// cp.async happens as late as it may, when its group is waited for.
+// cp.async happens as late as it may, when its group is waited for; a warp that copies for others (strip_kernel.cuh's
+// last) takes its time, so that who does not wait for it finds nothing.
 inline thread_local std::vector<std::function<void()>> open_copies;
 inline thread_local std::deque<std::vector<std::function<void()>>> copies;
 
@@ -301,6 +303,8 @@ inline void commit_copies() {
 }
 template <int kPending>
 void wait_copies() {
+  constexpr unsigned kCopyingWarp = 16;
+  if (kPending > 0 && threadIdx.x / 32 == kCopyingWarp) std::this_thread::sleep_for(std::chrono::milliseconds(300));
   for (; copies.size() > kPending; copies.pop_front()) {
     for (const auto& run : copies.front()) run();
   }

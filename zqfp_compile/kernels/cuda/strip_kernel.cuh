@@ -32,8 +32,6 @@ struct StripConfig {
   static constexpr int kRing = Tokens == 8 ? 2 : 1;  // strips whose sums have room
   static constexpr int kRankSteps = 4;               // of 16 ranks
   static constexpr int kRanks = 16 * kRankSteps;
-  // Where there is one chunk of x8, the first piece of each warp tells of all.
-  static_assert(kStripChunk >= kWarpgroups);
 
   // Shared memory: barriers, u of a strip, sums, pieces and x8 (octet_bytes for each octet).
   static constexpr int kBarrierBytes = 256;
@@ -119,6 +117,7 @@ class StripWorker {
       while (use_.strip == strip) step(sums);
       ptx::wgmma_wait<0>();
       ptx::pin(sums);
+      wait_for_all_tokens();
       leave_strip(slot, sums);
       leave_strips_before(use_);
     }
@@ -139,6 +138,7 @@ class StripWorker {
   Position load_, use_;
   int left_;  // the strip that this warp leaves next
   int stage_ = 0;
+  bool tokens_there_ = false;
   const uint8_t *codes_, *scales_;
 
   __device__ __forceinline__ void normalize(Position& at) const {
@@ -176,9 +176,7 @@ class StripWorker {
   }
 
   __device__ __forceinline__ void step(Sums& sums) {
-    if (use_.strip == tile_.first || p_.columns < C::kWarpgroups) {
-      ptx::barrier_wait(shared_.chunk(use_.column / kStripChunk), 0);
-    }
+    if (!tokens_there_) ptx::barrier_wait(shared_.chunk(use_.column / kStripChunk), 0);
     ptx::wait_copies<C::kAhead - 1>();
     const uint32_t piece = shared_.piece(warp_, stage_);
     const uint4 codes = ptx::load_16(piece + lane_ * 16);
@@ -194,6 +192,15 @@ class StripWorker {
     fetch(stage_);
     if (++stage_ == C::kAhead) stage_ = 0;
     advance(use_);
+  }
+
+  // In its first strip a warp waits for the chunks that it needs; in others it may need those that it did not there.
+  __device__ __forceinline__ void wait_for_all_tokens() {
+    if (tokens_there_) return;
+    for (int first = 0; first < p_.columns; first += kStripChunk) {
+      ptx::barrier_wait(shared_.chunk(first / kStripChunk), 0);
+    }
+    tokens_there_ = true;
   }
 
   __device__ __forceinline__ int stage_of(int strip) const { return (strip - tile_.first) % C::kRing; }
