@@ -269,7 +269,7 @@ def test_plans_choose_what_an_h100_ran_fastest(kernel_library, n, k, tokens, ker
 
 @pytest.mark.parametrize("k", [16400, 20480, 65536])
 def test_a_kernel_that_cannot_hold_the_tokens_is_refused(kernel_library, k):
-    """Strips keep x8 in shared memory, in at most eight chunks: no plan chooses them for more, and tuning cannot."""
+    """Strips keep x8 in shared memory, in at most eight chunks: no plan has them for more, nor can tuning."""
     layer = Layer(n=16, k=k, group_size=64)
     assert "w" not in kernel_library.describe_plan(layer, 1)[0]
     try:
