@@ -145,12 +145,13 @@ def decoded_levels(weight: AnyWeight, device: torch.device | str = "cpu") -> tor
     Raises:
         ValueError: For ``fp8`` weights, which have no code book.
     """
-    scales = QuantizedTensors.of(weight, device).group_scales
+    weight = QuantizedTensors.of(weight, device)
+    scales = weight.group_scales
     if scales is None:
         raise ValueError(f"{weight.weight_format} weights have no code book")
     width = group_width(weight.k, weight.group_size)
     rule = _Rule(CODE_BOOKS[weight.weight_format], width, weight.scale_constraint, search=False)
-    return _levels(scales, QuantizedTensors.of(weight, device).row_scales, rule).view(-1, *scales.shape)
+    return _levels(scales, weight.row_scales, rule).view(-1, *scales.shape)
 
 
 def check_finite(weight: torch.Tensor, name: str) -> None:
