@@ -104,7 +104,7 @@ ZQFP_API zqfpStatus zqfpQuantizeSiluMul(const void* gate, const void* up, int32_
 /* The same of a root mean square norm, of x or of the sum of x and skip:
  *   s = x_dtype(x + skip), or x where skip is null        h = x_dtype(s / sqrt(mean_k(s * s) + epsilon) * gamma)
  * x, skip, sum [m, k] and gamma [k] have the type x_dtype; h is computed in float32 and rounded once. sum receives s, or
- * is null; it may be x or skip itself. */
+ * is null; it may be x or skip itself. With v these are two launches, the others one. */
 ZQFP_API zqfpStatus zqfpQuantizeRmsNorm(const void* x, const void* skip, const void* gamma, float epsilon,
                                         int32_t x_dtype, int64_t m, int64_t k, const float* scale, void* x8, float* a,
                                         void* sum, const void* v, int32_t rank, void* xv, void* stream);
