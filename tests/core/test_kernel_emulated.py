@@ -233,8 +233,10 @@ class Quantizer:
     rank: int = 0
     share: int = 1  # without LoRC: eights of a thread; with LoRC: blocks of a cluster
     size: int = 0  # without LoRC: threads of a token's block; with LoRC: 0 for few tokens, 1 for many
+    threads: int = 64  # of a norm: of a token's block
 
 
+EPSILON = 1e-5
 TYPES = {"float16": (1, np.float16), "bfloat16": (2, ml_dtypes.bfloat16), "float32": (3, np.float32)}
 QUANTIZERS = [
     Quantizer("float16", 3, 1040, 0.02),
@@ -261,22 +263,31 @@ def optional(array):
     return None if array is None else aligned(array)
 
 
-def run_quantizer(case, v, call):
-    """Run ``call`` on poisoned outputs; return x8 as bytes [M, K], a, and h @ V [M, rank]."""
+class Inputs(ctypes.Structure):
+    """What is quantised: x; SiLU of x times other; or a norm of x + other, which has a gamma."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "other", "gamma")),
+        ("epsilon", ctypes.c_float),
+        ("sum", ctypes.c_void_p),
+    )
+
+
+def quantized(emulator, case, v=None, **inputs):
+    """Run the quantizer of aligned inputs on poisoned outputs; return x8 as bytes [M, K], a, and h @ V."""
     number, dtype = TYPES[case.dtype]
     x8 = aligned(np.full(case.m * case.k, 0x7F, np.uint8))
     a = np.full(case.m if case.scale is None else 1, np.nan, np.float32)
     xv = aligned(np.full((case.m, case.rank), np.nan, dtype))
     scale = None if case.scale is None else np.array([case.scale], np.float32)
     v = optional(v)
-    call(number, case.m, case.k, *map(pointer, (scale, x8, a, v)), case.rank, pointer(xv), case.share, case.size)
+    given = Inputs(epsilon=EPSILON, **{name: pointer(array) for name, array in inputs.items()})
+    emulator.emulate_quantizer(
+        *(ctypes.byref(given), number, case.m, case.k),
+        *(*map(pointer, (scale, x8, a, v)), case.rank, pointer(xv)),
+        *(case.share, case.size, case.threads),
+    )
     return x8.reshape(case.m, case.k), a, xv.view(dtype).reshape(case.m, case.rank)
-
-
-def quantized(emulator, case, x, v=None, up=None):
-    """:func:`run_quantizer` of x, or of silu(x) * up."""
-    x, up = aligned(x), optional(up)
-    return run_quantizer(case, v, lambda *rest: emulator.emulate_quantizer(pointer(x), pointer(up), *rest))
 
 
 def random_numbers(case, *shape, seed=0):
@@ -288,7 +299,11 @@ def random_numbers(case, *shape, seed=0):
 
 def random_v(case):
     shape = (case.k, case.rank)
-    return np.random.default_rng(case.m).standard_normal(shape).astype(TYPES[case.dtype][1]) if case.rank else None
+    return (
+        np.random.default_rng(case.m).standard_normal(shape).astype(TYPES[case.dtype][1])
+        if case.rank
+        else None
+    )
 
 
 def check_product(case, h, v, xv):
@@ -302,7 +317,7 @@ def check_product(case, h, v, xv):
 @pytest.mark.parametrize("case", QUANTIZERS, ids=str)
 def test_quantizer_computes_the_reference(emulator, case):
     x, v = random_numbers(case, case.m, case.k), random_v(case)
-    x8, a, xv = quantized(emulator, case, x, v)
+    x8, a, xv = quantized(emulator, case, v, x=aligned(x))
     wanted, wanted_scale = reference.quantize_activation(x.astype(np.float32), case.scale)
     assert np.array_equal(a, wanted_scale)
     assert np.array_equal(E4M3FN.decode(x8), wanted)
@@ -334,7 +349,7 @@ def check_quantized(case, wide, x8, a):
 def test_silu_mul_is_quantized_as_the_reference(emulator, case):
     gate, up = (random_numbers(case, case.m, case.k, seed=seed) for seed in (1, 2))
     v = random_v(case)
-    x8, a, xv = quantized(emulator, case, gate, v, up)
+    x8, a, xv = quantized(emulator, case, v, x=aligned(gate), other=aligned(up))
     h = check_quantized(case, reference.silu_mul(gate, up), x8, a)
     check_product(case, h, v, xv)
 
@@ -342,7 +357,8 @@ def test_silu_mul_is_quantized_as_the_reference(emulator, case):
 def test_silu_of_the_largest_numbers(emulator):
     """exp(-x) overflows long before x does."""
     gate = np.array([-88.0, -89.0, -104.0, -3e38, 88.0, 3e38, 0.0, -0.0] * 2, np.float32)[None]
-    x8, _, _ = quantized(emulator, Quantizer("float32", 1, 16, 1.0), gate, up=np.ones_like(gate))
+    inputs = {"x": aligned(gate), "other": aligned(np.ones_like(gate))}
+    x8, _, _ = quantized(emulator, Quantizer("float32", 1, 16, 1.0), **inputs)
     assert np.array_equal(E4M3FN.decode(x8)[0], [0, 0, 0, 0, 88, 448, 0, 0] * 2)
 
 
@@ -350,7 +366,6 @@ def test_silu_of_the_largest_numbers(emulator):
 class Norm(Quantizer):
     skip: bool = True
     sum: str | None = "new"  # where it goes: into memory of its own, or into that of x or skip
-    threads: int = 64
 
 
 NORMS = [
@@ -382,15 +397,10 @@ def test_rms_norm_is_quantized_as_the_reference(emulator, case):
         x[0] = 0
         if case.skip:
             skip[0] = 0
-    s, wide = reference.rms_norm(x, skip, gamma, 1e-5)
+    s, wide = reference.rms_norm(x, skip, gamma, EPSILON)
     held = {"x": aligned(x), "skip": optional(skip), "new": aligned(np.full_like(x, np.nan)), None: None}
-    gamma = aligned(gamma)
-
-    def call(*rest):
-        inputs = map(pointer, (held["x"], held["skip"], gamma, held[case.sum]))
-        emulator.emulate_norm(*inputs, ctypes.c_float(1e-5), *rest, case.threads)
-
-    x8, a, xv = run_quantizer(case, v, call)
+    inputs = {"x": held["x"], "other": held["skip"], "gamma": aligned(gamma), "sum": held[case.sum]}
+    x8, a, xv = quantized(emulator, case, v, **inputs)
     h = check_quantized(case, wide, x8, a)
     check_product(case, h, v, xv)
     if case.sum is not None:
@@ -415,7 +425,7 @@ def test_quantizer_divides_as_the_reference_near_ties(emulator, scale):
     x = np.concatenate([x, -x])
     x = np.pad(x, (0, -len(x) % 16))[None]
     case = Quantizer("float32", 1, x.shape[1], scale, share=4)
-    x8, _, _ = quantized(emulator, case, x)
+    x8, _, _ = quantized(emulator, case, x=aligned(x))
     with np.errstate(over="ignore"):
         wanted = reference.quantize_activation(x, scale)[0]
     assert np.array_equal(E4M3FN.decode(x8), wanted)
@@ -427,7 +437,8 @@ def test_quantizer_divides_as_the_reference_near_ties(emulator, scale):
 def test_quantizer_divides_as_ieee_by_infinity_and_zero(emulator, scale, size):
     x = np.tile(np.array([1.0, -2.0, 0.0, np.inf, -np.inf, np.nan, 3.0, -0.0], np.float16), 34)[None]
     v = np.zeros((x.shape[1], 8), np.float16)
-    x8, a, _ = quantized(emulator, Quantizer("float16", 1, x.shape[1], scale, rank=8, size=size), x, v)
+    case = Quantizer("float16", 1, x.shape[1], scale, rank=8, size=size)
+    x8, a, _ = quantized(emulator, case, v, x=aligned(x))
     with np.errstate(divide="ignore", invalid="ignore"):
         quotient = x.astype(np.float32) / a
     wanted = np.where(np.isinf(quotient), np.copysign(448.0, quotient), quotient)

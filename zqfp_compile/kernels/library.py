@@ -143,7 +143,7 @@ class LinearTensors:
 
 @dataclass(frozen=True)
 class QuantizerTensors:
-    """What a quantizer of an input [M, K] writes and is told: CUDA tensors, contiguous and aligned to 16 bytes.
+    """What a quantizer of an input [M, K] writes and is told: CUDA tensors, contiguous, aligned to 16 bytes.
 
     Attributes:
         x8: float8_e4m3fn or uint8 [M, K], written.
@@ -446,7 +446,7 @@ def _check_linear(layer: Layer, tensors: LinearTensors, packed: tuple[int, int])
 
 
 def _quantizer_arguments(x: torch.Tensor, tensors: QuantizerTensors) -> tuple[Any, ...]:
-    """Check the tensors of an input x; return ``(dtype, m, k)`` and what follows it in every quantizer's call."""
+    """Check the tensors of an input x; return ``(dtype, m, k)`` and what follows it in a quantizer's call."""
     (m, k), rank = x.shape, 0 if tensors.v is None else tensors.v.shape[1]
     _require(x, "x", (m, k), _DTYPES)
     _require(tensors.x8, "x8", (m, k), (torch.float8_e4m3fn, torch.uint8))

@@ -90,11 +90,6 @@ void quantize(const QuantizeParams& p, int size) {
   }
 }
 
-template <typename T>
-void quantize_numbers(const QuantizeParams& p, int size) {
-  p.other == nullptr ? quantize<Plain<T>>(p, size) : quantize<SiluMul<T>>(p, size);
-}
-
 // A block has `threads`; `size` as choose_lorc has it.
 template <typename T>
 void quantize_norm(QuantizeParams p, int threads, int size) {
@@ -107,6 +102,12 @@ void quantize_norm(QuantizeParams p, int threads, int size) {
     follow_norm(&p);
     if (p.v != nullptr) choose_lorc<Norm<T>, LorcTask::kNothing>(p, size);
   }
+}
+
+template <typename T>
+void quantize_numbers(const QuantizeParams& p, int size, int norm_threads) {
+  if (p.gamma != nullptr) return quantize_norm<T>(p, norm_threads, size);
+  p.other == nullptr ? quantize<Plain<T>>(p, size) : quantize<SiluMul<T>>(p, size);
 }
 
 void fill(const Problem& problem, LinearParams* p) {
@@ -202,30 +203,11 @@ extern "C" int emulate(int config, const Problem* problem) {
   }
 }
 
-// dtype as in zqfp.h; v null: no LoRC; other null: x itself, else SiLU of x times other.
-extern "C" void emulate_quantizer(const void* x, const void* other, int dtype, int m, int k, const float* scale, void* x8,
-                                  float* a, const void* v, int rank, void* xv, int share, int size) {
-  QuantizeParams p = quantize_params(m, k, scale, x8, a, v, rank, xv);
-  p.x = x;
-  p.other = other;
-  p.share = share;
-  dtype == 3   ? quantize_numbers<float>(p, size)
-  : dtype == 1 ? quantize_numbers<__half>(p, size)
-               : quantize_numbers<__nv_bfloat16>(p, size);
-}
-
-// `other`: skip, or null.
-extern "C" void emulate_norm(const void* x, const void* other, const void* gamma, void* sum, float epsilon, int dtype,
-                             int m, int k, const float* scale, void* x8, float* a, const void* v, int rank, void* xv,
-                             int share, int size, int threads) {
-  QuantizeParams p = quantize_params(m, k, scale, x8, a, v, rank, xv);
-  p.x = x;
-  p.other = other;
-  p.gamma = gamma;
-  p.sum = sum;
-  p.epsilon = epsilon;
-  p.share = share;
-  dtype == 3   ? quantize_norm<float>(p, threads, size)
-  : dtype == 1 ? quantize_norm<__half>(p, threads, size)
-               : quantize_norm<__nv_bfloat16>(p, threads, size);
+// The inputs of a norm's quantizer; or x, and other null or SiLU's factor. dtype as in zqfp.h; v null: no LoRC.
+extern "C" void emulate_quantizer(const QuantizeInputs* inputs, int dtype, int m, int k, const float* scale, void* x8,
+                                  float* a, const void* v, int rank, void* xv, int share, int size, int norm_threads) {
+  const QuantizeParams p{*inputs, scale, static_cast<uint8_t*>(x8), a, v, xv, m, k, v == nullptr ? 0 : rank, share};
+  dtype == 3   ? quantize_numbers<float>(p, size, norm_threads)
+  : dtype == 1 ? quantize_numbers<__half>(p, size, norm_threads)
+               : quantize_numbers<__nv_bfloat16>(p, size, norm_threads);
 }

@@ -135,12 +135,21 @@ zqfpStatus quantize_norm_of(QuantizeParams* p, int32_t dtype, void* stream) {
   return quantize_norm_half<__nv_bfloat16>(p, device, processors, stream);
 }
 
-// What all quantizers write, and the scale.
-zqfpStatus check_quantized(const float* scale, const void* x8, const float* a) {
+// Checks all that is not an input. Where there are no tokens, pointers may be anything.
+zqfpStatus check_call(int32_t x_dtype, int64_t m, int64_t k, const float* scale, const void* x8, const float* a,
+                      const void* v, int32_t rank, const void* xv) {
+  ZQFP_RETURN_IF_FAILED(check_shape(x_dtype, m, k));
+  ZQFP_RETURN_IF_FAILED(check_lorc(x_dtype, v, rank, xv));
+  if (m == 0) return ZQFP_SUCCESS;
   ZQFP_RETURN_IF_FAILED(check_pointer(x8, "x8"));
   if (scale == nullptr) ZQFP_RETURN_IF_FAILED(check_pointer(a, "a"));
   ZQFP_RETURN_IF_FAILED(check_alignment(scale, "scale"));
   return check_alignment(a, "a");
+}
+
+QuantizeParams make_params(const QuantizeInputs& inputs, int64_t m, int64_t k, const float* scale, void* x8, float* a,
+                           const void* v, int32_t rank, void* xv) {
+  return {inputs, scale, static_cast<uint8_t*>(x8), a, v, xv, int(m), int(k), v == nullptr ? 0 : rank, 1};
 }
 
 }  // namespace
@@ -149,13 +158,10 @@ zqfpStatus check_quantized(const float* scale, const void* x8, const float* a) {
 zqfpStatus zqfpQuantizeActivation(const void* x, int32_t x_dtype, int64_t m, int64_t k, const float* scale, void* x8,
                                   float* a, const void* v, int32_t rank, void* xv, void* stream) {
   using namespace zqfp;
-  ZQFP_RETURN_IF_FAILED(check_shape(x_dtype, m, k));
-  ZQFP_RETURN_IF_FAILED(check_lorc(x_dtype, v, rank, xv));
+  ZQFP_RETURN_IF_FAILED(check_call(x_dtype, m, k, scale, x8, a, v, rank, xv));
   if (m == 0) return ZQFP_SUCCESS;
   ZQFP_RETURN_IF_FAILED(check_pointer(x, "x"));
-  ZQFP_RETURN_IF_FAILED(check_quantized(scale, x8, a));
-  QuantizeParams p = quantize_params(m, k, scale, x8, a, v, rank, xv);
-  p.x = x;
+  QuantizeParams p = make_params({x}, m, k, scale, x8, a, v, rank, xv);
   return quantize_source<Plain>(&p, x_dtype, stream);
 }
 
@@ -163,15 +169,11 @@ zqfpStatus zqfpQuantizeSiluMul(const void* gate, const void* up, int32_t x_dtype
                                const float* scale, void* x8, float* a, const void* v, int32_t rank, void* xv,
                                void* stream) {
   using namespace zqfp;
-  ZQFP_RETURN_IF_FAILED(check_shape(x_dtype, m, k));
-  ZQFP_RETURN_IF_FAILED(check_lorc(x_dtype, v, rank, xv));
+  ZQFP_RETURN_IF_FAILED(check_call(x_dtype, m, k, scale, x8, a, v, rank, xv));
   if (m == 0) return ZQFP_SUCCESS;
   ZQFP_RETURN_IF_FAILED(check_pointer(gate, "gate"));
   ZQFP_RETURN_IF_FAILED(check_pointer(up, "up"));
-  ZQFP_RETURN_IF_FAILED(check_quantized(scale, x8, a));
-  QuantizeParams p = quantize_params(m, k, scale, x8, a, v, rank, xv);
-  p.x = gate;
-  p.other = up;
+  QuantizeParams p = make_params({gate, up}, m, k, scale, x8, a, v, rank, xv);
   return quantize_source<SiluMul>(&p, x_dtype, stream);
 }
 
@@ -179,8 +181,7 @@ zqfpStatus zqfpQuantizeRmsNorm(const void* x, const void* skip, const void* gamm
                                int64_t m, int64_t k, const float* scale, void* x8, float* a, void* sum, const void* v,
                                int32_t rank, void* xv, void* stream) {
   using namespace zqfp;
-  ZQFP_RETURN_IF_FAILED(check_shape(x_dtype, m, k));
-  ZQFP_RETURN_IF_FAILED(check_lorc(x_dtype, v, rank, xv));
+  ZQFP_RETURN_IF_FAILED(check_call(x_dtype, m, k, scale, x8, a, v, rank, xv));
   if (!(epsilon >= 0.f) || std::isinf(epsilon)) {
     return fail(ZQFP_INVALID_VALUE, "epsilon = %g is not a number from 0 on", double(epsilon));
   }
@@ -189,12 +190,6 @@ zqfpStatus zqfpQuantizeRmsNorm(const void* x, const void* skip, const void* gamm
   ZQFP_RETURN_IF_FAILED(check_alignment(skip, "skip"));
   ZQFP_RETURN_IF_FAILED(check_pointer(gamma, "gamma"));
   ZQFP_RETURN_IF_FAILED(check_alignment(sum, "sum"));
-  ZQFP_RETURN_IF_FAILED(check_quantized(scale, x8, a));
-  QuantizeParams p = quantize_params(m, k, scale, x8, a, v, rank, xv);
-  p.x = x;
-  p.other = skip;
-  p.gamma = gamma;
-  p.sum = sum;
-  p.epsilon = epsilon;
+  QuantizeParams p = make_params({x, skip, gamma, epsilon, sum}, m, k, scale, x8, a, v, rank, xv);
   return quantize_norm_of(&p, x_dtype, stream);
 }

@@ -8,23 +8,28 @@ namespace zqfp {
 
 struct Nothing {};
 
+// Of sources that have them: what eight columns have in common, whatever the token (a weight), and what the columns of a
+// token have in common.
+struct NothingInCommon {
+  using Column = Nothing;
+  using Row = Nothing;
+  __device__ __forceinline__ static Column load_column(const QuantizeParams&, int, bool) { return {}; }
+  __device__ __forceinline__ static Row load_row(const QuantizeParams&, int, int, bool) { return {}; }
+};
+
 // h = x.
 template <typename Number>
-class Plain {
+class Plain : public NothingInCommon {
  public:
   using T = Number;
   using Raw = Eight<T>;
   static constexpr int kLoads = 1;  // eights that one of h takes
-  using Column = Nothing;           // what eight columns have in common, whatever the token: a weight
-  using Row = Nothing;              // what the columns of a token have in common
 
   // Places count from `start`.
   __device__ __forceinline__ explicit Plain(const QuantizeParams& p, int64_t start = 0)
       : x_(static_cast<const T*>(p.x) + start) {}
 
   __device__ __forceinline__ Raw load(int64_t place, bool inside) const { return load_eight(x_ + place, inside); }
-  __device__ __forceinline__ static Column load_column(const QuantizeParams&, int, bool) { return {}; }
-  __device__ __forceinline__ static Row load_row(const QuantizeParams&, int, int, bool) { return {}; }
   __device__ __forceinline__ static Eight<T> compute(const Raw& x, Column = {}, Row = {}) { return x; }
 
  private:
@@ -33,15 +38,13 @@ class Plain {
 
 // h = silu(gate) * up.
 template <typename Number>
-class SiluMul {
+class SiluMul : public NothingInCommon {
  public:
   using T = Number;
   struct Raw {
     Eight<T> gate, up;
   };
   static constexpr int kLoads = 2;
-  using Column = Nothing;
-  using Row = Nothing;
 
   __device__ __forceinline__ explicit SiluMul(const QuantizeParams& p, int64_t start = 0)
       : gate_(static_cast<const T*>(p.x) + start), up_(static_cast<const T*>(p.other) + start) {}
@@ -50,8 +53,6 @@ class SiluMul {
     return {load_eight(gate_ + place, inside), load_eight(up_ + place, inside)};
   }
 
-  __device__ __forceinline__ static Column load_column(const QuantizeParams&, int, bool) { return {}; }
-  __device__ __forceinline__ static Row load_row(const QuantizeParams&, int, int, bool) { return {}; }
   __device__ __forceinline__ static Eight<T> compute(const Raw& raw, Column = {}, Row = {}) {
     Eight<T> h;
 #pragma unroll

@@ -15,9 +15,16 @@ namespace zqfp {
 constexpr float kLargestE4m3 = 448.f;
 constexpr float kSmallestRange = 1e-30f;
 
-struct QuantizeParams {
-  const void* x;      // or gate
-  const void* other;  // up of SiLU x up; skip of a norm, or null
+struct QuantizeInputs {
+  const void* x;                // or gate
+  const void* other = nullptr;  // up of SiLU x up; skip of a norm, or null
+  // Of a norm alone.
+  const void* gamma = nullptr;
+  float epsilon = 0.f;
+  void* sum = nullptr;  // written, or null
+};
+
+struct QuantizeParams : QuantizeInputs {
   const float* scale;  // or null: per token
   uint8_t* x8;
   float* a;  // or null
@@ -25,27 +32,7 @@ struct QuantizeParams {
   void* xv;
   int m, k, rank;
   int share;  // without LoRC, static scale: eights of a thread; with LoRC: blocks of a cluster
-  // Of a norm alone.
-  const void* gamma;
-  void* sum;  // or null
-  float epsilon;
 };
-
-// All but what it is of.
-inline QuantizeParams quantize_params(int64_t m, int64_t k, const float* scale, void* x8, float* a, const void* v,
-                                      int32_t rank, void* xv) {
-  QuantizeParams p{};
-  p.scale = scale;
-  p.x8 = static_cast<uint8_t*>(x8);
-  p.a = a;
-  p.v = v;
-  p.xv = xv;
-  p.m = int(m);
-  p.k = int(k);
-  p.rank = v == nullptr ? 0 : rank;
-  p.share = 1;
-  return p;
-}
 
 // Divides by one number many times. power * x / divisor, where power brings the divisor near 1, so that nothing on the
 // way over- or underflows that matters to E4M3; then the product with the correctly rounded reciprocal, and one
