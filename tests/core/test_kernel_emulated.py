@@ -231,8 +231,8 @@ class Quantizer:
     k: int
     scale: float | None = None
     rank: int = 0
-    # Static without LoRC: eights of a thread. Else blocks of a cluster, but 0 per token without LoRC: the kernel
-    # for many tokens.
+    # Static without LoRC: eights of a thread. Else blocks of a cluster; without LoRC also 0, the
+    # kernel for many tokens.
     share: int = 1
     size: int = 0  # without LoRC: threads of a token's block; with LoRC: 0 for few tokens, 1 for many
     threads: int = 64  # of a norm: of a token's block
