@@ -48,7 +48,6 @@ struct ClusterNumbers {
       }
     }
     ptx::barrier_wait(ptx::shared_address(&barrier), 0);
-#pragma unroll 1
     for (int block = 0; block < share; ++block) {
       float numbers[kCount];
 #pragma unroll
