@@ -51,14 +51,6 @@ zqfpStatus launch(int64_t blocks, int threads, int cluster, int device, Quantize
 // Threads of a block of which so many have something to do.
 int block_threads(int64_t busy) { return int(std::min<int64_t>(divide_up(busy, 32) * 32, kMaxRowThreads)); }
 
-// Of a block that has a token of so many eights, of which a thread can hold some: more where processors are idle.
-int token_threads(const QuantizeParams& p, int64_t eights, int held, int processors) {
-  return block_threads(p.m <= processors ? eights : divide_up(eights, held));
-}
-
-// Whether each token can have several processors.
-bool are_few(const QuantizeParams& p, int processors) { return 2 * p.m <= processors; }
-
 // A thread for each eight of a token; a cluster for each token, of more blocks until processors or eights are few.
 template <void (*kKernel)(QuantizeParams)>
 zqfpStatus launch_few(int64_t eights, int device, int processors, QuantizeParams* p, void* stream) {
@@ -81,10 +73,12 @@ zqfpStatus quantize(QuantizeParams* p, int device, int processors, void* stream)
     const int64_t blocks = divide_up(p->m * eights, p->share * kStreamThreads);
     return launch<quantize_static_kernel<Source>>(blocks, kStreamThreads, 1, device, p, stream);
   }
-  if (are_few(*p, processors)) {
-    return launch_few<quantize_token_kernel<Source, true>>(eights, device, processors, p, stream);
+  if constexpr (Source::kLoads > 1) {  // where h takes time to compute
+    if (p->m <= processors) {
+      return launch_few<quantize_token_kernel<Source, true>>(eights, device, processors, p, stream);
+    }
   }
-  const int threads = token_threads(*p, eights, kHeld, processors);
+  const int threads = block_threads(p->m <= processors ? eights : divide_up(eights, kHeld));
   return launch<quantize_token_kernel<Source, false>>(p->m, threads, 1, device, p, stream);
 }
 
@@ -134,10 +128,8 @@ zqfpStatus quantize_source(QuantizeParams* p, int32_t dtype, void* stream) {
 template <typename T>
 zqfpStatus quantize_norm(QuantizeParams* p, int device, int processors, void* stream) {
   const int64_t eights = p->k / 8;
-  if (are_few(*p, processors)) {
-    return launch_few<quantize_norm_kernel<T, true>>(eights, device, processors, p, stream);
-  }
-  const int threads = token_threads(*p, eights, NormQuantizer<T, false>::kHeld, processors);
+  if (p->m <= processors) return launch_few<quantize_norm_kernel<T, true>>(eights, device, processors, p, stream);
+  const int threads = block_threads(divide_up(eights, NormQuantizer<T, false>::kHeld));
   return launch<quantize_norm_kernel<T, false>>(p->m, threads, 1, device, p, stream);
 }
 

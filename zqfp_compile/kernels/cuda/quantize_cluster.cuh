@@ -48,6 +48,7 @@ struct ClusterNumbers {
       }
     }
     ptx::barrier_wait(ptx::shared_address(&barrier), 0);
+#pragma unroll 1
     for (int block = 0; block < share; ++block) {
       float numbers[kCount];
 #pragma unroll

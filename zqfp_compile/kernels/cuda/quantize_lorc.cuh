@@ -32,7 +32,7 @@ struct LorcShape {
   static constexpr int kRound = kSums < 16 ? kSums : 16;  // of them, added up at a time
 };
 template <class Source, LorcTask kTask>
-using FewTokens = LorcShape<Source, 1, 1, Source::kLoads < 3 ? 4 : 2, 16, kTask>;
+using FewTokens = LorcShape<Source, 1, 1, 5 - Source::kLoads, 16, kTask>;
 template <class Source, LorcTask kTask>
 using ManyTokens = std::conditional_t<Source::kLoads == 1, LorcShape<Source, 4, 2, 1, 12, kTask>,
                                       LorcShape<Source, 2, 2, 1, 16, kTask>>;
