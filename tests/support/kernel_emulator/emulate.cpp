@@ -145,8 +145,7 @@ template <class C>
 void run_strip_kernel(const Problem& problem) {
   StripParams p{};
   fill(problem, &p);
-  p.x8 = static_cast<const uint8_t*>(problem.x8);
-  p.k = problem.k;
+  p.x8 = emulator::make_map(problem.x8, problem.m, problem.k, 1, 8);
   p.xv = problem.xv;
   p.u = problem.u;
   p.columns = slice_blocks(p.k_blocks);
