@@ -5,6 +5,7 @@
 #define __launch_bounds__(...)  // CUDA's headers leave it undefined for a host compiler
 #include "gemm_kernel.cuh"
 #include "quantize_lorc.cuh"
+#include "quantize_norm.cuh"
 #include "quantize_stream.cuh"
 #include "strip_kernel.cuh"
 
@@ -61,28 +62,52 @@ void quantize_lorc(const QuantizeParams& p) {
   }
 }
 
-// `size`: threads of a token's block without LoRC; with LoRC 0 for the kernel for few tokens, 1 for many.
-template <typename T>
+// `size`: 0 for the kernel for few tokens, 1 for many.
+template <class Source, LorcTask kTask>
+void choose_lorc(const QuantizeParams& p, int size) {
+  size == 0 ? quantize_lorc<FewTokens<Source, kTask>>(p) : quantize_lorc<ManyTokens<Source, kTask>>(p);
+}
+
+// `size`: threads of a token's block without LoRC; with LoRC as choose_lorc has it.
+template <class Source>
 void quantize(const QuantizeParams& p, int size) {
-  if constexpr (sizeof(T) == 2) {
-    if (p.v != nullptr && p.scale == nullptr) {
-      return size == 0 ? quantize_lorc<FewTokens<T, true>>(p) : quantize_lorc<ManyTokens<T, true>>(p);
-    }
+  if constexpr (sizeof(typename Source::T) == 2) {
     if (p.v != nullptr) {
-      return size == 0 ? quantize_lorc<FewTokens<T, false>>(p) : quantize_lorc<ManyTokens<T, false>>(p);
+      return p.scale == nullptr ? choose_lorc<Source, LorcTask::kPerToken>(p, size)
+                                : choose_lorc<Source, LorcTask::kStatic>(p, size);
     }
   }
   const int64_t per_block = int64_t(p.share) * kStreamThreads * 8;
   const int blocks = p.scale == nullptr ? p.m : int((int64_t(p.m) * p.k + per_block - 1) / per_block);
   for (int index = 0; index < blocks; ++index) {
     if (p.scale != nullptr) {
-      run_cluster(index, 1, kStreamThreads, 0, [&](char*) { quantize_static<T>(p); });
+      run_cluster(index, 1, kStreamThreads, 0, [&](char*) { quantize_static<Source>(p); });
     } else {
       run_cluster(index, 1, size, 128, [&](char* memory) {
-        quantize_token<T>(p, reinterpret_cast<uint32_t*>(memory));
+        quantize_token<Source>(p, reinterpret_cast<uint32_t*>(memory));
       });
     }
   }
+}
+
+// A block has `threads`; `size` as choose_lorc has it.
+template <typename T>
+void quantize_norm(QuantizeParams p, int threads, int size) {
+  for (int token = 0; token < p.m; ++token) {
+    run_cluster(token, 1, threads, sizeof(NormShared), [&](char* memory) {
+      NormQuantizer<T>(p, *reinterpret_cast<NormShared*>(memory)).run();
+    });
+  }
+  if constexpr (sizeof(T) == 2) {
+    follow_norm(&p);
+    if (p.v != nullptr) choose_lorc<Norm<T>, LorcTask::kNothing>(p, size);
+  }
+}
+
+template <typename T>
+void quantize_numbers(const QuantizeParams& p, int size, int norm_threads) {
+  if (p.gamma != nullptr) return quantize_norm<T>(p, norm_threads, size);
+  p.other == nullptr ? quantize<Plain<T>>(p, size) : quantize<SiluMul<T>>(p, size);
 }
 
 void fill(const Problem& problem, LinearParams* p) {
@@ -177,9 +202,11 @@ extern "C" int emulate(int config, const Problem* problem) {
   }
 }
 
-// dtype as in zqfp.h; v null: no LoRC.
-extern "C" void emulate_quantizer(const void* x, int dtype, int m, int k, const float* scale, void* x8, float* a,
-                                  const void* v, int rank, void* xv, int share, int size) {
-  const QuantizeParams p{x, scale, static_cast<uint8_t*>(x8), a, v, xv, m, k, v == nullptr ? 0 : rank, share};
-  dtype == 3 ? quantize<float>(p, size) : dtype == 1 ? quantize<__half>(p, size) : quantize<__nv_bfloat16>(p, size);
+// The inputs of a norm's quantizer; or x, and other null or SiLU's factor. dtype as in zqfp.h; v null: no LoRC.
+extern "C" void emulate_quantizer(const QuantizeInputs* inputs, int dtype, int m, int k, const float* scale, void* x8,
+                                  float* a, const void* v, int rank, void* xv, int share, int size, int norm_threads) {
+  const QuantizeParams p{*inputs, scale, static_cast<uint8_t*>(x8), a, v, xv, m, k, v == nullptr ? 0 : rank, share};
+  dtype == 3   ? quantize_numbers<float>(p, size, norm_threads)
+  : dtype == 1 ? quantize_numbers<__half>(p, size, norm_threads)
+               : quantize_numbers<__nv_bfloat16>(p, size, norm_threads);
 }

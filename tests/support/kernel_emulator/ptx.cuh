@@ -179,6 +179,8 @@ inline void __syncthreads() { emulator::block->named[0].sync(emulator::block->th
 
 inline int __clz(int x) { return __builtin_clz(unsigned(x)); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __frsqrt_rn(float x) { return float(1 / std::sqrt(double(x))); }
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

@@ -1,10 +1,12 @@
-// zqfpQuantizeActivation.
+// zqfpQuantizeActivation, zqfpQuantizeSiluMul and zqfpQuantizeRmsNorm.
 #include <algorithm>
+#include <cmath>
 
 #include "check.h"
 #include "device.h"
 #include "launch.h"
 #include "quantize_lorc.cuh"
+#include "quantize_norm.cuh"
 #include "quantize_stream.cuh"
 
 namespace zqfp {
@@ -46,19 +48,25 @@ zqfpStatus launch(int64_t blocks, int threads, int cluster, int device, Quantize
   return launch_kernel(function, {int(blocks), threads, 0, cluster}, p, stream, "launching the quantizer");
 }
 
-template <typename T>
+// Threads of a block that has one token of so many eights, of which a thread can hold some: few tokens are done soonest
+// by as many threads as there can be.
+int row_threads(const QuantizeParams& p, int held, int most, int processors) {
+  const int64_t eights = p.k / 8, busy = p.m <= processors ? eights : divide_up(eights, held);
+  return int(std::min<int64_t>(divide_up(busy, 32) * 32, most));
+}
+
+template <class Source>
 zqfpStatus quantize(QuantizeParams* p, int device, int processors, void* stream) {
-  const int64_t eights = p->k / 8;
   if (p->scale != nullptr) {
+    const int64_t eights = int64_t(p->m) * (p->k / 8);
     // No more of them in a thread than leave each processor two blocks.
-    const int64_t share = p->m * eights / (2 * processors * kStreamThreads);
+    const int64_t share = eights / (2 * processors * kStreamThreads);
     p->share = int(std::clamp<int64_t>(share, 1, kHeld));
-    const int64_t blocks = divide_up(p->m * eights, p->share * kStreamThreads);
-    return launch<quantize_static_kernel<T>>(blocks, kStreamThreads, 1, device, p, stream);
+    const int64_t blocks = divide_up(eights, p->share * kStreamThreads);
+    return launch<quantize_static_kernel<Source>>(blocks, kStreamThreads, 1, device, p, stream);
   }
-  const int64_t busy = p->m <= processors ? eights : divide_up(eights, kHeld);
-  const int threads = int(std::min<int64_t>(divide_up(busy, 32) * 32, kMaxRowThreads));
-  return launch<quantize_token_kernel<T>>(p->m, threads, 1, device, p, stream);
+  const int threads = row_threads(*p, kHeld, kMaxRowThreads, processors);
+  return launch<quantize_token_kernel<Source>>(p->m, threads, 1, device, p, stream);
 }
 
 // Into how many blocks a cluster divides K: more as long as each warp has a chunk and the processors have less to do.
@@ -82,16 +90,66 @@ zqfpStatus quantize_lorc(QuantizeParams* p, int device, int processors, void* st
   return launch<quantize_lorc_kernel<S>>(clusters * p->share, S::kThreads, p->share, device, p, stream);
 }
 
-template <typename T>
+template <class Source, LorcTask kTask>
+zqfpStatus choose_lorc(QuantizeParams* p, int device, int processors, void* stream) {
+  return p->m < kManyTokens ? quantize_lorc<FewTokens<Source, kTask>>(p, device, processors, stream)
+                            : quantize_lorc<ManyTokens<Source, kTask>>(p, device, processors, stream);
+}
+
+template <class Source>
 zqfpStatus quantize_half(QuantizeParams* p, int device, int processors, void* stream) {
-  if (p->v == nullptr) return quantize<T>(p, device, processors, stream);
-  const bool per_token = p->scale == nullptr;
-  if (p->m < kManyTokens) {
-    return per_token ? quantize_lorc<FewTokens<T, true>>(p, device, processors, stream)
-                     : quantize_lorc<FewTokens<T, false>>(p, device, processors, stream);
-  }
-  return per_token ? quantize_lorc<ManyTokens<T, true>>(p, device, processors, stream)
-                   : quantize_lorc<ManyTokens<T, false>>(p, device, processors, stream);
+  if (p->v == nullptr) return quantize<Source>(p, device, processors, stream);
+  return p->scale == nullptr ? choose_lorc<Source, LorcTask::kPerToken>(p, device, processors, stream)
+                             : choose_lorc<Source, LorcTask::kStatic>(p, device, processors, stream);
+}
+
+template <template <typename> class Source>
+zqfpStatus quantize_source(QuantizeParams* p, int32_t dtype, void* stream) {
+  int device = 0, processors = 0;
+  ZQFP_RETURN_IF_FAILED(find_device(&device, &processors));
+  if (dtype == ZQFP_FLOAT32) return quantize<Source<float>>(p, device, processors, stream);
+  if (dtype == ZQFP_FLOAT16) return quantize_half<Source<__half>>(p, device, processors, stream);
+  return quantize_half<Source<__nv_bfloat16>>(p, device, processors, stream);
+}
+
+template <typename T>
+zqfpStatus quantize_norm(QuantizeParams* p, int device, int processors, void* stream) {
+  const int threads = row_threads(*p, NormQuantizer<T>::kHeld, kMaxNormThreads, processors);
+  return launch<quantize_norm_kernel<T>>(p->m, threads, 1, device, p, stream);
+}
+
+// With LoRC in two launches: a token's factor must be known before its first product.
+template <typename T>
+zqfpStatus quantize_norm_half(QuantizeParams* p, int device, int processors, void* stream) {
+  ZQFP_RETURN_IF_FAILED(quantize_norm<T>(p, device, processors, stream));
+  if (p->v == nullptr) return ZQFP_SUCCESS;
+  follow_norm(p);
+  return choose_lorc<Norm<T>, LorcTask::kNothing>(p, device, processors, stream);
+}
+
+zqfpStatus quantize_norm_of(QuantizeParams* p, int32_t dtype, void* stream) {
+  int device = 0, processors = 0;
+  ZQFP_RETURN_IF_FAILED(find_device(&device, &processors));
+  if (dtype == ZQFP_FLOAT32) return quantize_norm<float>(p, device, processors, stream);
+  if (dtype == ZQFP_FLOAT16) return quantize_norm_half<__half>(p, device, processors, stream);
+  return quantize_norm_half<__nv_bfloat16>(p, device, processors, stream);
+}
+
+// Checks all that is not an input. Where there are no tokens, pointers may be anything.
+zqfpStatus check_call(int32_t x_dtype, int64_t m, int64_t k, const float* scale, const void* x8, const float* a,
+                      const void* v, int32_t rank, const void* xv) {
+  ZQFP_RETURN_IF_FAILED(check_shape(x_dtype, m, k));
+  ZQFP_RETURN_IF_FAILED(check_lorc(x_dtype, v, rank, xv));
+  if (m == 0) return ZQFP_SUCCESS;
+  ZQFP_RETURN_IF_FAILED(check_pointer(x8, "x8"));
+  if (scale == nullptr) ZQFP_RETURN_IF_FAILED(check_pointer(a, "a"));
+  ZQFP_RETURN_IF_FAILED(check_alignment(scale, "scale"));
+  return check_alignment(a, "a");
+}
+
+QuantizeParams make_params(const QuantizeInputs& inputs, int64_t m, int64_t k, const float* scale, void* x8, float* a,
+                           const void* v, int32_t rank, void* xv) {
+  return {inputs, scale, static_cast<uint8_t*>(x8), a, v, xv, int(m), int(k), v == nullptr ? 0 : rank, 1};
 }
 
 }  // namespace
@@ -100,18 +158,38 @@ zqfpStatus quantize_half(QuantizeParams* p, int device, int processors, void* st
 zqfpStatus zqfpQuantizeActivation(const void* x, int32_t x_dtype, int64_t m, int64_t k, const float* scale, void* x8,
                                   float* a, const void* v, int32_t rank, void* xv, void* stream) {
   using namespace zqfp;
-  ZQFP_RETURN_IF_FAILED(check_shape(x_dtype, m, k));
-  ZQFP_RETURN_IF_FAILED(check_lorc(x_dtype, v, rank, xv));
+  ZQFP_RETURN_IF_FAILED(check_call(x_dtype, m, k, scale, x8, a, v, rank, xv));
   if (m == 0) return ZQFP_SUCCESS;
   ZQFP_RETURN_IF_FAILED(check_pointer(x, "x"));
-  ZQFP_RETURN_IF_FAILED(check_pointer(x8, "x8"));
-  if (scale == nullptr) ZQFP_RETURN_IF_FAILED(check_pointer(a, "a"));
-  ZQFP_RETURN_IF_FAILED(check_alignment(scale, "scale"));
-  ZQFP_RETURN_IF_FAILED(check_alignment(a, "a"));
-  int device = 0, processors = 0;
-  ZQFP_RETURN_IF_FAILED(find_device(&device, &processors));
-  QuantizeParams p{x, scale, static_cast<uint8_t*>(x8), a, v, xv, int(m), int(k), v == nullptr ? 0 : rank, 1};
-  if (x_dtype == ZQFP_FLOAT32) return quantize<float>(&p, device, processors, stream);
-  if (x_dtype == ZQFP_FLOAT16) return quantize_half<__half>(&p, device, processors, stream);
-  return quantize_half<__nv_bfloat16>(&p, device, processors, stream);
+  QuantizeParams p = make_params({x}, m, k, scale, x8, a, v, rank, xv);
+  return quantize_source<Plain>(&p, x_dtype, stream);
+}
+
+zqfpStatus zqfpQuantizeSiluMul(const void* gate, const void* up, int32_t x_dtype, int64_t m, int64_t k,
+                               const float* scale, void* x8, float* a, const void* v, int32_t rank, void* xv,
+                               void* stream) {
+  using namespace zqfp;
+  ZQFP_RETURN_IF_FAILED(check_call(x_dtype, m, k, scale, x8, a, v, rank, xv));
+  if (m == 0) return ZQFP_SUCCESS;
+  ZQFP_RETURN_IF_FAILED(check_pointer(gate, "gate"));
+  ZQFP_RETURN_IF_FAILED(check_pointer(up, "up"));
+  QuantizeParams p = make_params({gate, up}, m, k, scale, x8, a, v, rank, xv);
+  return quantize_source<SiluMul>(&p, x_dtype, stream);
+}
+
+zqfpStatus zqfpQuantizeRmsNorm(const void* x, const void* skip, const void* gamma, float epsilon, int32_t x_dtype,
+                               int64_t m, int64_t k, const float* scale, void* x8, float* a, void* sum, const void* v,
+                               int32_t rank, void* xv, void* stream) {
+  using namespace zqfp;
+  ZQFP_RETURN_IF_FAILED(check_call(x_dtype, m, k, scale, x8, a, v, rank, xv));
+  if (!(epsilon >= 0.f) || std::isinf(epsilon)) {
+    return fail(ZQFP_INVALID_VALUE, "epsilon = %g is not a number from 0 on", double(epsilon));
+  }
+  if (m == 0) return ZQFP_SUCCESS;
+  ZQFP_RETURN_IF_FAILED(check_pointer(x, "x"));
+  ZQFP_RETURN_IF_FAILED(check_alignment(skip, "skip"));
+  ZQFP_RETURN_IF_FAILED(check_pointer(gamma, "gamma"));
+  ZQFP_RETURN_IF_FAILED(check_alignment(sum, "sum"));
+  QuantizeParams p = make_params({x, skip, gamma, epsilon, sum}, m, k, scale, x8, a, v, rank, xv);
+  return quantize_norm_of(&p, x_dtype, stream);
 }

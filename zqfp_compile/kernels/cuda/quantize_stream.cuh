@@ -1,7 +1,7 @@
-// x -> E4M3 and its scale, without LoRC: a stream of eights, several of them under way in each thread.
+// h -> E4M3 and its scale, without LoRC: a stream of eights, several of them under way in each thread.
 #pragma once
 
-#include "quantize_value.cuh"
+#include "quantize_source.cuh"
 
 namespace zqfp {
 
@@ -10,24 +10,25 @@ constexpr int kMaxRowThreads = 1024;
 constexpr int kHeld = 4;  // eights that a thread has at a time
 
 // One scale: a block has p.share * kStreamThreads eights, whatever their token.
-template <typename T>
+template <class Source>
 __device__ __forceinline__ void quantize_static(const QuantizeParams& p) {
   ptx::release_kernel_after();
   ptx::wait_for_kernel_before();
   const float scale = *p.scale;
   const int64_t first = int64_t(blockIdx.x) * p.share * kStreamThreads + threadIdx.x, count = int64_t(p.m) * p.k / 8;
   const int64_t left = count - first;
-  const T* x = static_cast<const T*>(p.x) + 8 * first;
+  const Source source(p, 8 * first);
   uint8_t* x8 = p.x8 + 8 * first;
-  Eight<T> held[kHeld];
+  typename Source::Raw held[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    held[i] = load_eight(x + 8 * kStreamThreads * i, i < p.share && i * kStreamThreads < left);
+    held[i] = source.load(8 * kStreamThreads * i, i < p.share && i * kStreamThreads < left);
   }
   const Divisor divide(scale);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    if (i < p.share && i * kStreamThreads < left) store_quantized(held[i], divide, x8 + 8 * kStreamThreads * i);
+    if (i >= p.share || i * kStreamThreads >= left) continue;
+    store_quantized(Source::compute(held[i]), divide, x8 + 8 * kStreamThreads * i);
   }
   if (first == 0 && p.a != nullptr) p.a[0] = scale;
 }
@@ -43,24 +44,30 @@ __device__ __forceinline__ float largest_of_block(float range, uint32_t* warp_ra
 
 // A scale per token: a block has one token. Of a token with more than kHeld eights for each thread it reads the rest
 // twice.
-template <typename T>
+template <class Source>
 __device__ __forceinline__ void quantize_token(const QuantizeParams& p, uint32_t* warp_range) {
   ptx::release_kernel_after();
   ptx::wait_for_kernel_before();
   const int64_t token = blockIdx.x;
-  const T* x = static_cast<const T*>(p.x) + token * p.k;
+  const Source source(p, token * p.k);
   uint8_t* x8 = p.x8 + token * p.k;
   const int first = threadIdx.x, threads = blockDim.x, count = p.k / 8;
-  Eight<T> held[kHeld];
+  typename Source::Raw raw[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int at = first + i * threads;
-    held[i] = load_eight(x + 8 * at, at < count);
+    raw[i] = source.load(8 * at, at < count);
   }
+  Eight<typename Source::T> held[kHeld];
   float range = kSmallestRange;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) range = held[i].widen(range);
-  for (int at = first + kHeld * threads; at < count; at += threads) range = load_eight(x + 8 * at, true).widen(range);
+  for (int i = 0; i < kHeld; ++i) {
+    held[i] = Source::compute(raw[i]);
+    range = held[i].widen(range);
+  }
+  for (int at = first + kHeld * threads; at < count; at += threads) {
+    range = Source::compute(source.load(8 * at, true)).widen(range);
+  }
   const float scale = __fdiv_rn(largest_of_block(range, warp_range), kLargestE4m3);
   const Divisor divide(scale);
 #pragma unroll
@@ -69,20 +76,20 @@ __device__ __forceinline__ void quantize_token(const QuantizeParams& p, uint32_t
     if (at < count) store_quantized(held[i], divide, x8 + 8 * at);
   }
   for (int at = first + kHeld * threads; at < count; at += threads) {
-    store_quantized(load_eight(x + 8 * at, true), divide, x8 + 8 * at);
+    store_quantized(Source::compute(source.load(8 * at, true)), divide, x8 + 8 * at);
   }
   if (first == 0) p.a[token] = scale;
 }
 
-template <typename T>
+template <class Source>
 __global__ void __launch_bounds__(kStreamThreads) quantize_static_kernel(QuantizeParams p) {
-  quantize_static<T>(p);
+  quantize_static<Source>(p);
 }
 
-template <typename T>
+template <class Source>
 __global__ void __launch_bounds__(kMaxRowThreads) quantize_token_kernel(QuantizeParams p) {
   __shared__ uint32_t warp_range[kMaxRowThreads / 32];
-  quantize_token<T>(p, warp_range);
+  quantize_token<Source>(p, warp_range);
 }
 
 }  // namespace zqfp
