@@ -34,7 +34,7 @@ _ENGINE_ONNX = "engine.onnx"
 _FP4_ONNX = "model.fp4.onnx"
 # --weight-lowering -> the pass that makes the engine-ready model.
 _FP8, PLUGIN = "lower-weights-fp8", "lower-weights-plugin"
-_CASTS, _INLINE = "qdq-to-casts", "inline-functions"
+_CASTS, _INLINE, _FUSE = "qdq-to-casts", "inline-functions", "fuse-quantizers"
 _LOWERINGS = {"auto": _FP8, "fp8": _FP8, "int4": _INLINE, "plugin": PLUGIN}
 
 
@@ -126,7 +126,7 @@ def runnable_model(place: Workplace, recipe: Recipe, choice: TargetChoice) -> Pa
     """
     deployed = choice.target == "onnxruntime"
     hosted = deployed and recipe.weight_lowering == "plugin"
-    lowering = [PLUGIN] if hosted and place.plan.quantizes_weights else _fp8_lowering(place)
+    lowering = [PLUGIN, _FUSE] if hosted and place.plan.quantizes_weights else _fp8_lowering(place)
     if not (lowering or deployed):
         return place.artifact
     path = (place.folder.path if deployed else place.folder.scratch) / ORT_MODEL
