@@ -107,4 +107,4 @@ def _fuse(graph: ir.Graph, names: Names, quantizer: ir.Node, form: Form) -> None
 def _name_sum(names: Names, form: Form, total: ir.Value) -> None:
     """Name the sum that nothing reads."""
     total.name = names.value(f"{form.h.name}.sum")
-    total.dtype, total.shape = form.h.dtype, form.operands[0].shape
+    total.type, total.shape = form.h.type, form.operands[0].shape

@@ -2,8 +2,8 @@
 
 The graph is the one ONNX Runtime's own LLM exports have: fused norms, q, k and v in one linear layer,
 GroupQueryAttention with rotary embedding and a cache that is written in place. Only the linear layers of the
-decoder differ between contenders: embedding and lm_head are float16 in all of them. Ours goes through the pass
-fuse-quantizers, as a compiled model does.
+decoder differ between contenders: embedding and lm_head are float16 in all of them. Ours goes through the
+pass fuse-quantizers, as a compiled model does.
 """
 
 from __future__ import annotations
