@@ -47,7 +47,7 @@ class FuseQuantizers(Pass):
     not recorded in the model; norms with LoRC, while ``NORMS_WITH_LORC`` says so.
 
     For ONNX Runtime only: TensorRT fuses such chains itself, and its plugin has no such op. Runs behind
-    ``lower-weights-plugin``.
+    ``lower-weights-plugin`` and ``remove-unused``: nodes that no output depends on are readers as well.
     """
 
     name: ClassVar[str] = "fuse-quantizers"

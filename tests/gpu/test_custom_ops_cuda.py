@@ -176,8 +176,8 @@ def test_fused_quantizers_equal_the_cpu_kernels(case, library):
     cuda, cpu = (open_session(fused_model(case), library, provider) for provider in ("CUDA", "CPU"))
     for rows in (1, 3, 33, 1000):
         feeds = fused_inputs(case, rows, seed=rows)
-        check(case, run_fused(cuda, feeds, case.dtype), run_fused(cpu, feeds, case.dtype))
-    assert all(value.shape[0] == 0 for value in run_fused(cuda, fused_inputs(case, 0), case.dtype).values())
+        check(case, run_fused(cuda, feeds), run_fused(cpu, feeds))
+    assert all(value.shape[0] == 0 for value in run_fused(cuda, fused_inputs(case, 0)).values())
 
 
 TORCH = {F16: torch.float16, ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT8E4M3FN: torch.uint8}
@@ -206,5 +206,5 @@ def test_fused_quantizers_in_a_cuda_graph(case, library):
         torch.cuda.synchronize()
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
-        for name, wanted in run_fused(plain, fresh, case.dtype).items():
+        for name, wanted in run_fused(plain, fresh).items():
             assert np.array_equal(buffers[name].cpu().numpy().astype(wanted.dtype), wanted), name
