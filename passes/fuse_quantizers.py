@@ -13,8 +13,8 @@ from passes._plugin_ops import QUANTIZE_NORM, QUANTIZE_SILU, QUANTIZE_STATIC, QU
 from passes._w4a8_function import DOMAIN
 from zqfp_compile.pass_base import Pass, PassResult
 
-# Whether libzqfp projects what it norms: zqfpQuantizeRmsNorm with a rank.
-NORMS_WITH_LORC = False
+# Whether a norm is fused where its quantiser has LoRC as well: libzqfp takes two launches for it.
+NORMS_WITH_LORC = True
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class FuseQuantizers(Pass):
         QuantizeSiluMul(gate, up, a, V) -> x8, xv
         QuantizeRmsNorm(x, gamma, skip, a) -> x8, s
 
-    One launch in the place of three to five, and h never goes through memory: at one token a decoder is bound
-    by launches. h is computed in float32 and rounded to its type once, so it differs from that of the nodes
-    by their roundings. Others that read the sum s read the quantiser's.
+    One launch in the place of several (of a norm with LoRC two), and h never goes through memory: at one token
+    a decoder is bound by launches. h is computed in float32 and rounded to its type once, so it differs from
+    that of the nodes by their roundings. Others that read the sum s read the quantiser's.
 
     Taken as well: ``QuickGelu`` (com.microsoft) and ``Swish`` with alpha 1, ``RMSNormalization``,
     ``SimplifiedLayerNormalization``, ``SkipSimplifiedLayerNormalization``; ``Mul(x, x)``, ``Div(1, root)``,
@@ -44,7 +44,7 @@ class FuseQuantizers(Pass):
     Left alone: h, or a value on the way to it, that anything else reads or that is an output of the graph; a
     norm over another axis, with a bias, with an epsilon or an exponent that is not constant, not computed in
     FLOAT, or with a gamma that is computed or not of shape [K]; operands whose types or shapes differ or are
-    not recorded in the model; norms with LoRC, while ``NORMS_WITH_LORC`` says so.
+    not recorded in the model; norms with LoRC unless ``NORMS_WITH_LORC``.
 
     For ONNX Runtime only: TensorRT fuses such chains itself, and its plugin has no such op. Runs behind
     ``lower-weights-plugin`` and ``remove-unused``: nodes that no output depends on are readers as well.
