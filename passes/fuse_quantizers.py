@@ -32,9 +32,9 @@ class FuseQuantizers(Pass):
         QuantizeSiluMul(gate, up, a, V) -> x8, xv
         QuantizeRmsNorm(x, gamma, skip, a) -> x8, s
 
-    One launch in the place of several (of a norm with LoRC two), and h never goes through memory: at one token
-    a decoder is bound by launches. h is computed in float32 and rounded to its type once, so it differs from
-    that of the nodes by their roundings. Others that read the sum s read the quantiser's.
+    One launch in the place of several (of a norm with LoRC two), and h never goes through memory: at one
+    token a decoder is bound by launches. h is computed in float32 and rounded to its type once, so it differs
+    from that of the nodes by their roundings. Others that read the sum s read the quantiser's.
 
     Taken as well: ``QuickGelu`` (com.microsoft) and ``Swish`` with alpha 1, ``RMSNormalization``,
     ``SimplifiedLayerNormalization``, ``SkipSimplifiedLayerNormalization``; ``Mul(x, x)``, ``Div(1, root)``,
