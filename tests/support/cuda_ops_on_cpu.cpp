@@ -12,6 +12,8 @@ ZQFP_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options
     zqfp::add<zqfp::LinearOp<zqfp::CudaLinear, false>>(domain);
     zqfp::add<zqfp::QuantizeOp<zqfp::CudaQuantizer, false, false>>(domain);
     zqfp::add<zqfp::QuantizeOp<zqfp::CudaQuantizer, false, true>>(domain);
+    zqfp::add<zqfp::FusedOp<zqfp::CudaSiluMul, false, false>>(domain);
+    zqfp::add<zqfp::FusedOp<zqfp::CudaRmsNorm, false, true>>(domain);
     Ort::UnownedSessionOptions session(options);
     session.Add(domain);
   });

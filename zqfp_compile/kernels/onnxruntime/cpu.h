@@ -6,6 +6,7 @@
 
 #include <memory>
 
+#include "fused.h"
 #include "linear.h"
 #include "matrix.h"
 #include "quantize.h"
@@ -29,6 +30,24 @@ class CpuQuantizer {
 
  private:
   QuantizeNode node_;
+};
+
+class CpuSiluMul {
+ public:
+  explicit CpuSiluMul(const Ort::ConstKernelInfo& info) : node_(info) {}
+  void compute(Ort::KernelContext& context) const;
+
+ private:
+  SiluMulNode node_;
+};
+
+class CpuRmsNorm {
+ public:
+  explicit CpuRmsNorm(const Ort::ConstKernelInfo& info) : node_(info) {}
+  void compute(Ort::KernelContext& context) const;
+
+ private:
+  RmsNormNode node_;
 };
 
 }  // namespace zqfp

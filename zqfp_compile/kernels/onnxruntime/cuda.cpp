@@ -48,4 +48,25 @@ void CudaQuantizer::compute(Ort::KernelContext& context) const {
         "QuantizeActivation");
 }
 
+CudaSiluMul::CudaSiluMul(const Ort::ConstKernelInfo& info) : node_(info) { library(); }
+
+void CudaSiluMul::compute(Ort::KernelContext& context) const {
+  const SiluMulCall call(node_, context);
+  if (call.m == 0) return;
+  check(library().quantizeSiluMul(call.x, call.up, call.type, call.m, call.k, call.scale, call.x8, call.a, call.v,
+                                  static_cast<int32_t>(node_.rank), call.xv, context.GetGPUComputeStream()),
+        "QuantizeSiluMul");
+}
+
+CudaRmsNorm::CudaRmsNorm(const Ort::ConstKernelInfo& info) : node_(info) { library(); }
+
+void CudaRmsNorm::compute(Ort::KernelContext& context) const {
+  const RmsNormCall call(node_, context);
+  if (call.m == 0) return;
+  check(library().quantizeRmsNorm(call.x, call.skip, call.gamma, node_.epsilon, call.type, call.m, call.k, call.scale,
+                                  call.x8, call.a, call.sum, call.v, static_cast<int32_t>(node_.rank), call.xv,
+                                  context.GetGPUComputeStream()),
+        "QuantizeRmsNorm");
+}
+
 }  // namespace zqfp

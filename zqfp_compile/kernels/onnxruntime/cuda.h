@@ -4,8 +4,8 @@
 
 #include <memory>
 
+#include "fused.h"
 #include "linear.h"
-#include "quantize.h"
 #include "workspaces.h"
 
 namespace zqfp {
@@ -27,6 +27,24 @@ class CudaQuantizer {
 
  private:
   QuantizeNode node_;
+};
+
+class CudaSiluMul {
+ public:
+  explicit CudaSiluMul(const Ort::ConstKernelInfo& info);
+  void compute(Ort::KernelContext& context) const;
+
+ private:
+  SiluMulNode node_;
+};
+
+class CudaRmsNorm {
+ public:
+  explicit CudaRmsNorm(const Ort::ConstKernelInfo& info);
+  void compute(Ort::KernelContext& context) const;
+
+ private:
+  RmsNormNode node_;
 };
 
 }  // namespace zqfp
