@@ -175,5 +175,7 @@ def test_streams_that_may_run_at_once_share_no_workspace(fakes, repo_root, tmp_p
 
 def test_what_libzqfp_refuses_is_said_in_its_words(fakes, tmp_path):
     environment = {"LD_LIBRARY_PATH": str(fakes), "FAKE_REFUSAL": "not today"}
-    says = "zqfp: PackedW4A8Linear: not today"
-    refused(says, fakes / "ops.so", lowered(HOST_CASES[0]), 80, tmp_path, **environment)
+    fused = [with_constants(Fused(norm=norm, dtype=ir.DataType.FLOAT16, k=80)) for norm in (False, True)]
+    operators = ("PackedW4A8Linear", "QuantizeSiluMul", "QuantizeRmsNorm")
+    for operator, model in zip(operators, (lowered(HOST_CASES[0]), *fused), strict=True):
+        refused(f"zqfp: {operator}: not today", fakes / "ops.so", model, 80, tmp_path, **environment)

@@ -103,6 +103,7 @@ zqfpStatus zqfpQuantizeActivation(const void* x, int32_t type, int64_t m, int64_
 
 zqfpStatus zqfpQuantizeSiluMul(const void* gate, const void* up, int32_t type, int64_t m, int64_t k, const float* scale,
                                void* x8, float* a, const void* v, int32_t rank, void* xv, void* stream) {
+  if (const char* refusal = std::getenv("FAKE_REFUSAL")) return fail(refusal);
   std::vector<Half> h(m * k);
   for (int64_t i = 0; i < m * k; ++i) {
     const float g = number(gate, i);
@@ -114,6 +115,7 @@ zqfpStatus zqfpQuantizeSiluMul(const void* gate, const void* up, int32_t type, i
 zqfpStatus zqfpQuantizeRmsNorm(const void* x, const void* skip, const void* gamma, float epsilon, int32_t type, int64_t m,
                                int64_t k, const float* scale, void* x8, float* a, void* sum, const void* v, int32_t rank,
                                void* xv, void* stream) {
+  if (const char* refusal = std::getenv("FAKE_REFUSAL")) return fail(refusal);
   if ((skip == nullptr) != (sum == nullptr)) return fail("skip and sum do not fit");
   std::vector<Half> s(m * k), h(m * k);
   for (int64_t i = 0; i < m * k; ++i) s[i] = Half(number(x, i) + (skip == nullptr ? 0 : number(skip, i)));

@@ -23,31 +23,16 @@ class CpuLinear {
   std::unique_ptr<Fp8Matrix> weight_;
 };
 
+// A quantiser whose node is a QuantizeNode, SiluMulNode or RmsNormNode; `arguments` go to the node.
+template <typename Node>
 class CpuQuantizer {
  public:
-  CpuQuantizer(const Ort::ConstKernelInfo& info, bool tokens) : node_(info, tokens) {}
+  template <typename... Arguments>
+  explicit CpuQuantizer(const Ort::ConstKernelInfo& info, Arguments... arguments) : node_(info, arguments...) {}
   void compute(Ort::KernelContext& context) const;
 
  private:
-  QuantizeNode node_;
-};
-
-class CpuSiluMul {
- public:
-  explicit CpuSiluMul(const Ort::ConstKernelInfo& info) : node_(info) {}
-  void compute(Ort::KernelContext& context) const;
-
- private:
-  SiluMulNode node_;
-};
-
-class CpuRmsNorm {
- public:
-  explicit CpuRmsNorm(const Ort::ConstKernelInfo& info) : node_(info) {}
-  void compute(Ort::KernelContext& context) const;
-
- private:
-  RmsNormNode node_;
+  Node node_;
 };
 
 }  // namespace zqfp

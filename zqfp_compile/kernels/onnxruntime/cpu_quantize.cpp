@@ -84,7 +84,8 @@ void normalize(float* s, const float* gamma, int64_t k, float epsilon) {
 
 }  // namespace
 
-void CpuQuantizer::compute(Ort::KernelContext& context) const {
+template <>
+void CpuQuantizer<QuantizeNode>::compute(Ort::KernelContext& context) const {
   const QuantizeCall call(node_, context);
   quantizeRows(context, node_, call, [&](int64_t row, float* h, auto* tag) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(tag)>>;
@@ -92,7 +93,8 @@ void CpuQuantizer::compute(Ort::KernelContext& context) const {
   });
 }
 
-void CpuSiluMul::compute(Ort::KernelContext& context) const {
+template <>
+void CpuQuantizer<SiluMulNode>::compute(Ort::KernelContext& context) const {
   const SiluMulCall call(node_, context);
   quantizeRows(context, node_, call, [&](int64_t row, float* h, auto* tag) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(tag)>>;
@@ -103,7 +105,8 @@ void CpuSiluMul::compute(Ort::KernelContext& context) const {
   });
 }
 
-void CpuRmsNorm::compute(Ort::KernelContext& context) const {
+template <>
+void CpuQuantizer<RmsNormNode>::compute(Ort::KernelContext& context) const {
   const RmsNormCall call(node_, context);
   const auto gamma = asFloats(call.gamma, call.type, call.k);
   quantizeRows(context, node_, call, [&](int64_t row, float* h, auto* tag) {

@@ -6,8 +6,14 @@
 
 namespace zqfp {
 
+struct SiluMulCall;
+struct RmsNormCall;
+
 // Operands: gate (the call's x) and up, of one shape.
 struct SiluMulNode : QuantizeNode {
+  using Call = SiluMulCall;
+  static constexpr const char* kName = "QuantizeSiluMul";
+
   explicit SiluMulNode(const Ort::ConstKernelInfo& info);
 };
 
@@ -20,6 +26,9 @@ struct SiluMulCall : QuantizeCall {
 // Operands: x, gamma [k], and skip of x's shape where the attribute says so. The sum of x and skip is then the last
 // output.
 struct RmsNormNode : QuantizeNode {
+  using Call = RmsNormCall;
+  static constexpr const char* kName = "QuantizeRmsNorm";
+
   bool skip;
   float epsilon;
 

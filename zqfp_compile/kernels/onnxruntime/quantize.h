@@ -7,9 +7,14 @@
 
 namespace zqfp {
 
+struct QuantizeCall;
+
 // Inputs: the operands, then a for a static scale, then v with LoRC. Outputs: x8, then a per token, then xv with LoRC,
 // then others.
 struct QuantizeNode {
+  using Call = QuantizeCall;
+  static constexpr const char* kName = "QuantizeActivation";
+
   bool tokens;
   int64_t rank;
   size_t operands;

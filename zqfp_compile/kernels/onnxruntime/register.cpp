@@ -32,6 +32,10 @@ struct Kernel {
   }
 };
 
+OrtCustomOpInputOutputCharacteristic requiredIf(bool required) {
+  return required ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+}
+
 // What all ops have; `arguments` go to the implementation.
 template <typename Op, typename Implementation, bool cuda, auto... arguments>
 struct OpBase : Ort::CustomOpBase<Op, Kernel<Implementation>, true> {
@@ -50,12 +54,12 @@ struct LinearOp : OpBase<LinearOp<Implementation, cuda>, Implementation, cuda> {
   size_t GetInputTypeCount() const { return 8; }
   ONNXTensorElementDataType GetInputType(size_t index) const { return kInputs[index]; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
-    return index < 5 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    return requiredIf(index < 5);
   }
   size_t GetOutputTypeCount() const { return ZQFP_MAX_OUTPUTS; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return kAny; }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
-    return index == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    return requiredIf(index == 0);
   }
 
   LinearOp() {
@@ -77,14 +81,14 @@ struct QuantizeOp : OpBase<QuantizeOp<Implementation, cuda, tokens>, Implementat
   size_t GetInputTypeCount() const { return tokens ? 2 : 3; }
   ONNXTensorElementDataType GetInputType(size_t index) const { return !tokens && index == 1 ? kFloat : kAny; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
-    return index + 1 < GetInputTypeCount() ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    return requiredIf(index + 1 < GetInputTypeCount());
   }
   size_t GetOutputTypeCount() const { return tokens ? 3 : 2; }
   ONNXTensorElementDataType GetOutputType(size_t index) const {
     return index == 0 ? kE4m3 : tokens && index == 1 ? kFloat : kAny;
   }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
-    return index + 1 < GetOutputTypeCount() ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    return requiredIf(index + 1 < GetOutputTypeCount());
   }
 
   QuantizeOp() {
@@ -104,16 +108,16 @@ struct QuantizeOp : OpBase<QuantizeOp<Implementation, cuda, tokens>, Implementat
 // said by attributes, so only the first ones have a place of their own.
 template <typename Implementation, bool cuda, bool norm>
 struct FusedOp : OpBase<FusedOp<Implementation, cuda, norm>, Implementation, cuda> {
-  const char* GetName() const { return norm ? "QuantizeRmsNorm" : "QuantizeSiluMul"; }
+  const char* GetName() const { return norm ? RmsNormNode::kName : SiluMulNode::kName; }
   size_t GetInputTypeCount() const { return norm ? 5 : 4; }
   ONNXTensorElementDataType GetInputType(size_t) const { return kAny; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
-    return index < 2 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    return requiredIf(index < 2);
   }
   size_t GetOutputTypeCount() const { return norm ? 4 : 3; }
   ONNXTensorElementDataType GetOutputType(size_t index) const { return index == 0 ? kE4m3 : kAny; }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
-    return index == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    return requiredIf(index == 0);
   }
 
   FusedOp() {
@@ -140,14 +144,14 @@ void add(Ort::CustomOpDomain& domain) {
 void addOps(Ort::CustomOpDomain& domain) {
   add<LinearOp<CpuLinear, false>>(domain);
   add<LinearOp<CudaLinear, true>>(domain);
-  add<QuantizeOp<CpuQuantizer, false, false>>(domain);
-  add<QuantizeOp<CudaQuantizer, true, false>>(domain);
-  add<QuantizeOp<CpuQuantizer, false, true>>(domain);
-  add<QuantizeOp<CudaQuantizer, true, true>>(domain);
-  add<FusedOp<CpuSiluMul, false, false>>(domain);
-  add<FusedOp<CudaSiluMul, true, false>>(domain);
-  add<FusedOp<CpuRmsNorm, false, true>>(domain);
-  add<FusedOp<CudaRmsNorm, true, true>>(domain);
+  add<QuantizeOp<CpuQuantizer<QuantizeNode>, false, false>>(domain);
+  add<QuantizeOp<CudaQuantizer<QuantizeNode>, true, false>>(domain);
+  add<QuantizeOp<CpuQuantizer<QuantizeNode>, false, true>>(domain);
+  add<QuantizeOp<CudaQuantizer<QuantizeNode>, true, true>>(domain);
+  add<FusedOp<CpuQuantizer<SiluMulNode>, false, false>>(domain);
+  add<FusedOp<CudaQuantizer<SiluMulNode>, true, false>>(domain);
+  add<FusedOp<CpuQuantizer<RmsNormNode>, false, true>>(domain);
+  add<FusedOp<CudaQuantizer<RmsNormNode>, true, true>>(domain);
 }
 
 }  // namespace
