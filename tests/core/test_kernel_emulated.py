@@ -231,7 +231,9 @@ class Quantizer:
     k: int
     scale: float | None = None
     rank: int = 0
-    share: int = 1  # without LoRC: eights of a thread; with LoRC: blocks of a cluster
+    # Static without LoRC: eights of a thread. Else blocks of a cluster; without LoRC also 0, the
+    # kernel for many tokens.
+    share: int = 1
     size: int = 0  # without LoRC: threads of a token's block; with LoRC: 0 for few tokens, 1 for many
     threads: int = 64  # of a norm: of a token's block
 
@@ -242,9 +244,13 @@ QUANTIZERS = [
     Quantizer("float16", 3, 1040, 0.02),
     Quantizer("bfloat16", 19, 528, 0.03, share=4),
     Quantizer("float32", 9, 1040, 0.02, share=4),
-    Quantizer("float16", 3, 1040, size=160),
-    Quantizer("bfloat16", 2, 2080, size=64),  # more than the threads hold
-    Quantizer("float32", 2, 528, size=32),
+    Quantizer("float16", 3, 1040, share=0, size=160),
+    Quantizer("bfloat16", 2, 2080, share=0, size=64),  # more than the threads hold
+    Quantizer("float32", 2, 528, share=0, size=32),
+    Quantizer("float16", 3, 1040, size=96),
+    Quantizer("bfloat16", 2, 2080, share=2, size=64),  # more than the threads hold
+    Quantizer("float32", 9, 528, share=8, size=32),
+    Quantizer("float16", 2, 1040, share=4, size=32),
     Quantizer("float16", 1, 1040, 0.02, rank=32, share=2),
     Quantizer("float16", 19, 528, 0.02, rank=24),
     Quantizer("float16", 1, 2640, rank=8),  # more than the warps have under way

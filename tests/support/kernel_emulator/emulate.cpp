@@ -77,14 +77,16 @@ void quantize(const QuantizeParams& p, int size) {
                                 : choose_lorc<Source, LorcTask::kStatic>(p, size);
     }
   }
+  const bool few = p.share > 0;
   const int64_t per_block = int64_t(p.share) * kStreamThreads * 8;
   const int blocks = p.scale == nullptr ? p.m : int((int64_t(p.m) * p.k + per_block - 1) / per_block);
   for (int index = 0; index < blocks; ++index) {
     if (p.scale != nullptr) {
       run_cluster(index, 1, kStreamThreads, 0, [&](char*) { quantize_static<Source>(p); });
     } else {
-      run_cluster(index, 1, size, 128, [&](char* memory) {
-        quantize_token<Source>(p, reinterpret_cast<uint32_t*>(memory));
+      run_cluster(index, few ? p.share : 1, size, sizeof(TokenShared), [&](char* memory) {
+        TokenShared& shared = *reinterpret_cast<TokenShared*>(memory);
+        few ? quantize_token<Source, true>(p, shared) : quantize_token<Source, false>(p, shared);
       });
     }
   }

@@ -179,7 +179,6 @@ inline void __syncthreads() { emulator::block->named[0].sync(emulator::block->th
 
 inline int __clz(int x) { return __builtin_clz(unsigned(x)); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fdividef(float a, float b) { return a / b; }
 inline float __frsqrt_rn(float x) { return float(1 / std::sqrt(double(x))); }
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
@@ -264,6 +263,8 @@ inline void store_remote(const float* mine, float number, uint32_t barrier, uint
 inline float limit(float x, float most) {
   return std::isnan(x) ? x : std::copysign(std::fmin(std::fabs(x), most), x);
 }
+inline float power_of_2(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return x > 0x1p126f ? 0 : 1 / x; }
 inline void sync_threads(int id, int threads) { block->named[id].sync(threads); }
 inline void arrive_threads(int id, int threads) { block->named[id].arrive(threads); }
 template <int>

@@ -48,25 +48,41 @@ zqfpStatus launch(int64_t blocks, int threads, int cluster, int device, Quantize
   return launch_kernel(function, {int(blocks), threads, 0, cluster}, p, stream, "launching the quantizer");
 }
 
-// Threads of a block that has one token of so many eights, of which a thread can hold some: few tokens are done soonest
-// by as many threads as there can be.
+// Threads of a block of which so many have something to do.
+int block_threads(int64_t busy, int most) { return int(std::min<int64_t>(divide_up(busy, 32) * 32, most)); }
+
+// Of a block that has one token, of whose eights a thread can hold some: few tokens are done soonest by as many threads
+// as there can be.
 int row_threads(const QuantizeParams& p, int held, int most, int processors) {
-  const int64_t eights = p.k / 8, busy = p.m <= processors ? eights : divide_up(eights, held);
-  return int(std::min<int64_t>(divide_up(busy, 32) * 32, most));
+  const int64_t eights = p.k / 8;
+  return block_threads(p.m <= processors ? eights : divide_up(eights, held), most);
+}
+
+// Into how many blocks a cluster divides a token where h takes time to compute: until processors or eights are few.
+int choose_parts(const QuantizeParams& p, int processors) {
+  constexpr int kFewEights = 128;
+  int parts = 1;
+  while (parts < kMaxClusterBlocks && 2 * parts * p.m <= processors && p.k / 8 >= 2 * parts * kFewEights) parts *= 2;
+  return parts;
 }
 
 template <class Source>
 zqfpStatus quantize(QuantizeParams* p, int device, int processors, void* stream) {
+  const int64_t eights = p->k / 8;  // of a token
   if (p->scale != nullptr) {
-    const int64_t eights = int64_t(p->m) * (p->k / 8);
     // No more of them in a thread than leave each processor two blocks.
-    const int64_t share = eights / (2 * processors * kStreamThreads);
+    const int64_t share = p->m * eights / (2 * processors * kStreamThreads);
     p->share = int(std::clamp<int64_t>(share, 1, kHeld));
-    const int64_t blocks = divide_up(eights, p->share * kStreamThreads);
+    const int64_t blocks = divide_up(p->m * eights, p->share * kStreamThreads);
     return launch<quantize_static_kernel<Source>>(blocks, kStreamThreads, 1, device, p, stream);
   }
+  if (Source::kLoads > 1 && p->m <= processors) {
+    p->share = choose_parts(*p, processors);
+    const int threads = block_threads(divide_up(eights, p->share), kMaxRowThreads);
+    return launch<quantize_token_kernel<Source, true>>(p->m * p->share, threads, p->share, device, p, stream);
+  }
   const int threads = row_threads(*p, kHeld, kMaxRowThreads, processors);
-  return launch<quantize_token_kernel<Source>>(p->m, threads, 1, device, p, stream);
+  return launch<quantize_token_kernel<Source, false>>(p->m, threads, 1, device, p, stream);
 }
 
 // Into how many blocks a cluster divides K: more as long as each warp has a chunk and the processors have less to do.

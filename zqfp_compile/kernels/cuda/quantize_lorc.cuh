@@ -13,7 +13,6 @@ namespace zqfp {
 
 constexpr int kChunk = 32;
 constexpr int kMaxRank = 64;
-constexpr int kMaxClusterBlocks = 8;
 
 // What there is to do beside h @ V.
 enum class LorcTask { kStatic, kPerToken, kNothing };
@@ -35,7 +34,8 @@ struct LorcShape {
 template <class Source, LorcTask kTask>
 using FewTokens = LorcShape<Source, 1, 1, 5 - Source::kLoads, 16, kTask>;
 template <class Source, LorcTask kTask>
-using ManyTokens = LorcShape<Source, Source::kLoads == 1 ? 4 : 2, 2, 1, 12, kTask>;
+using ManyTokens = std::conditional_t<Source::kLoads == 1, LorcShape<Source, 4, 2, 1, 12, kTask>,
+                                      LorcShape<Source, 2, 2, 1, 16, kTask>>;
 
 // Of a block. The blocks of the cluster write to each other's `sum` and `range`, and count the bytes on the barriers; so
 // nobody reads what is not there, and no block needs to outlive another.
@@ -226,7 +226,10 @@ class LorcQuantizer {
     const bool more = has_chunk(next);
     Eight<T> h[S::kRows];
 #pragma unroll
-    for (int r = 0; r < S::kRows; ++r) h[r] = Source(p_).compute(x[r], columns_[batch], rows_[r]);
+    for (int r = 0; r < S::kRows; ++r) {
+      if (Source::kLoads > 1 && first_token_ + 8 * r >= p_.m) continue;  // zeros; computing takes time
+      h[r] = Source(p_).compute(x[r], columns_[batch], rows_[r]);
+    }
     multiply(h, v);
     if (more) load_v(v, next);
     if (more) load_column(batch, next);
@@ -234,6 +237,7 @@ class LorcQuantizer {
     for (int r = 0; r < S::kRows; ++r) {
       if constexpr (S::kPerToken) {
         range_[r] = h[r].widen(range_[r]);
+        Source::keep(h[r], x[r]);
       } else if (S::kStatic && is_mine(column) && inside(r, column)) {
         store_quantized(h[r], divide, p_.x8 + offset(r, column));
       }
@@ -347,8 +351,9 @@ class LorcQuantizer {
 #pragma unroll
         for (int r = 0; r < S::kRows; ++r) {
           if (!inside(r, at)) continue;
+          if (!held) Source::keep(Source::compute(x[b][r]), x[b][r]);
           const Divisor divide(shared_.scale[q_ + 8 * r]);
-          store_quantized(Source::compute(x[b][r]), divide, p_.x8 + offset(r, at));
+          store_quantized(Source::kept(x[b][r]), divide, p_.x8 + offset(r, at));
         }
       }
     }

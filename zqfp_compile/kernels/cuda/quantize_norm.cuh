@@ -34,14 +34,20 @@ class NormQuantizer {
     typename Source::Raw raw[kHeld];
     for_held([&](int i, int at) { raw[i] = source_.load(8 * at, at < count_); });
     Scaled held[kHeld];
-    for_held([&](int i, int at) { held[i] = take(source_.add(raw[i]), gamma[i], at); });
+    for_held([&](int i, int at) {
+      if (at < count_) held[i] = take(source_.add(raw[i]), gamma[i], at);
+    });
+#pragma unroll 1
     for (int at = first_left(); at < count_; at += blockDim.x) {
       take(source_.add(source_.load(8 * at, true)), load_gamma(at), at);
     }
     add_threads();
     const float scale = p_.scale != nullptr ? given : find_scale();
     const Divisor divide(scale);
-    for_held([&](int i, int at) { write(held[i], divide, at); });
+    for_held([&](int i, int at) {
+      if (at < count_) write(held[i], divide, at);
+    });
+#pragma unroll 1
     for (int at = first_left(); at < count_; at += blockDim.x) {
       write(scale_eight(load_again(at), load_gamma(at)), divide, at);
     }
@@ -82,7 +88,7 @@ class NormQuantizer {
 
   // Stores s, and takes it into the thread's sum and range.
   __device__ __forceinline__ Scaled take(const Eight<T>& s, const Eight<T>& gamma, int at) {
-    if (sum_ != nullptr && at < count_) store_eight(s, sum_ + 8 * at);
+    if (sum_ != nullptr) store_eight(s, sum_ + 8 * at);
     const Scaled scaled = scale_eight(s, gamma);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -130,7 +136,6 @@ class NormQuantizer {
   }
 
   __device__ __forceinline__ void write(const Scaled& scaled, const Divisor& divide, int at) const {
-    if (at >= count_) return;
     Eight<T> h;
 #pragma unroll
     for (int i = 0; i < 4; ++i) h.set_pair(i, {scaled.pair[i].x * factor_, scaled.pair[i].y * factor_});
@@ -145,6 +150,7 @@ class NormQuantizer {
       p_.a[0] = scale;
     }
     if constexpr (sizeof(T) == 2) {
+#pragma unroll 1
       for (int rank = 0; rank < p_.rank; rank += kFactorRanks) *factor_place<T>(p_, token_, rank) = factor_;
     }
   }

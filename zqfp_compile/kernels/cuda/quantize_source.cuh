@@ -31,6 +31,9 @@ class Plain : public NothingInCommon {
 
   __device__ __forceinline__ Raw load(int64_t place, bool inside) const { return load_eight(x_ + place, inside); }
   __device__ __forceinline__ static Eight<T> compute(const Raw& x, Column = {}, Row = {}) { return x; }
+  // Puts h in the place of what it was computed from.
+  __device__ __forceinline__ static void keep(const Eight<T>& h, Raw& x) { x = h; }
+  __device__ __forceinline__ static const Eight<T>& kept(const Raw& x) { return x; }
 
  private:
   const T* x_;
@@ -62,10 +65,16 @@ class SiluMul : public NothingInCommon {
     }
     return h;
   }
+  __device__ __forceinline__ static void keep(const Eight<T>& h, Raw& raw) { raw.gate = h; }
+  __device__ __forceinline__ static const Eight<T>& kept(const Raw& raw) { return raw.gate; }
 
  private:
-  // Within 3 units in the last place of float32. The quotient by more than 2^126 comes out as 0 instead of 2^-119.
-  __device__ __forceinline__ static float silu(float x) { return __fdividef(x, 1.f + expf(-x)); }
+  // Of 16-bit numbers the product that takes the place of exp is exact enough: within 2^-16 where h is not next to 0.
+  __device__ __forceinline__ static float silu(float x) {
+    constexpr float kLog2E = 1.44269504f;
+    const float power = sizeof(T) == 4 ? expf(-x) : ptx::power_of_2(x * -kLog2E);
+    return x * ptx::reciprocal(1.f + power);
+  }
 
   const T *gate_, *up_;
 };
@@ -89,6 +98,8 @@ class Norm {
   static constexpr int kLoads = 3;
   using Column = Eight<T>;  // gamma
   using Row = float;        // factor
+  // What changes no x that it is added to: -0.
+  static constexpr uint32_t kNothing = sizeof(T) == 4 ? 0x80000000u : 0x80008000u;
 
   __device__ __forceinline__ explicit Norm(const QuantizeParams& p, int64_t start = 0)
       : x_(static_cast<const T*>(p.x) + start),
@@ -96,7 +107,7 @@ class Norm {
         has_skip_(p.other != nullptr) {}
 
   __device__ __forceinline__ Raw load(int64_t place, bool inside) const {
-    return {load_eight(x_ + place, inside), load_eight(skip_ + place, inside && has_skip_)};
+    return {load_eight(x_ + place, inside), load_eight(skip_ + place, inside && has_skip_, kNothing)};
   }
   __device__ __forceinline__ static Column load_column(const QuantizeParams& p, int column, bool inside) {
     return load_eight(static_cast<const T*>(p.gamma) + column, inside);
@@ -107,7 +118,6 @@ class Norm {
 
   // s: the sum, rounded to T.
   __device__ __forceinline__ Eight<T> add(const Raw& raw) const {
-    if (!has_skip_) return raw.x;  // not x + 0: -0 stays -0
     Eight<T> s;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -42,40 +42,77 @@ __device__ __forceinline__ float largest_of_block(float range, uint32_t* warp_ra
   return __uint_as_float(__reduce_max_sync(~0u, lane < int(blockDim.x) / 32 ? warp_range[lane] : 0u));
 }
 
-// A scale per token: a block has one token. Of a token with more than kHeld eights for each thread it reads the rest
+// Of a block with a token, or a part of one: the blocks of a cluster share a token and write to each other's `range`.
+struct TokenShared {
+  uint64_t barrier;
+  float range[kMaxClusterBlocks];
+  uint32_t warp_range[kMaxRowThreads / 32];
+};
+
+__device__ __forceinline__ void open_cluster(const QuantizeParams& p, TokenShared& shared) {
+  if (threadIdx.x == 0) {
+    ptx::barrier_init(ptx::shared_address(&shared.barrier), 1);
+    ptx::barrier_expect(ptx::shared_address(&shared.barrier), p.share * sizeof(float));
+    ptx::fence_barrier_init();
+  }
+  ptx::cluster_arrive();
+}
+
+__device__ __forceinline__ float largest_of_cluster(float range, const QuantizeParams& p, TokenShared& shared) {
+  const int block = blockIdx.x & (p.share - 1);
+  const uint32_t barrier = ptx::shared_address(&shared.barrier);
+  ptx::cluster_wait();  // every block has opened its barrier
+  if (int(threadIdx.x) < p.share) ptx::store_remote(&shared.range[block], range, barrier, threadIdx.x);
+  ptx::barrier_wait(barrier, 0);
+  for (int i = 0; i < p.share; ++i) range = fmaxf(range, shared.range[i]);
+  return range;
+}
+
+// A scale per token. Many tokens: a block has one, and its threads several eights each. Few: each thread has an eight or
+// two, and a cluster of p.share blocks, a power of two, has a token. What of a token the threads cannot hold is read
 // twice.
-template <class Source>
-__device__ __forceinline__ void quantize_token(const QuantizeParams& p, uint32_t* warp_range) {
+template <class Source, bool kFew>
+__device__ __forceinline__ void quantize_token(const QuantizeParams& p, TokenShared& shared) {
+  constexpr int kEights = kFew ? 2 : kHeld;
+  const int shift = kFew ? 31 - __clz(p.share) : 0;
+  const bool spread = kFew && p.share > 1;
   ptx::release_kernel_after();
+  if (spread) open_cluster(p, shared);
   ptx::wait_for_kernel_before();
-  const int64_t token = blockIdx.x;
+  const int64_t token = blockIdx.x >> shift;
   const Source source(p, token * p.k);
   uint8_t* x8 = p.x8 + token * p.k;
-  const int first = threadIdx.x, threads = blockDim.x, count = p.k / 8;
-  typename Source::Raw raw[kHeld];
+  const int block = kFew ? blockIdx.x & (p.share - 1) : 0;
+  const int first = block * blockDim.x + threadIdx.x, threads = blockDim.x << shift, count = p.k / 8;
+  typename Source::Raw raw[kEights];
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
+  for (int i = 0; i < kEights; ++i) {
     const int at = first + i * threads;
     raw[i] = source.load(8 * at, at < count);
   }
-  Eight<typename Source::T> held[kHeld];
+  Eight<typename Source::T> held[kEights];
   float range = kSmallestRange;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
+  for (int i = 0; i < kEights; ++i) {
+    if (kFew && first + i * threads >= count) continue;
     held[i] = Source::compute(raw[i]);
     range = held[i].widen(range);
   }
-  for (int at = first + kHeld * threads; at < count; at += threads) {
+#pragma unroll 1
+  for (int at = first + kEights * threads; at < count; at += threads) {
     range = Source::compute(source.load(8 * at, true)).widen(range);
   }
-  const float scale = __fdiv_rn(largest_of_block(range, warp_range), kLargestE4m3);
+  range = largest_of_block(range, shared.warp_range);
+  if (spread) range = largest_of_cluster(range, p, shared);
+  const float scale = __fdiv_rn(range, kLargestE4m3);
   const Divisor divide(scale);
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
+  for (int i = 0; i < kEights; ++i) {
     const int at = first + i * threads;
     if (at < count) store_quantized(held[i], divide, x8 + 8 * at);
   }
-  for (int at = first + kHeld * threads; at < count; at += threads) {
+#pragma unroll 1
+  for (int at = first + kEights * threads; at < count; at += threads) {
     store_quantized(Source::compute(source.load(8 * at, true)), divide, x8 + 8 * at);
   }
   if (first == 0) p.a[token] = scale;
@@ -86,10 +123,10 @@ __global__ void __launch_bounds__(kStreamThreads) quantize_static_kernel(Quantiz
   quantize_static<Source>(p);
 }
 
-template <class Source>
+template <class Source, bool kFew>
 __global__ void __launch_bounds__(kMaxRowThreads) quantize_token_kernel(QuantizeParams p) {
-  __shared__ uint32_t warp_range[kMaxRowThreads / 32];
-  quantize_token<Source>(p, warp_range);
+  __shared__ TokenShared shared;
+  quantize_token<Source, kFew>(p, shared);
 }
 
 }  // namespace zqfp

@@ -14,6 +14,7 @@ namespace zqfp {
 
 constexpr float kLargestE4m3 = 448.f;
 constexpr float kSmallestRange = 1e-30f;
+constexpr int kMaxClusterBlocks = 8;
 
 struct QuantizeInputs {
   const void* x;                // or gate
@@ -31,7 +32,7 @@ struct QuantizeParams : QuantizeInputs {
   const void* v;
   void* xv;
   int m, k, rank;
-  int share;  // without LoRC, static scale: eights of a thread; with LoRC: blocks of a cluster
+  int share;  // without LoRC, static scale: eights of a thread; else blocks of a cluster
 };
 
 // Divides by one number many times. power * x / divisor, where power brings the divisor near 1, so that nothing on the
@@ -125,11 +126,13 @@ struct Eight {
   }
 };
 
-// Zeros if not `inside`. Not __ldg: that may be read from before the kernel began, and an overlapping kernel begins
-// while x is made.
+// Words of `outside`, zeros, if not `inside`. Not __ldg: that may be read from before the kernel began, and an overlapping
+// kernel begins while x is made.
 template <typename T>
-__device__ __forceinline__ Eight<T> load_eight(const T* from, bool inside) {
+__device__ __forceinline__ Eight<T> load_eight(const T* from, bool inside, uint32_t outside = 0) {
   Eight<T> eight;
+#pragma unroll
+  for (uint32_t& word : eight.word) word = outside;
   if (!inside) return eight;
 #pragma unroll
   for (int i = 0; i < int(sizeof(T)) / 2; ++i) {
