@@ -7,29 +7,29 @@
 
 namespace zqfp {
 
+constexpr int kMaxNormThreads = 1024;
 constexpr int kFactorRanks = 16;  // LoRC's smallest group of ranks (quantize_lorc.cuh)
 
 struct NormShared {
   ClusterNumbers<2> sums;  // of squares, and the range
-  float squares[kMaxRowThreads / 32];
-  uint32_t range[kMaxRowThreads / 32];
+  float squares[kMaxNormThreads / 32];
+  uint32_t range[kMaxNormThreads / 32];
 };
 
-// One thread's part. Few tokens: p.share blocks, a cluster, have one. Of a token with more than kHeld eights for each
-// thread it reads the rest twice.
-template <typename T, bool kFew>
+// One thread's part. Of a token with more than kHeld eights for each thread it reads the rest twice.
+template <typename T>
 class NormQuantizer {
  public:
   static constexpr int kHeld = sizeof(T) == 4 ? 1 : 2;
 
   __device__ __forceinline__ NormQuantizer(const QuantizeParams& p, NormShared& shared)
-      : p_(p), shared_(shared), share_(kFew ? p.share : 1), place_(share_), token_(place_.token), source_(p, token_ * p.k), count_(p.k / 8) {
+      : p_(p), shared_(shared), place_(p.share), token_(place_.token), source_(p, token_ * p.k), count_(p.k / 8) {
     sum_ = p.sum == nullptr ? nullptr : static_cast<T*>(p.sum) + token_ * p.k;
   }
 
   __device__ __forceinline__ void run() {
     ptx::release_kernel_after();
-    shared_.sums.open(share_);
+    shared_.sums.open(p_.share);
     Eight<T> gamma[kHeld];
     for_held([&](int i, int at) { gamma[i] = load_gamma(at); });  // a weight: it may be read before the wait
     ptx::wait_for_kernel_before();
@@ -66,7 +66,6 @@ class NormQuantizer {
 
   const QuantizeParams& p_;
   NormShared& shared_;
-  const int share_;
   const TokenPlace place_;
   const int64_t token_;
   const Source source_;
@@ -131,7 +130,7 @@ class NormQuantizer {
     const float of_block[2] = {add_lanes(is_warp ? shared_.squares[lane] : 0.f),
                                __uint_as_float(__reduce_max_sync(~0u, is_warp ? shared_.range[lane] : 0u))};
     squares_ = range_ = 0.f;
-    shared_.sums.exchange(of_block, place_, share_, [&](const float (&numbers)[2]) {
+    shared_.sums.exchange(of_block, place_, p_.share, [&](const float (&numbers)[2]) {
       squares_ += numbers[0];
       range_ = fmaxf(range_, numbers[1]);
     });
@@ -173,10 +172,10 @@ inline void follow_norm(QuantizeParams* p) {
   p->other = nullptr;
 }
 
-template <typename T, bool kFew>
-__global__ void __launch_bounds__(kMaxRowThreads) quantize_norm_kernel(QuantizeParams p) {
+template <typename T>
+__global__ void __launch_bounds__(kMaxNormThreads) quantize_norm_kernel(QuantizeParams p) {
   __shared__ NormShared shared;
-  NormQuantizer<T, kFew>(p, shared).run();
+  NormQuantizer<T>(p, shared).run();
 }
 
 }  // namespace zqfp

@@ -7,6 +7,7 @@
 namespace zqfp {
 
 constexpr int kStreamThreads = 256;
+constexpr int kMaxRowThreads = 1024;
 constexpr int kHeld = 4;  // eights that a thread has at a time
 
 // One scale: a block has p.share * kStreamThreads eights, whatever their token.
