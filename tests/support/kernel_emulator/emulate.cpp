@@ -96,7 +96,7 @@ void quantize(const QuantizeParams& p, int size) {
 template <typename T>
 void quantize_norm(QuantizeParams p, int threads, int size) {
   for (int token = 0; token < p.m; ++token) {
-    run_cluster(token, p.share, threads, sizeof(NormShared), [&](char* memory) {
+    run_cluster(token, 1, threads, sizeof(NormShared), [&](char* memory) {
       NormQuantizer<T>(p, *reinterpret_cast<NormShared*>(memory)).run();
     });
   }

@@ -51,9 +51,10 @@ zqfpStatus launch(int64_t blocks, int threads, int cluster, int device, Quantize
 // Threads of a block of which so many have something to do.
 int block_threads(int64_t busy, int most) { return int(std::min<int64_t>(divide_up(busy, 32) * 32, most)); }
 
-// Of a block of so many eights, of which a thread can hold some: few tokens are done soonest by as many threads as there
-// can be.
-int row_threads(const QuantizeParams& p, int64_t eights, int held, int most, int processors) {
+// Of a block that has one token, of whose eights a thread can hold some: few tokens are done soonest by as many threads
+// as there can be.
+int row_threads(const QuantizeParams& p, int held, int most, int processors) {
+  const int64_t eights = p.k / 8;
   return block_threads(p.m <= processors ? eights : divide_up(eights, held), most);
 }
 
@@ -80,7 +81,7 @@ zqfpStatus quantize(QuantizeParams* p, int device, int processors, void* stream)
     const int threads = block_threads(divide_up(eights, p->share), kMaxRowThreads);
     return launch<quantize_token_kernel<Source, true>>(p->m * p->share, threads, p->share, device, p, stream);
   }
-  const int threads = row_threads(*p, eights, kHeld, kMaxRowThreads, processors);
+  const int threads = row_threads(*p, kHeld, kMaxRowThreads, processors);
   return launch<quantize_token_kernel<Source, false>>(p->m, threads, 1, device, p, stream);
 }
 
@@ -129,10 +130,8 @@ zqfpStatus quantize_source(QuantizeParams* p, int32_t dtype, void* stream) {
 
 template <typename T>
 zqfpStatus quantize_norm(QuantizeParams* p, int device, int processors, void* stream) {
-  p->share = choose_parts(*p, processors);
-  const int64_t eights = divide_up(p->k / 8, p->share);
-  const int threads = row_threads(*p, eights, NormQuantizer<T>::kHeld, kMaxNormThreads, processors);
-  return launch<quantize_norm_kernel<T>>(p->m * p->share, threads, p->share, device, p, stream);
+  const int threads = row_threads(*p, NormQuantizer<T>::kHeld, kMaxNormThreads, processors);
+  return launch<quantize_norm_kernel<T>>(p->m, threads, 1, device, p, stream);
 }
 
 // With LoRC in two launches: a token's factor must be known before its first product.
