@@ -92,19 +92,14 @@ void quantize(const QuantizeParams& p, int size) {
   }
 }
 
-template <typename T, bool kFew>
-void normalise(const QuantizeParams& p, int threads) {
-  for (int token = 0; token < p.m; ++token) {
-    run_cluster(token, kFew ? p.share : 1, threads, sizeof(NormShared), [&](char* memory) {
-      NormQuantizer<T, kFew>(p, *reinterpret_cast<NormShared*>(memory)).run();
-    });
-  }
-}
-
 // A block has `threads`; `size` as choose_lorc has it.
 template <typename T>
 void quantize_norm(QuantizeParams p, int threads, int size) {
-  size == 0 ? normalise<T, true>(p, threads) : normalise<T, false>(p, threads);
+  for (int token = 0; token < p.m; ++token) {
+    run_cluster(token, 1, threads, sizeof(NormShared), [&](char* memory) {
+      NormQuantizer<T>(p, *reinterpret_cast<NormShared*>(memory)).run();
+    });
+  }
   if constexpr (sizeof(T) == 2) {
     follow_norm(&p);
     if (p.v != nullptr) choose_lorc<Norm<T>, LorcTask::kNothing>(p, size);
@@ -177,8 +172,7 @@ template <class C>
 void run_strip_kernel(const Problem& problem) {
   StripParams p{};
   fill(problem, &p);
-  p.x8 = static_cast<const uint8_t*>(problem.x8);
-  p.k = problem.k;
+  p.x8 = emulator::make_map(problem.x8, problem.m, problem.k, 1, 8);
   p.xv = problem.xv;
   p.u = problem.u;
   p.columns = slice_blocks(p.k_blocks);

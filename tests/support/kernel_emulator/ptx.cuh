@@ -236,6 +236,9 @@ inline void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t b
 }
 inline void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier, uint64_t) {
   if (to % 1024) abort();
+  // The kernel of strips: x8 comes late, so that who does not wait for it finds nothing.
+  constexpr int kStripThreads = 17 * 32;
+  if (block->threads == kStripThreads) std::this_thread::sleep_for(std::chrono::milliseconds(300));
   emulator::copy_box(*block, to, map, x, y, barrier);
 }
 inline void copy_box_to_cluster(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier, uint16_t blocks,
@@ -283,8 +286,7 @@ inline uint2 load_8(uint32_t address) { return load<uint2>(address); }
 inline uint32_t load_4(uint32_t address) { return load<uint32_t>(address); }
 inline uint32_t load_2(uint32_t address) { return load<uint16_t>(address); }
 
-// cp.async happens as late as it may, when its group is waited for; a warp that copies for others (strip_kernel.cuh's
-// last) takes its time, so that who does not wait for it finds nothing.
+// cp.async happens as late as it may, when its group is waited for.
 inline thread_local std::vector<std::function<void()>> open_copies;
 inline thread_local std::deque<std::vector<std::function<void()>>> copies;
 
@@ -306,14 +308,10 @@ inline void commit_copies() {
 }
 template <int kPending>
 void wait_copies() {
-  constexpr unsigned kCopyingWarp = 16;
-  if (kPending > 0 && threadIdx.x / 32 == kCopyingWarp) std::this_thread::sleep_for(std::chrono::milliseconds(300));
   for (; copies.size() > kPending; copies.pop_front()) {
     for (const auto& run : copies.front()) run();
   }
 }
-
-inline void publish_to_wgmma() {}
 
 // stmatrix.x2.trans: lane i < 16 names the place of column i % 8 of matrix i / 8; thread 4r + c/2 has row r, column c.
 inline void store_transposed(uint32_t address, uint32_t first, uint32_t second) {

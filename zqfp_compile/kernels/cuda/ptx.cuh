@@ -150,9 +150,6 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// What this thread has written to shared memory can be read by wgmma (async proxy), by whoever hears of it.
-__device__ __forceinline__ void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // ---- memory --------------------------------------------------------------------------------------------------------
 
 // Adds `value`, for the whole GPU to see what this thread has seen written, and the other way round; returns the old one.
