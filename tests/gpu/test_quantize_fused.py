@@ -20,7 +20,17 @@ EPSILON = 1e-5
 OFF_BY_A_STEP = 1e-4
 OTHER_SCALES = 5e-3
 SCALES = [None, 0.02]
-SHAPES = [(1, 16), (1, 14336), (5, 4096), (17, 1040), (40, 8192), (300, 28672), (3, 65536), (2048, 1536)]
+SHAPES = [
+    (1, 16),
+    (1, 14336),
+    (5, 4096),
+    (17, 1040),
+    (40, 8192),
+    (100, 4096),
+    (300, 28672),
+    (3, 65536),
+    (2048, 1536),
+]
 # Where the sum of x and skip goes: nowhere, into memory of its own, in place of x or of skip; and no skip.
 SUMS = ["none", "new", "x", "skip", "no skip"]
 

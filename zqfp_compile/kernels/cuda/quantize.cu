@@ -76,10 +76,12 @@ zqfpStatus quantize(QuantizeParams* p, int device, int processors, void* stream)
     const int64_t blocks = divide_up(p->m * eights, p->share * kStreamThreads);
     return launch<quantize_static_kernel<Source>>(blocks, kStreamThreads, 1, device, p, stream);
   }
-  if (Source::kLoads > 1 && p->m <= processors) {
-    p->share = choose_parts(*p, processors);
-    const int threads = block_threads(divide_up(eights, p->share), kMaxRowThreads);
-    return launch<quantize_token_kernel<Source, true>>(p->m * p->share, threads, p->share, device, p, stream);
+  if constexpr (Source::kLoads > 1) {
+    if (p->m <= processors) {
+      p->share = choose_parts(*p, processors);
+      const int threads = block_threads(divide_up(eights, p->share), kMaxRowThreads);
+      return launch<quantize_token_kernel<Source, true>>(p->m * p->share, threads, p->share, device, p, stream);
+    }
   }
   const int threads = row_threads(*p, kHeld, kMaxRowThreads, processors);
   return launch<quantize_token_kernel<Source, false>>(p->m, threads, 1, device, p, stream);
