@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.plan import LinearSite, QuantPlan
 from zqfp_compile.quantize.moments import InputMoments
 from zqfp_compile.quantize.products import full_products
-from zqfp_compile.quantize.threads import DeviceThreads
+from zqfp_compile.quantize.threads import CopyStream, DeviceThreads
 from zqfp_compile.weights import read_bias
 from zqfp_compile.work_folder import WorkFolder
 
@@ -201,6 +201,9 @@ class _Walk:
     ranges: dict[str, float] = field(default_factory=dict)
     rows: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._copies = CopyStream(self.threads.main)
+
     def run(self, progress: Progress) -> None:
         steps = self.parts.steps
         visited: Sequence[_Visited] = ()
@@ -222,7 +225,9 @@ class _Walk:
         """Return what gives a step's weights on the first device: a GPU's are read while it computes."""
 
         def load() -> list[torch.Tensor]:
-            return [load_weight(self.model, site.weight, self.threads.main) for site in step.sites]
+            with self._copies.after():
+                weights = [load_weight(self.model, site.weight, self.threads.main) for site in step.sites]
+            return [self._copies.hand_over(weight) for weight in weights]
 
         return self.reader.submit(load).result if self.threads.on_gpu else load
 
@@ -286,7 +291,8 @@ class _Walk:
         inputs = {
             name: known[name] if name in known else stream.value(sample, name) for name in segment.inputs
         }
-        with full_products():
+        # Threads wait for each other's products: where there are none they need not.
+        with full_products() if segment.multiplies else nullcontext():
             found = segment.run(inputs)
         for name, tensor in {**known, **found}.items():
             if self.parts.last_use[name] > index:
@@ -390,6 +396,7 @@ class _Session:
         self._device = device
         self._session: Any = None
         self.inputs = self._segment.inputs
+        self.multiplies = False  # not in torch
         self.finished = [name for name, last in parts.last_use.items() if last == index]
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

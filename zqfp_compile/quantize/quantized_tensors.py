@@ -59,6 +59,13 @@ class QuantizedTensors:
             self, codes=self.codes.to(device), group_scales=scales, row_scales=self.row_scales.to(device)
         )
 
+    def rows(self, rows: slice) -> QuantizedTensors:
+        """Return some of the rows, which share memory with all."""
+        scales = None if self.group_scales is None else self.group_scales[rows]
+        return dataclasses.replace(
+            self, codes=self.codes[rows], group_scales=scales, row_scales=self.row_scales[rows]
+        )
+
     def checked(self) -> QuantizedWeight:
         """Return it on the host; from the CPU without a copy.
 
