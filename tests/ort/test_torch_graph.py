@@ -320,7 +320,8 @@ class Products(TorchDispatchMode):
     seen = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen |= any(part in str(function) for part in ("mm.", "mv.", "matmul", "scaled_dot_product", "conv"))
+        products = ("mm.", "mv.", "matmul", "scaled_dot_product", "conv")
+        self.seen |= any(part in str(function) for part in products)
         return function(*args, **(kwargs or {}))
 
 
