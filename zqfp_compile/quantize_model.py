@@ -19,11 +19,12 @@ from zqfp_compile.calibrate.walk import walk
 from zqfp_compile.layer_item import LayerItem, pack_layer, quantize_item
 from zqfp_compile.parallel.executor import Executor, InProcess
 from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan, SitePrecision, WeightSource
+from zqfp_compile.quantize.copies import CopyStream
 from zqfp_compile.quantize.layer import LayerOptions, LayerTask, QuantizedLayer, quantize_layers
 from zqfp_compile.quantize.lorc import LowRank
 from zqfp_compile.quantize.moments import InputMoments
 from zqfp_compile.quantize.quantized_tensors import QuantizedTensors
-from zqfp_compile.quantize.threads import CopyStream, DeviceThreads, side_by_side
+from zqfp_compile.quantize.threads import DeviceThreads, side_by_side
 from zqfp_compile.tensor_store import TensorStore
 from zqfp_compile.weights import locate_weight
 from zqfp_compile.work_folder import WorkFolder

@@ -41,9 +41,10 @@ from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.device import CUDA_PROVIDER, activation_room, providers_for
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.plan import LinearSite, QuantPlan
+from zqfp_compile.quantize.copies import CopyStream
 from zqfp_compile.quantize.moments import InputMoments
 from zqfp_compile.quantize.products import full_products
-from zqfp_compile.quantize.threads import CopyStream, DeviceThreads
+from zqfp_compile.quantize.threads import DeviceThreads
 from zqfp_compile.weights import read_bias
 from zqfp_compile.work_folder import WorkFolder
 
@@ -57,8 +58,8 @@ QuantizeSites = Callable[
 # Whether an earlier walk finished these layers, of one input.
 FinishedSites = Callable[[Sequence[LinearSite]], bool]
 
-# Groups of samples: a device takes whole ones, and their moments are added up one after the other, so that no
-# bit depends on the number of devices.
+# Groups of samples: a device takes whole ones, and their moments are added up in one order, so that no bit
+# depends on the number of devices.
 _GROUPS = 8
 
 
@@ -339,9 +340,16 @@ class _Walk:
     def _measure(self, step: Step, quantizer: ActivationQuantizer) -> InputMoments:
         """Return the moments of all samples, on the first device."""
         groups = self.threads.map(partial(self._measure_group, step, quantizer), self.groups)
-        moments = next(groups)
-        for group in groups:
-            moments.merge(group)
+        # Those of every other group first: two devices add up their own.
+        sums: list[InputMoments] = []
+        for index, group in enumerate(groups):
+            if index < 2:
+                sums.append(group)
+            else:
+                sums[index % 2].merge(group)
+        moments = sums[0]
+        for other in sums[1:]:
+            moments.merge(other)
         if moments.drift is not None:
             finite_range(float(moments.drift.abs().amax()), step.activation)
         return moments

@@ -149,7 +149,7 @@ def _leading_vectors(error: torch.Tensor, metric: _Metric, rank: int, seed: int)
     if len(error) <= max(EXACT_SIZE, 2 * (rank + OVERSAMPLING)):
         basis = torch.eye(len(error), device=error.device)
     else:
-        start = _start(error.shape[1], rank + OVERSAMPLING, seed).to(error.device)
+        start = _start(error.shape[1], rank + OVERSAMPLING, seed, error.device)
         basis = torch.linalg.qr(error @ metric(start)).Q
         for _ in range(POWER_ITERATIONS):
             basis = torch.linalg.qr(error @ metric(error.t() @ basis)).Q
@@ -159,10 +159,10 @@ def _leading_vectors(error: torch.Tensor, metric: _Metric, rank: int, seed: int)
     return basis @ vectors.to(torch.float32)
 
 
-@lru_cache(maxsize=8)
-def _start(k: int, width: int, seed: int) -> torch.Tensor:
+@lru_cache(maxsize=16)
+def _start(k: int, width: int, seed: int, device: torch.device) -> torch.Tensor:
     """Return random columns, float32 [K, w], not to be written to: kept, as a model has few K's."""
-    return torch.randn(k, width, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(k, width, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def _balanced(v: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

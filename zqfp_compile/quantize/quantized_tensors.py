@@ -13,6 +13,7 @@ import torch
 
 from zqfp_compile.formats.minifloat import E4M3FN
 from zqfp_compile.formats.quantized import QuantizedWeight
+from zqfp_compile.quantize.copies import to_host
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,5 +110,5 @@ def _tensor(array: npt.NDArray[Any], device: torch.device | str) -> torch.Tensor
 def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     if tensor.dtype == torch.float8_e4m3fn:
         return _array(tensor.view(torch.uint8)).view(E4M3FN.dtype)
-    array: npt.NDArray[Any] = tensor.cpu().numpy()
+    array: npt.NDArray[Any] = to_host(tensor).numpy()
     return array

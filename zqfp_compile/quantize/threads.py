@@ -136,45 +136,5 @@ class DeviceThreads:
             pool.shutdown(cancel_futures=True)
 
 
-class CopyStream:
-    """A GPU's stream for a thread that copies to or from the host beside the computation.
-
-    In the stream that computes, a copy waits for everything queued there, and everything after for the copy,
-    as fast as the host takes or gives it. On a CPU it does nothing.
-    """
-
-    def __init__(self, device: str) -> None:
-        """Take a torch device."""
-        on_gpu = torch.device(device).type == "cuda"
-        self._stream: torch.cuda.Stream | None = None
-        if on_gpu:
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def now(self) -> torch.cuda.Event | None:
-        """Return what has been reached when all that this thread has queued is done."""
-        if self._stream is None:
-            return None
-        event: torch.cuda.Event = torch.cuda.current_stream(self._stream.device).record_event()
-        return event
-
-    @contextlib.contextmanager
-    def after(self, reached: torch.cuda.Event | None = None) -> Iterator[None]:
-        """Let what this thread does on the GPU begin then, and be done at the end of the block."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            if reached is not None:
-                self._stream.wait_event(reached)
-            yield
-            self._stream.synchronize()
-
-    def hand_over(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor made here for the stream that computes: its memory is free when that is done."""
-        if self._stream is not None:
-            tensor.record_stream(torch.cuda.default_stream(self._stream.device))
-        return tensor
-
-
 def _is_small(matrix: torch.Tensor) -> bool:
     return not matrix.is_cuda and matrix.numel() <= ONE_THREAD_SIZE
