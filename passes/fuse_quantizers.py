@@ -13,9 +13,6 @@ from passes._plugin_ops import QUANTIZE_NORM, QUANTIZE_SILU, QUANTIZE_STATIC, QU
 from passes._w4a8_function import DOMAIN
 from zqfp_compile.pass_base import Pass, PassResult
 
-# Whether a norm is fused where its quantiser has LoRC as well: libzqfp takes two launches for it.
-NORMS_WITH_LORC = True
-
 
 @dataclass(frozen=True)
 class FuseQuantizers(Pass):
@@ -44,7 +41,7 @@ class FuseQuantizers(Pass):
     Left alone: h, or a value on the way to it, that anything else reads or that is an output of the graph; a
     norm over another axis, with a bias, with an epsilon or an exponent that is not constant, not computed in
     FLOAT, or with a gamma that is computed or not of shape [K]; operands whose types or shapes differ or are
-    not recorded in the model; norms with LoRC unless ``NORMS_WITH_LORC``.
+    not recorded in the model.
 
     For ONNX Runtime only: TensorRT fuses such chains itself, and its plugin has no such op. Runs behind
     ``lower-weights-plugin`` and ``remove-unused``: nodes that no output depends on are readers as well.
@@ -72,8 +69,7 @@ def _form(node: ir.Node) -> Form | None:
     form = None if h is None else find_form(h)
     if form is None or any(value is None or value.producer() is not None for value in constants):
         return None
-    lorc = node.attributes.get_int("lorc_rank", 0) > 0
-    return None if lorc and form.epsilon is not None and not NORMS_WITH_LORC else form
+    return form
 
 
 def _fuse(graph: ir.Graph, names: Names, quantizer: ir.Node, form: Form) -> None:

@@ -19,6 +19,7 @@ from zqfp_compile.calibrate.walk import walk
 from zqfp_compile.layer_item import LayerItem, pack_layer, quantize_item
 from zqfp_compile.parallel.executor import Executor, InProcess
 from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan, SitePrecision, WeightSource
+from zqfp_compile.quantize.copies import CopyStream
 from zqfp_compile.quantize.layer import LayerOptions, LayerTask, QuantizedLayer, quantize_layers
 from zqfp_compile.quantize.lorc import LowRank
 from zqfp_compile.quantize.moments import InputMoments
@@ -218,7 +219,10 @@ class _Layers:
         self._seed = seed
         self._threads = threads
         self._writer = writer
+        self._copies = CopyStream(threads.main)
+        # What is stored meanwhile, of this input and of the one before.
         self._written: list[Future[None]] = []
+        self._before: list[Future[None]] = []
         self._first: dict[WeightKey, LinearSite] = {}
         self._tables = _shared_tables(plan)
         # A layer depends on how all before it are quantised.
@@ -244,7 +248,9 @@ class _Layers:
     ) -> list[Replacement]:
         pairs = list(zip(sites, weights, strict=True))
         found: dict[str, QuantizedLayer] = {}
-        self.wait()  # at most one input's layers lie in memory
+        # Storing an input's layers may take as long as rounding the next one's, not longer.
+        _results(self._before)
+        self._before, self._written = self._written, []
         if moments is not None:
             new = [(site, weight) for site, weight in pairs if self._is_new(site)]
             tasks = [
@@ -281,13 +287,17 @@ class _Layers:
             self.tensors[site.name] = self._known(site)
             return Replacement.of(self._read(site), weight.device)
         if self._threads.on_gpu:  # which goes on in the meantime
-            self._written.append(self._writer.submit(self._write, site, layer))
+            done = self._copies.now()
+            self._written.append(self._writer.submit(self._write, site, layer, done))
         else:
             self._write(site, layer)
         return Replacement.of(layer, weight.device)
 
-    def _write(self, site: LinearSite, layer: QuantizedLayer) -> None:
-        packed = pack_layer(site.name, layer.weight, layer.lorc, site.dtype)
+    def _write(
+        self, site: LinearSite, layer: QuantizedLayer, computed: torch.cuda.Event | None = None
+    ) -> None:
+        with self._copies.after(computed):
+            packed = pack_layer(site.name, layer.weight, layer.lorc, site.dtype)
         self.tensors[site.name] = _tensors(self._store.add(self._item(site), packed))
 
     def wait(self) -> None:
@@ -296,8 +306,8 @@ class _Layers:
         Raises:
             MissingDependencyError: When the disk is full.
         """
-        while self._written:
-            self._written.pop(0).result()
+        _results(self._before)
+        _results(self._written)
 
     def _known(self, site: LinearSite) -> LinearTensors:
         """Return the tensors of a layer that is finished, or that shares its weight with one."""
@@ -313,6 +323,12 @@ class _Layers:
         factors = plan.low_rank(site)
         lorc = None if factors is None else LowRank(*map(torch.from_numpy, factors))
         return QuantizedLayer(QuantizedTensors.of(plan.quantized_weight(site), "cpu"), lorc)
+
+
+def _results(futures: list[Future[None]]) -> None:
+    """Wait for all of them, and forget them."""
+    while futures:
+        futures.pop(0).result()
 
 
 def _layer_options(plan: QuantPlan, site: LinearSite) -> LayerOptions:

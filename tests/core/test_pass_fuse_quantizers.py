@@ -6,7 +6,6 @@ import onnx_ir as ir
 import pytest
 from quantizer_forms import EPSILON, EXPORTED, FORMS, NORM, NORMS, SILU, SILUS, SKIP_NORM, SKIPS, Block
 
-from passes import fuse_quantizers
 from passes.fuse_quantizers import FuseQuantizers
 from passes.remove_unused import RemoveUnused
 from zqfp_compile.specs import check
@@ -142,11 +141,9 @@ def test_computed_in_half_precision_it_is_another_norm(dtype, run_pass):
     assert modified == (dtype == ir.DataType.FLOAT)
 
 
-@pytest.mark.parametrize("supported", [False, True])
-def test_lorc_of_norms_waits_for_the_kernel(supported, run_pass, monkeypatch):
-    monkeypatch.setattr(fuse_quantizers, "NORMS_WITH_LORC", supported)
+def test_lorc(run_pass):
     block = Block(ADDED, lorc=True)
-    assert fused(block, run_pass).graph.node(-1).op_type == (NORM if supported else "QuantizeActivation")
+    assert fused(block, run_pass).graph.node(-1).op_type == NORM
     silu = fused(dataclasses.replace(block, body=SILUS["sigmoid"]), run_pass).graph.node(0)
     assert [value.name for value in silu.inputs] == ["gate", "up", "a", "v"]
     assert [value.name for value in silu.outputs] == ["x8", "xv"]

@@ -12,6 +12,7 @@ import torch
 
 from zqfp_compile.errors import ModelError
 from zqfp_compile.quantize import layer as layer_module
+from zqfp_compile.quantize import moments as moments_module
 from zqfp_compile.quantize.activation import token_scales
 from zqfp_compile.quantize.descent import descend, refit_rows, refit_scales
 from zqfp_compile.quantize.gptq import gptq_round
@@ -23,6 +24,7 @@ from zqfp_compile.quantize.layer import (
     corrected,
     quantize_layer,
     quantize_layers,
+    work_items,
 )
 from zqfp_compile.quantize.moments import InputMoments, damp
 from zqfp_compile.quantize.products import full_products, halved, short_products
@@ -300,6 +302,22 @@ def test_results_repeat_and_do_not_depend_on_threads() -> None:
         assert all(map(same, alone, found))
 
 
+def spread(tasks: list[LayerTask], moments: InputMoments) -> list[QuantizedLayer]:
+    """Quantise on one, two and three devices; the bits are the same."""
+    found = []
+    for count in (1, 2, 3):
+        with DeviceThreads(["cpu"] * count) as threads:
+            found.append(quantize_layers(tasks, threads, moments=moments))
+    for layers in found[1:]:
+        assert all(map(same, found[0], layers))
+    return found[0]
+
+
+def left(weight: torch.Tensor, layer: QuantizedLayer, moments: InputMoments) -> float:
+    assert layer.lorc is not None
+    return cost(weight - layer.effective_weight() - layer.lorc.weight(), moments.gram)
+
+
 def test_a_large_layer_is_shared_by_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """In two halves whoever does them; which cost a layer nothing."""
     weights, moments = [normal(rows, K, seed=rows) for rows in (60, 40, 24)], moments_of(inputs())
@@ -307,25 +325,50 @@ def test_a_large_layer_is_shared_by_devices(monkeypatch: pytest.MonkeyPatch) -> 
     tasks = [LayerTask(weight, options, seed=3) for weight in weights]
     whole = [quantize_layer(weight, options, moments=moments, seed=3) for weight in weights]
     monkeypatch.setattr(layer_module, "HALVED_SIZE", 40 * K)
-    assert [task.halves() for task in tasks] == [
-        [slice(0, 24), slice(24, 60)],
-        [slice(0, 16), slice(16, 40)],
-        [slice(0, 24)],
+    halves = [(0, slice(0, 24)), (0, slice(24, 60)), (1, slice(0, 16)), (1, slice(16, 40)), (2, slice(0, 24))]
+    assert work_items(tasks) == [[piece] for piece in halves]
+    found = spread(tasks, moments)
+    for weight, layer, other in zip(weights, found, whole, strict=True):
+        assert left(weight, layer, moments) == pytest.approx(left(weight, other, moments), rel=1e-3)
+    assert same(found[2], whole[2])
+
+
+@pytest.mark.parametrize("form", ["e2m1", "fp8"])
+def test_layers_of_one_input_are_rounded_together(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one matrix, cut in the middle of one of them; the layer with other options by itself."""
+    weights, x = [normal(rows, K, seed=rows) for rows in (24, 32, 40, 25)], inputs()
+    moments = moments_of(x, x + normal(*x.shape, seed=5))
+    options = LayerOptions(group_size=32, weight_format=form, lorc_rank=4)
+    each = [options, options, dataclasses.replace(options, lorc_rank=2), options]
+    tasks = [
+        LayerTask(weight, one, seed, name=f"w{seed}")
+        for seed, (weight, one) in enumerate(zip(weights, each, strict=True))
     ]
-    found = []
-    for count in (1, 2, 3):
-        with DeviceThreads(["cpu"] * count) as threads:
-            found.append(quantize_layers(tasks, threads, moments=moments))
-    for layers in found[1:]:
-        assert all(map(same, found[0], layers))
-    for weight, layer, other in zip(weights, found[0], whole, strict=True):
-        assert layer.lorc is not None and other.lorc is not None
-        left = [
-            cost(weight - each.effective_weight() - each.lorc.weight(), moments.gram)
-            for each in (layer, other)
-        ]
-        assert left[0] == pytest.approx(left[1], rel=1e-3)
-    assert same(found[0][2], whole[2])
+    first, *last = [(0, slice(0, 24)), (1, slice(0, 32)), (3, slice(0, 25))]
+    assert work_items(tasks) == [[first, *last], [(2, slice(0, 40))]]
+    monkeypatch.setattr(layer_module, "HALVED_SIZE", 60 * K)
+    assert work_items(tasks) == [
+        [first, (1, slice(0, 16))],
+        [(1, slice(16, 32)), last[1]],
+        [(2, slice(0, 40))],
+    ]
+    for weight, task, layer in zip(weights, tasks, spread(tasks, moments), strict=True):
+        alone = quantize_layer(weight, task.options, moments=moments, seed=task.seed)
+        assert layer.weight.codes.shape == alone.weight.codes.shape
+        assert left(weight, layer, moments) == pytest.approx(left(weight, alone, moments), rel=1e-3)
+    tasks[3].weight[0, 0] = torch.nan
+    with DeviceThreads(["cpu", "cpu"]) as threads, pytest.raises(ModelError, match="weight 'w3': 1 of"):
+        quantize_layers(tasks, threads, moments=moments)
+
+
+@pytest.mark.parametrize("size", [1, 5, 64, 301])
+def test_a_triangular_matrix_is_inverted_by_quarters(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments_module, "_SOLVED_SIZE", 32)
+    x = inputs(size).double()
+    factor = torch.linalg.cholesky(damp(x.t() @ x / len(x), 0.01))
+    inverse = moments_module._inverse_of_lower(factor)
+    assert torch.equal(inverse, inverse.tril())
+    torch.testing.assert_close(inverse @ factor, torch.eye(size).double(), rtol=0, atol=1e-9)
 
 
 def test_layers_of_several_ranks_together() -> None:

@@ -20,7 +20,6 @@ from fused_quantizers import model as fused_model
 from fused_quantizers import run as run_fused
 from rewrite_models import NUMPY, Case, artifact
 
-from passes.fuse_quantizers import NORMS_WITH_LORC
 from passes.lower_weights_plugin import LowerWeightsPlugin
 from passes.remove_unused import RemoveUnused
 
@@ -162,13 +161,7 @@ def test_a_layer_of_floats_is_refused(library):
         open_session(model, library, "CUDA")
 
 
-FUSED = [
-    case
-    for dtype in (F16, BF16)
-    for k in (576, 4096)
-    for case in variants(dtype=dtype, k=k)
-    if NORMS_WITH_LORC or not (case.norm and case.rank)
-]
+FUSED = [case for dtype in (F16, BF16) for k in (576, 4096) for case in variants(dtype=dtype, k=k)]
 
 
 @pytest.mark.parametrize("case", FUSED, ids=str)

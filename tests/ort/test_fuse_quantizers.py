@@ -15,7 +15,6 @@ from fused_quantizers import run, same
 from quantizer_forms import FORMS, SKIPS, Block, K
 from rewrite_models import NUMPY
 
-from passes import fuse_quantizers
 from passes.fuse_quantizers import FuseQuantizers
 from zqfp_compile.backends.ort import create_session
 
@@ -34,8 +33,7 @@ def library(make) -> Path:
 
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_keeps_its_numbers(form, dtype, library, monkeypatch):
-    monkeypatch.setattr(fuse_quantizers, "NORMS_WITH_LORC", True)
+def test_every_form_keeps_its_numbers(form, dtype, library):
     rng = np.random.default_rng(7)
     feeds = {name: rng.standard_normal((65, K)) * size for name, size in SIZES.items()}
     feeds = {name: x.astype(NUMPY[dtype]) for name, x in feeds.items()}

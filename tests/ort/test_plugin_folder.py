@@ -13,7 +13,6 @@ import onnx
 import pytest
 from compiled_models import TOKENS, quick, sqnr
 
-from passes.fuse_quantizers import NORMS_WITH_LORC
 from zqfp_compile import Engine, compile_model
 from zqfp_compile.backends import host_libraries
 from zqfp_compile.backends.ort import create_session
@@ -70,10 +69,9 @@ def test_logits_agree_with_the_fp8_lowering(dtype, scale, lorc_rank, wide_model,
     compiled(source, tmp_path / "fp8", **options)
     path = tmp_path / "plugin" / "onnxruntime.onnx"
     assert ops(path).count("PackedW4A8Linear") == 8  # q/k/v and gate/up are one each
-    # Behind attention they stand alone; both norms and the SiLU of a layer are in theirs, if they can be.
-    norms = 0 if lorc_rank and not NORMS_WITH_LORC else 4
+    # Behind attention they stand alone; both norms and the SiLU of a layer are in theirs.
     quantizers = ("QuantizeTokens" if scale == "token" else "QuantizeActivation", *FUSED)
-    assert [ops(path).count(kind) for kind in quantizers] == [6 - norms, 2, norms]
+    assert [ops(path).count(kind) for kind in quantizers] == [2, 2, 4]
     assert not [text for text in report["warnings"] if "not computed by the kernel" in text]
     copied = tmp_path / "plugin" / library.name
     assert copied.read_bytes() == library.read_bytes()

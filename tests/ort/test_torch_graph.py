@@ -14,6 +14,7 @@ import pytest
 import torch
 from compiled_models import quick
 from onnx import TensorProto, helper, numpy_helper
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zqfp_compile.backends.ort import create_session
 from zqfp_compile.calibrate.causal_lm import CausalLm
@@ -27,7 +28,7 @@ from zqfp_compile.plan import LinearSite, QuantPlan
 from zqfp_compile.quantize.moments import InputMoments
 from zqfp_compile.registry import create_pass
 from zqfp_compile.torch_graph import TorchGraph
-from zqfp_compile.torch_graph.ops import OPS
+from zqfp_compile.torch_graph.ops import OPS, multiplies
 
 pytest.importorskip("onnxruntime")
 
@@ -313,9 +314,23 @@ def one_node(
     return helper.make_model(graph, opset_imports=opsets, ir_version=10), feed
 
 
+class Products(TorchDispatchMode):
+    """Notes whether torch multiplies matrices."""
+
+    seen = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        products = ("mm.", "mv.", "matmul", "scaled_dot_product", "conv")
+        self.seen |= any(part in str(function) for part in products)
+        return function(*args, **(kwargs or {}))
+
+
 def check_operator(proto: onnx.ModelProto, feed: Mapping[str, np.ndarray]) -> None:
     expected = create_session(proto.SerializeToString()).run(None, dict(feed))
-    found = TorchGraph(ir.from_proto(proto)).run(feed)
+    model = ir.from_proto(proto)
+    with Products() as products:
+        found = TorchGraph(model).run(feed)
+    assert products.seen == multiplies(model, model.graph)
     assert len(found) == len(expected)
     for tensor, array in zip(found.values(), expected, strict=True):
         assert tensor.numpy().dtype == array.dtype and tensor.shape == array.shape

@@ -9,7 +9,7 @@ import torch
 
 from zqfp_compile.calibrate.segments import Partition
 from zqfp_compile.torch_graph import TorchGraph
-from zqfp_compile.torch_graph.ops import unsupported
+from zqfp_compile.torch_graph.ops import multiplies, unsupported
 
 
 class TorchSegment:
@@ -21,6 +21,7 @@ class TorchSegment:
             model, nodes=segment.nodes, inputs=segment.inputs, outputs=segment.outputs, device=device
         )
         self.inputs = segment.inputs
+        self.multiplies = multiplies(model, segment.nodes)
         self.finished = [name for name, last in parts.last_use.items() if last == index]
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

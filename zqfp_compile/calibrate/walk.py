@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.device import CUDA_PROVIDER, activation_room, providers_for
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.plan import LinearSite, QuantPlan
+from zqfp_compile.quantize.copies import CopyStream
 from zqfp_compile.quantize.moments import InputMoments
 from zqfp_compile.quantize.products import full_products
 from zqfp_compile.quantize.threads import DeviceThreads
@@ -57,8 +58,8 @@ QuantizeSites = Callable[
 # Whether an earlier walk finished these layers, of one input.
 FinishedSites = Callable[[Sequence[LinearSite]], bool]
 
-# Groups of samples: a device takes whole ones, and their moments are added up one after the other, so that no
-# bit depends on the number of devices.
+# Groups of samples: a device takes whole ones, and their moments are added up in one order, so that no bit
+# depends on the number of devices.
 _GROUPS = 8
 
 
@@ -201,6 +202,9 @@ class _Walk:
     ranges: dict[str, float] = field(default_factory=dict)
     rows: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._copies = CopyStream(self.threads.main)
+
     def run(self, progress: Progress) -> None:
         steps = self.parts.steps
         visited: Sequence[_Visited] = ()
@@ -222,7 +226,9 @@ class _Walk:
         """Return what gives a step's weights on the first device: a GPU's are read while it computes."""
 
         def load() -> list[torch.Tensor]:
-            return [load_weight(self.model, site.weight, self.threads.main) for site in step.sites]
+            with self._copies.after():
+                weights = [load_weight(self.model, site.weight, self.threads.main) for site in step.sites]
+            return [self._copies.hand_over(weight) for weight in weights]
 
         return self.reader.submit(load).result if self.threads.on_gpu else load
 
@@ -286,7 +292,8 @@ class _Walk:
         inputs = {
             name: known[name] if name in known else stream.value(sample, name) for name in segment.inputs
         }
-        with full_products():
+        # Threads wait for each other's products: where there are none they need not.
+        with full_products() if segment.multiplies else nullcontext():
             found = segment.run(inputs)
         for name, tensor in {**known, **found}.items():
             if self.parts.last_use[name] > index:
@@ -333,9 +340,16 @@ class _Walk:
     def _measure(self, step: Step, quantizer: ActivationQuantizer) -> InputMoments:
         """Return the moments of all samples, on the first device."""
         groups = self.threads.map(partial(self._measure_group, step, quantizer), self.groups)
-        moments = next(groups)
-        for group in groups:
-            moments.merge(group)
+        # Those of every other group first: two devices add up their own.
+        sums: list[InputMoments] = []
+        for index, group in enumerate(groups):
+            if index < 2:
+                sums.append(group)
+            else:
+                sums[index % 2].merge(group)
+        moments = sums[0]
+        for other in sums[1:]:
+            moments.merge(other)
         if moments.drift is not None:
             finite_range(float(moments.drift.abs().amax()), step.activation)
         return moments
@@ -390,6 +404,7 @@ class _Session:
         self._device = device
         self._session: Any = None
         self.inputs = self._segment.inputs
+        self.multiplies = False  # not in torch
         self.finished = [name for name, last in parts.last_use.items() if last == index]
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

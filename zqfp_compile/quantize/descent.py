@@ -53,9 +53,9 @@ def descend(target: torch.Tensor, rounded: torch.Tensor, gram: torch.Tensor, gri
         inner = gram[part, part]
         if groups is None:
             changes = _descend_block(values[part], slope[part], inner, order[part], grid)
+            values[part] += changes
         else:
             changes = fused.descend_block(values[part], slope[part], inner, groups[part], grid)
-        values[part] += changes
         slope[end:].addmm_(gram[end:, part], changes, alpha=-1)
     return values.t()
 

@@ -42,8 +42,8 @@ def groups(grid: Grid, columns: torch.Tensor) -> torch.Tensor:
 
 
 def round_block(
-    block: torch.Tensor, inner: torch.Tensor, groups: torch.Tensor, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
+    block: torch.Tensor, inner: torch.Tensor, groups: torch.Tensor, grid: Grid, rounded: torch.Tensor
+) -> torch.Tensor:
     """GPTQ's inner loop over one block: :func:`zqfp_compile.quantize.gptq.gptq_round`.
 
     Args:
@@ -51,17 +51,18 @@ def round_block(
         inner: The block's part of the inverse's upper Cholesky factor, float32 [B, B], rows anywhere.
         groups: Group of each column, int32 [B].
         grid: Its levels.
+        rounded: Takes the rounded columns, float32 [B, N].
 
     Returns:
-        The rounded columns and the errors over the factor's diagonal, both float32 [B, N].
+        The errors over the factor's diagonal, float32 [B, N].
     """
-    rounded, scaled = torch.empty_like(block), torch.empty_like(block)
+    scaled = torch.empty_like(block)
     with _launching:
         _kernels()["round"][(-(-block.shape[1] // _ROUNDED),)](
             *(block, inner, inner.stride(0), grid.table, groups, rounded, scaled),
             *(*_sizes(block, grid), _ROUNDED),
         )
-    return rounded, scaled
+    return scaled
 
 
 def descend_block(
@@ -70,7 +71,7 @@ def descend_block(
     """The inner loop of :func:`zqfp_compile.quantize.descent.descend` over one block.
 
     Args:
-        values: The block's grid values, float32 [B, N].
+        values: The block's grid values, float32 [B, N]; they change.
         slope: ``G (T - Q)`` in the block, float32 [B, N]; not changed.
         inner: The block of the gram matrix, float32 [B, B], rows anywhere.
         groups: Group of each column, int32 [B].
@@ -82,7 +83,7 @@ def descend_block(
     changes = torch.empty_like(values)
     with _launching:
         _kernels()["descend"][(-(-values.shape[1] // _DESCENDED),)](
-            *(values.contiguous(), slope.contiguous(), inner, inner.stride(0), grid.table, groups, changes),
+            *(values, slope, inner, inner.stride(0), grid.table, groups, changes),
             *(*_sizes(values, grid), _DESCENDED),
         )
     return changes
@@ -248,6 +249,7 @@ def _kernels() -> Any:
             old = tl.load(values + at * n + row, mask=mask, other=0.0)
             change = nearest(old + here / pivot, table, tl.load(groups + at), row, mask, n, levels) - old
             left -= gram[:, None] * change[None, :]
+            tl.store(values + at * n + row, old + change, mask=mask)
             tl.store(changes + at * n + row, change, mask=mask)
 
     return {"round": round_kernel, "descend": descend_kernel}

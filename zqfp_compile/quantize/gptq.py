@@ -45,7 +45,7 @@ def gptq_round(
         if groups is None:
             result[part], scaled = _round_block(work[part], inner, order[part], grid)
         else:
-            result[part], scaled = fused.round_block(work[part], inner, groups[part], grid)
+            scaled = fused.round_block(work[part], inner, groups[part], grid, result[part])
         work[end:].addmm_(factor[begin:end, end:].t(), scaled, alpha=-1)
     values = torch.empty_like(result)
     values[order] = result

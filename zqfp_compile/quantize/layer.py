@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -21,8 +22,11 @@ from zqfp_compile.quantize.threads import DeviceThreads, one_torch_thread, threa
 
 Algorithm = Literal["rtn", "gptq"]
 
-# From so many weights on a layer is rounded in two halves, which two devices do at once: those of 7B.
+# From so many weights on rows are rounded in two halves, which two devices do at once: those of 7B.
 HALVED_SIZE = 1 << 24
+
+# Rows of a layer: its index, and which.
+Piece = tuple[int, slice]
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,35 @@ class LayerTask:
         """How many times the compensation is computed."""
         return self.options.repeats + 1 if self.options.lorc_rank else 0
 
-    def halves(self) -> list[slice]:
-        """Return the rows that are quantised at once: all, or of a large weight each half."""
-        n, k = self.weight.shape
-        if n * k < HALVED_SIZE or n < 2 * self.options.scale_rows:
-            return [slice(0, n)]
-        middle = n // 2 // self.options.scale_rows * self.options.scale_rows
-        return [slice(0, middle), slice(middle, n)]
+
+def work_items(tasks: Sequence[LayerTask]) -> list[list[Piece]]:
+    """Return the rows that are rounded at once, whoever does it.
+
+    Rows do not depend on each other. So layers with the same options, such as Q, K and V, are one matrix,
+    their rows one below the other: its columns are walked once, with a third of the launches. It is cut in
+    the middle when it is large. Layers whose rows share row scales stay alone.
+    """
+    stacks: dict[tuple[LayerOptions, int], list[int]] = {}
+    for index, task in enumerate(tasks):
+        alone = index if task.options.scale_rows > 1 else -1
+        stacks.setdefault((task.options, alone), []).append(index)
+    return [item for stack in stacks.values() for item in _halves(tasks, stack)]
+
+
+def _halves(tasks: Sequence[LayerTask], stack: Sequence[int]) -> list[list[Piece]]:
+    ends = list(accumulate((len(tasks[index].weight) for index in stack), initial=0))
+    rows, block = ends[-1], tasks[stack[0]].options.scale_rows
+    cut = rows // 2 // block * block
+    large = rows * tasks[stack[0]].weight.shape[1] >= HALVED_SIZE and cut
+    halves = []
+    for begin, end in pairwise([0, cut, rows] if large else [0, rows]):
+        pieces = [
+            (index, slice(max(begin, first) - first, min(end, last) - first))
+            for index, (first, last) in zip(stack, pairwise(ends), strict=True)
+            if max(begin, first) < min(end, last)
+        ]
+        halves.append(pieces)
+    return halves
 
 
 def quantize_layer(
@@ -146,10 +172,11 @@ def quantize_layers(
     moments: InputMoments | None = None,
     energy: torch.Tensor | None = None,
 ) -> list[QuantizedLayer]:
-    """Quantise layers of one input on several devices: each as :func:`quantize_layer` does, bit for bit.
+    """Quantise layers of one input on several devices, each as :func:`quantize_layer` does.
 
-    Rows are rounded independently of each other, so the devices share a large layer, always cut at the same
-    row. Its compensation, which needs all of its error, is one device's work.
+    The devices share the rows (:func:`work_items`). A layer's compensation, which needs all of its error, is
+    one device's work. How many devices there are changes no bit; the layers beside a layer may change the
+    last ones, when they are rounded together.
 
     Args:
         tasks: The layers, weights on any device.
@@ -190,46 +217,52 @@ class _Layers:
         self._low_rank: list[LowRank | None] = [None] * len(tasks)
 
     def quantize(self) -> list[QuantizedLayer]:
-        halves = [(index, rows) for index, task in enumerate(self._tasks) for rows in task.halves()]
-        parts = list(self._threads.map(self._begin, halves))
+        parts = list(self._threads.map(self._begin, work_items(self._tasks)))
         for repeat in range(max(task.rounds for task in self._tasks)):
             wanted = [index for index, task in enumerate(self._tasks) if repeat < task.rounds]
             if repeat:
-                list(self._threads.map(self._again, [(part, part.index in wanted) for part in parts]))
-            mine = [(repeat, index, [part for part in parts if part.index == index]) for index in wanted]
-            for (_, index, _), found in zip(mine, self._threads.map(self._compensate, mine), strict=True):
+                list(self._threads.map(self._again, [(part, repeat) for part in parts]))
+            errors = [(repeat, index, [part for part in parts if index in part.places]) for index in wanted]
+            for index, found in zip(wanted, self._threads.map(self._compensate, errors), strict=True):
                 self._low_rank[index] = found
         rows = [
-            [part.quantized for part in parts if part.index == index] for index in range(len(self._tasks))
+            [part.quantized.rows(part.places[index]) for part in parts if index in part.places]
+            for index in range(len(self._tasks))
         ]
         return [
             QuantizedLayer(joined(found, self._threads.main), low_rank)
             for found, low_rank in zip(rows, self._low_rank, strict=True)
         ]
 
-    def _begin(self, place: int, half: tuple[int, slice]) -> _Rows:
-        index, rows = half
-        task, moments = self._tasks[index], self._moments[place]
-        # A half is copied in any case: products may round otherwise where a factor is aligned otherwise.
-        weight = task.weight[rows].to(
-            self._threads.devices[place], torch.float32, copy=rows != slice(0, len(task.weight))
+    def _begin(self, place: int, pieces: list[Piece]) -> _Part:
+        tasks = [self._tasks[index] for index, _ in pieces]
+        device = self._threads.devices[place]
+        whole = len(pieces) == 1 and pieces[0][1] == slice(0, len(tasks[0].weight))
+        # A part is copied in any case: products may round otherwise where a factor is aligned otherwise.
+        weight = _stacked(
+            [
+                task.weight[rows].to(device, torch.float32, copy=not whole)
+                for task, (_, rows) in zip(tasks, pieces, strict=True)
+            ]
         )
-        target = weight if moments is None else corrected(weight, moments, task.options)
-        part = _Rows(index, rows, task, moments, target)
-        part.round(None)
+        moments, options = self._moments[place], tasks[0].options
+        target = weight if moments is None else corrected(weight, moments, options)
+        part = _Part(
+            pieces, tasks[0].rounds, options, moments, target, ", ".join(task.name for task in tasks)
+        )
+        part.round()
         return part
 
-    def _again(self, _: int, item: tuple[_Rows, bool]) -> None:
-        part, wanted = item
-        if wanted:
-            part.round(self._low_rank[part.index])
+    def _again(self, _: int, item: tuple[_Part, int]) -> None:
+        part, repeat = item
+        if repeat < part.rounds:
+            part.round({index: self._low_rank[index] for index in part.places})
 
-    def _compensate(self, place: int, item: tuple[int, int, list[_Rows]]) -> LowRank:
+    def _compensate(self, place: int, item: tuple[int, int, list[_Part]]) -> LowRank:
         repeat, index, parts = item
         task, moments = self._tasks[index], self._moments[place]
-        errors = [part.error().to(self._threads.devices[place]) for part in parts]
         found = low_rank_factors(
-            errors[0] if len(errors) == 1 else torch.cat(errors),
+            _stacked([part.error(index).to(self._threads.devices[place]) for part in parts]),
             task.options.lorc_rank,
             moment=self._energy if moments is None else moments.gram,
             dtype=task.options.lorc_dtype,
@@ -239,35 +272,50 @@ class _Layers:
 
 
 @dataclass(eq=False)
-class _Rows:
-    """Some rows of a layer on one device, while they are quantised.
+class _Part:
+    """Rows of some layers on one device, one below the other, while they are quantised.
 
     Attributes:
-        index: The layer.
-        rows: Which.
-        task: What to do.
+        pieces: Which.
+        rounds: How many times they are rounded, at least once.
+        options: What to do.
         moments: On the device.
         target: The weight wanted there, float32.
+        name: The layers, for errors.
         quantized: The rows as they are now.
     """
 
-    index: int
-    rows: slice
-    task: LayerTask
+    pieces: Sequence[Piece]
+    rounds: int
+    options: LayerOptions
     moments: InputMoments | None
     target: torch.Tensor
+    name: str
     quantized: QuantizedTensors = field(init=False)
 
-    def round(self, low_rank: LowRank | None) -> None:
-        """Quantise the target, less what the compensation adds."""
+    @cached_property
+    def places(self) -> dict[int, slice]:
+        """Where each layer's rows are in this part."""
+        ends = accumulate((rows.stop - rows.start for _, rows in self.pieces), initial=0)
+        return {index: slice(*span) for (index, _), span in zip(self.pieces, pairwise(ends), strict=True)}
+
+    def round(self, low_rank: Mapping[int, LowRank | None] | None = None) -> None:
+        """Quantise the target, less what the layers' compensations add."""
         target = self.target
         if low_rank is not None:
-            target = target - low_rank.to(target.device).weight(self.rows)
-        self.quantized = _quantize(target, self.task.options, self.moments, self.task.name)
+            found = [(low_rank[index], rows) for index, rows in self.pieces]
+            added = [each.to(target.device).weight(rows) for each, rows in found if each is not None]
+            target = target - _stacked(added)
+        self.quantized = _quantize(target, self.options, self.moments, self.name)
 
-    def error(self) -> torch.Tensor:
-        """Return what the quantised rows lack."""
-        return self.target - decoded(self.quantized, self.target.device)
+    def error(self, index: int) -> torch.Tensor:
+        """Return what a layer's quantised rows lack."""
+        rows = self.places[index]
+        return self.target[rows] - decoded(self.quantized.rows(rows), self.target.device)
+
+
+def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def corrected(weight: torch.Tensor, moments: InputMoments, options: LayerOptions) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -148,8 +149,7 @@ def _leading_vectors(error: torch.Tensor, metric: _Metric, rank: int, seed: int)
     if len(error) <= max(EXACT_SIZE, 2 * (rank + OVERSAMPLING)):
         basis = torch.eye(len(error), device=error.device)
     else:
-        generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(error.shape[1], rank + OVERSAMPLING, generator=generator).to(error.device)
+        start = _start(error.shape[1], rank + OVERSAMPLING, seed, error.device)
         basis = torch.linalg.qr(error @ metric(start)).Q
         for _ in range(POWER_ITERATIONS):
             basis = torch.linalg.qr(error @ metric(error.t() @ basis)).Q
@@ -157,6 +157,12 @@ def _leading_vectors(error: torch.Tensor, metric: _Metric, rank: int, seed: int)
     small = (projected.t() @ metric(projected)).double()
     vectors: torch.Tensor = torch.linalg.eigh((small + small.t()) / 2).eigenvectors.flip(1)[:, :rank]
     return basis @ vectors.to(torch.float32)
+
+
+@lru_cache(maxsize=16)
+def _start(k: int, width: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Return random columns, float32 [K, w], not to be written to: kept, as a model has few K's."""
+    return torch.randn(k, width, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def _balanced(v: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

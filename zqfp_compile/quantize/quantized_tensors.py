@@ -13,6 +13,7 @@ import torch
 
 from zqfp_compile.formats.minifloat import E4M3FN
 from zqfp_compile.formats.quantized import QuantizedWeight
+from zqfp_compile.quantize.copies import to_host
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,13 @@ class QuantizedTensors:
             self, codes=self.codes.to(device), group_scales=scales, row_scales=self.row_scales.to(device)
         )
 
+    def rows(self, rows: slice) -> QuantizedTensors:
+        """Return some of the rows, which share memory with all."""
+        scales = None if self.group_scales is None else self.group_scales[rows]
+        return dataclasses.replace(
+            self, codes=self.codes[rows], group_scales=scales, row_scales=self.row_scales[rows]
+        )
+
     def checked(self) -> QuantizedWeight:
         """Return it on the host; from the CPU without a copy.
 
@@ -102,5 +110,5 @@ def _tensor(array: npt.NDArray[Any], device: torch.device | str) -> torch.Tensor
 def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     if tensor.dtype == torch.float8_e4m3fn:
         return _array(tensor.view(torch.uint8)).view(E4M3FN.dtype)
-    array: npt.NDArray[Any] = tensor.cpu().numpy()
+    array: npt.NDArray[Any] = to_host(tensor).numpy()
     return array

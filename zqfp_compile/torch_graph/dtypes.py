@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 
 from zqfp_compile.errors import ModelError
+from zqfp_compile.quantize.copies import to_device
 from zqfp_compile.weights import release
 
 # Half types are computed in float32. Integers that torch lacks get a type that holds their values; 4-bit
@@ -61,10 +62,14 @@ def torch_type(dtype: ir.DataType | int) -> torch.dtype:
 
 def from_array(array: npt.NDArray[np.generic], device: str = "cpu") -> torch.Tensor:
     """Return a tensor on ``device`` that shares no memory with ``array``; half types become float32."""
+    on_gpu = torch.device(device).type == "cuda"
+    own = (
+        array if on_gpu and array.flags.c_contiguous and array.flags.writeable else np.array(array, order="C")
+    )
     if array.dtype in _BYTES:
         plain, dtype = _BYTES[array.dtype]
-        return computed(torch.from_numpy(np.array(array).view(plain)).view(dtype).to(device))
-    return computed(torch.from_numpy(np.array(array)).to(device))
+        return computed(to_device(torch.from_numpy(own.view(plain)).view(dtype), device))
+    return computed(to_device(torch.from_numpy(own), device))
 
 
 def from_onnx(tensor: ir.TensorProtocol, device: str = "cpu") -> torch.Tensor:

@@ -38,6 +38,8 @@ HOST_INPUTS: dict[str, frozenset[int]] = {
 HOST_SCALARS = frozenset(
     {"Add", "Div", "Equal", "Gather", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Mul", "Pow", "Sub"}
 )
+# These multiply matrices.
+PRODUCTS = frozenset({"Attention", "Einsum", "Gemm", "MatMul", "zqfp.torch::ScaledAttention"})
 # The shape of what these return depends on the numbers they are given.
 DATA_DEPENDENT = frozenset({"NonZero"})
 
@@ -59,7 +61,16 @@ def operator(node: ir.Node) -> Function:
 
 def unsupported(model: ir.Model, nodes: Iterable[ir.Node]) -> list[str]:
     """Return the operators among ``nodes``, and in the functions of ``model`` they call, that torch lacks."""
-    missing, seen, rest = [], set(), list(nodes)
+    return sorted(_operators(model, nodes) - OPS.keys())
+
+
+def multiplies(model: ir.Model, nodes: Iterable[ir.Node]) -> bool:
+    """Return whether there are products of matrices among ``nodes``, or in the functions they call."""
+    return not PRODUCTS.isdisjoint(_operators(model, nodes))
+
+
+def _operators(model: ir.Model, nodes: Iterable[ir.Node]) -> set[str]:
+    found, seen, rest = set(), set(), list(nodes)
     while rest:
         node = rest.pop()
         identifier = node.op_identifier()
@@ -68,9 +79,9 @@ def unsupported(model: ir.Model, nodes: Iterable[ir.Node]) -> list[str]:
         seen.add(identifier)
         if identifier in model.functions:
             rest.extend(model.functions[identifier])
-        elif _key(node) not in OPS:
-            missing.append(_key(node))
-    return sorted(missing)
+        else:
+            found.add(_key(node))
+    return found
 
 
 def _key(node: ir.Node) -> str:
