@@ -5,6 +5,7 @@
 #define __launch_bounds__(...)  // CUDA's headers leave it undefined for a host compiler
 #include "gemm_kernel.cuh"
 #include "quantize_lorc.cuh"
+#include "quantize_lorc_many.cuh"
 #include "quantize_stream.cuh"
 #include "strip_kernel.cuh"
 
@@ -61,15 +62,31 @@ void quantize_lorc(const QuantizeParams& p) {
   }
 }
 
-// `size`: threads of a token's block without LoRC; with LoRC 0 for the kernel for few tokens, 1 for many.
+template <class S>
+void quantize_many(const QuantizeParams& base, int slots) {
+  const ManyTokensParams p{base, std::max(slots, S::kAhead + 1)};
+  for (int cluster = 0; cluster < divide_up(p.m, S::kTokens); ++cluster) {
+    run_cluster(cluster, p.share, S::kThreads, kManyTokensX<S> + p.slots * S::kXBytes, [&](char* memory) {
+      ManyTokensQuantizer<S>(p, memory).run();
+    });
+  }
+}
+
+template <typename T, bool kPerToken>
+void quantize_with_lorc(const QuantizeParams& p, int slots) {
+  if (slots == 0) return quantize_lorc<FewTokens<T, kPerToken>>(p);
+  if (p.rank <= 16) return quantize_many<ManyTokens<T, 1, kPerToken>>(p, slots);
+  if (p.rank <= 32) return quantize_many<ManyTokens<T, 2, kPerToken>>(p, slots);
+  quantize_many<ManyTokens<T, 4, kPerToken>>(p, slots);
+}
+
+// `size`: threads of a token's block without LoRC; with LoRC 0 for the kernel for few tokens, else the stages of x that
+// the one for many has room for.
 template <typename T>
 void quantize(const QuantizeParams& p, int size) {
   if constexpr (sizeof(T) == 2) {
-    if (p.v != nullptr && p.scale == nullptr) {
-      return size == 0 ? quantize_lorc<FewTokens<T, true>>(p) : quantize_lorc<ManyTokens<T, true>>(p);
-    }
     if (p.v != nullptr) {
-      return size == 0 ? quantize_lorc<FewTokens<T, false>>(p) : quantize_lorc<ManyTokens<T, false>>(p);
+      return p.scale == nullptr ? quantize_with_lorc<T, true>(p, size) : quantize_with_lorc<T, false>(p, size);
     }
   }
   const int64_t per_block = int64_t(p.share) * kStreamThreads * 8;

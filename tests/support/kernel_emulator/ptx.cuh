@@ -256,6 +256,10 @@ inline void store_remote(const float* mine, float number, uint32_t barrier, uint
   std::memcpy(to.at(block->address(mine)), &number, sizeof number);
   to.mbarriers.at(barrier).complete(sizeof number);
 }
+inline void store_remote(const float* mine, const float (&number)[4], uint32_t barrier, uint32_t rank) {
+  if (block->address(mine) % 16) abort();
+  for (int i = 0; i < 4; ++i) store_remote(mine + i, number[i], barrier, rank);
+}
 inline float limit(float x, float most) {
   return std::isnan(x) ? x : std::copysign(std::fmin(std::fabs(x), most), x);
 }
@@ -290,7 +294,7 @@ void copy_ahead(uint32_t to, const void* from) {
   if (to % kBytes || reinterpret_cast<uintptr_t>(from) % kBytes) abort();
   open_copies.push_back([to, from] { std::memcpy(block->at(to), from, kBytes); });
 }
-inline void copy_ahead_or_clear(uint32_t to, const void* from, int bytes) {
+inline void copy_ahead_or_clear(uint32_t to, const void* from, int bytes, uint64_t = kEvictFirst) {
   if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16) abort();
   open_copies.push_back([to, from, bytes] {
     std::memset(block->at(to), 0, 16);
@@ -384,5 +388,7 @@ void wgmma_wait() {
 }
 template <int kCount>
 void pin(float (&)[kCount]) {}
+template <typename T>
+void keep(T&) {}
 
 }  // namespace zqfp::ptx

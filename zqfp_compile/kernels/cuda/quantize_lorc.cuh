@@ -30,8 +30,6 @@ struct LorcShape {
 };
 template <typename T, bool kPerToken>
 using FewTokens = LorcShape<T, 1, 1, 4, 16, kPerToken>;
-template <typename T, bool kPerToken>
-using ManyTokens = LorcShape<T, 4, 2, 1, 12, kPerToken>;
 
 // Of a block. The blocks of the cluster write to each other's `sum` and `range`, and count the bytes on the barriers; so
 // nobody reads what is not there, and no block needs to outlive another.
