@@ -220,15 +220,17 @@ class ManyTokensQuantizer {
     }
   }
 
-  // The block's.
-  __device__ __forceinline__ void copy_v(int stage) const {
+  // The block's, one stage after the other. The place is carried along: of a sum with the slot's ptxas 13.0 makes
+  // LDGSTS [R + UR] with a cache hint, which is an illegal instruction.
+  __device__ __forceinline__ void copy_v(int stage) {
     if (stage >= stages_) return;
     const T* from = v_from_ + int64_t(stage) * v_step_;
 #pragma unroll
     for (int i = 0; i < S::kVCopies; ++i) {
       if (v_left_[i] == kNone) continue;
-      ptx::copy_ahead_or_clear(v_to_[i] + v_slot(stage) * S::kVBytes, from + 8 * i * S::kThreads,
-                               stage * S::kColumns < v_left_[i] ? 16 : 0, ptx::kEvictNormal);
+      ptx::copy_ahead_or_clear(v_to_[i], from + 8 * i * S::kThreads, stage * S::kColumns < v_left_[i] ? 16 : 0,
+                               ptx::kEvictNormal);
+      v_to_[i] += v_slot(stage) == S::kAhead ? -S::kAhead * S::kVBytes : S::kVBytes;
     }
   }
 
