@@ -64,9 +64,9 @@ void quantize_lorc(const QuantizeParams& p) {
 
 template <class S>
 void quantize_many(const QuantizeParams& base, int slots) {
-  const ManyTokensParams p{base, std::max(slots, S::kAhead + 1)};
+  const ManyTokensParams p{base, slots};
   for (int cluster = 0; cluster < divide_up(p.m, S::kTokens); ++cluster) {
-    run_cluster(cluster, p.share, S::kThreads, kManyTokensX<S> + p.slots * S::kXBytes, [&](char* memory) {
+    run_cluster(cluster, p.share, S::kThreads, S::shared_bytes(slots, p.rank), [&](char* memory) {
       ManyTokensQuantizer<S>(p, memory).run();
     });
   }
@@ -74,10 +74,7 @@ void quantize_many(const QuantizeParams& base, int slots) {
 
 template <typename T, bool kPerToken>
 void quantize_with_lorc(const QuantizeParams& p, int slots) {
-  if (slots == 0) return quantize_lorc<FewTokens<T, kPerToken>>(p);
-  if (p.rank <= 16) return quantize_many<ManyTokens<T, 1, kPerToken>>(p, slots);
-  if (p.rank <= 32) return quantize_many<ManyTokens<T, 2, kPerToken>>(p, slots);
-  quantize_many<ManyTokens<T, 4, kPerToken>>(p, slots);
+  slots == 0 ? quantize_lorc<FewTokens<T, kPerToken>>(p) : quantize_many<ManyTokens<T, kPerToken>>(p, slots);
 }
 
 // `size`: threads of a token's block without LoRC; with LoRC 0 for the kernel for few tokens, else the stages of x that

@@ -197,14 +197,17 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
   warp.barrier.sync(32);
   return value;
 }
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
+template <typename T>
+T shuffle(T value, int from) {
   emulator::Exchange& warp = emulator::block->warps[threadIdx.x / 32];
   std::memcpy(warp.words[threadIdx.x % 32], &value, 4);
   warp.barrier.sync(32);
-  std::memcpy(&value, warp.words[threadIdx.x % 32 ^ mask], 4);
+  std::memcpy(&value, warp.words[from], 4);
   warp.barrier.sync(32);
   return value;
 }
+inline float __shfl_xor_sync(unsigned, float value, int mask) { return shuffle(value, threadIdx.x % 32 ^ mask); }
+inline unsigned __shfl_sync(unsigned, unsigned value, int lane) { return shuffle(value, lane); }
 
 namespace zqfp::ptx {
 

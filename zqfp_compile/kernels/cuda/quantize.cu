@@ -34,7 +34,7 @@ zqfpStatus check_lorc(int32_t x_dtype, const void* v, int32_t rank, const void* 
 }
 
 // From so many tokens on reading V less often outweighs having fewer blocks.
-constexpr int64_t kManyTokens = ZQFP_MANY;
+constexpr int64_t kManyTokens = 512;
 
 // A kernel may leave a processor's memory to its L1 cache; these leave it to shared memory, as the GEMM needs it: with
 // another division the next kernel could not start before this one's last block on the processor has ended.
@@ -88,7 +88,7 @@ zqfpStatus quantize_lorc(QuantizeParams* p, int device, int processors, void* st
 template <class S>
 int choose_many_blocks(int64_t tiles, int64_t stages, int64_t room) {
   int64_t best = 2;
-  for (int64_t blocks = 4; blocks <= std::min<int64_t>(kMaxManyBlocks, stages); blocks *= 2) {
+  for (int64_t blocks = 4; blocks <= std::min<int64_t>(S::kMaxBlocks, stages); blocks *= 2) {
     const int64_t rounds = divide_up(tiles * blocks, room), best_rounds = divide_up(tiles * best, room);
     if (S::kPerToken || rounds * best < best_rounds * blocks) best = blocks;
   }
@@ -96,26 +96,18 @@ int choose_many_blocks(int64_t tiles, int64_t stages, int64_t room) {
 }
 
 template <class S>
-zqfpStatus launch_many(const QuantizeParams& base, int device, int processors, void* stream) {
+zqfpStatus quantize_many(const QuantizeParams& base, int device, int processors, void* stream) {
   static std::atomic<uint64_t> prepared{0}, allowed{0};
   const void* function = reinterpret_cast<const void*>(quantize_many_kernel<S>);
   ZQFP_RETURN_IF_FAILED(set_attribute_once(function, cudaFuncAttributePreferredSharedMemoryCarveout,
                                            cudaSharedmemCarveoutMaxShared, device, &prepared));
-  ZQFP_RETURN_IF_FAILED(set_attribute_once(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           kManyTokensX<S> + kMostSlots<S> * S::kXBytes, device, &allowed));
   ManyTokensParams p{base, S::kAhead + 1};
+  ZQFP_RETURN_IF_FAILED(set_attribute_once(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           S::shared_bytes(p.slots, kMaxRank), device, &allowed));
   const int64_t tiles = divide_up(p.m, S::kTokens), stages = divide_up(p.k, S::kColumns);
-  p.share = choose_many_blocks<S>(tiles, stages, processors * S::kBlocks);
-  if (S::kPerToken) p.slots = std::clamp<int>(divide_up(stages, p.share), p.slots, kMostSlots<S>);
-  const LaunchShape shape{int(tiles * p.share), S::kThreads, kManyTokensX<S> + p.slots * S::kXBytes, p.share};
+  p.share = choose_many_blocks<S>(tiles, stages, 2 * processors);
+  const LaunchShape shape{int(tiles * p.share), S::kThreads, S::shared_bytes(p.slots, p.rank), p.share};
   return launch_kernel(function, shape, &p, stream, "launching the quantizer");
-}
-
-template <typename T, bool kPerToken>
-zqfpStatus quantize_many(const QuantizeParams& p, int device, int processors, void* stream) {
-  if (p.rank <= 16) return launch_many<ManyTokens<T, 1, kPerToken>>(p, device, processors, stream);
-  if (p.rank <= 32) return launch_many<ManyTokens<T, 2, kPerToken>>(p, device, processors, stream);
-  return launch_many<ManyTokens<T, 4, kPerToken>>(p, device, processors, stream);
 }
 
 template <typename T>
@@ -126,8 +118,8 @@ zqfpStatus quantize_half(QuantizeParams* p, int device, int processors, void* st
     return per_token ? quantize_lorc<FewTokens<T, true>>(p, device, processors, stream)
                      : quantize_lorc<FewTokens<T, false>>(p, device, processors, stream);
   }
-  return per_token ? quantize_many<T, true>(*p, device, processors, stream)
-                   : quantize_many<T, false>(*p, device, processors, stream);
+  return per_token ? quantize_many<ManyTokens<T, true>>(*p, device, processors, stream)
+                   : quantize_many<ManyTokens<T, false>>(*p, device, processors, stream);
 }
 
 }  // namespace
