@@ -87,6 +87,7 @@ class GraphWriter:
         self.element_type, self.dtype = DTYPES[shape.dtype]
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
+        self.values: list[onnx.ValueInfoProto] = []
         self.known: set[str] = set()
 
     def op(self, kind: str, inputs: Iterable[str], name: str, **attributes: Any) -> str:
@@ -94,6 +95,12 @@ class GraphWriter:
         output = f"{name}_output_0"
         self.nodes.append(helper.make_node(kind, list(inputs), [output], name, **attributes))
         return output
+
+    def activation(self, name: str, width: int, element_type: int | None = None) -> str:
+        """Record the shape of an activation [batch, sequence, width], as exporters do; return its name."""
+        kind = self.element_type if element_type is None else element_type
+        self.values.append(helper.make_tensor_value_info(name, kind, ["batch", "sequence", width]))
+        return name
 
     def constant(self, name: str, values: object, dtype: type = np.int64) -> str:
         """Add a small initializer once, stored in the model file."""
@@ -117,9 +124,8 @@ class GraphWriter:
 
     def linear(self, x: str, path: str, k: int, n: int) -> str:
         """MatMul of x [..., k] with a weight [k, n] named after the module ``path``."""
-        return self.op(
-            "MatMul", [x, self.weight(f"{path}.weight", (k, n), k**-0.5)], node_name(path, "MatMul")
-        )
+        weight = self.weight(f"{path}.weight", (k, n), k**-0.5)
+        return self.activation(self.op("MatMul", [x, weight], node_name(path, "MatMul")), n)
 
     def cast(self, x: str, name: str) -> str:
         """Cast to the model's type."""
@@ -127,14 +133,16 @@ class GraphWriter:
 
     def rms_norm(self, x: str, path: str) -> str:
         """RMSNorm with its statistics in float32."""
-        name = node_name(path, "")
+        name, hidden = node_name(path, ""), self.shape.hidden
         wide = self.op("Cast", [x], f"{name}Cast", to=TensorProto.FLOAT)
         square = self.op("Mul", [wide, wide], f"{name}Square")
         mean = self.op("ReduceMean", [square, self.constant("last_axis", [-1])], f"{name}ReduceMean")
         safe = self.op("Add", [mean, self.constant("epsilon", 1e-5, np.float32)], f"{name}Add")
         root = self.op("Sqrt", [safe], f"{name}Sqrt")
-        normal = self.cast(self.op("Div", [wide, root], f"{name}Div"), f"{name}Cast_1")
-        return self.op("Mul", [normal, self.weight(f"{path}.weight", (self.shape.hidden,), 1)], f"{name}Mul")
+        normal = self.activation(self.op("Div", [wide, root], f"{name}Div"), hidden, TensorProto.FLOAT)
+        weight = self.weight(f"{path}.weight", (hidden,), 1)
+        scaled = self.op("Mul", [self.cast(normal, f"{name}Cast_1"), weight], f"{name}Mul")
+        return self.activation(scaled, hidden)
 
 
 def node_name(path: str, kind: str) -> str:
@@ -217,28 +225,34 @@ def feed_forward(writer: GraphWriter, x: str, path: str) -> str:
     gate = writer.linear(x, f"{path}.gate_proj", hidden, wide)
     silu = writer.op("Mul", [gate, writer.op("Sigmoid", [gate], f"{base}Sigmoid")], f"{base}Mul")
     up = writer.linear(x, f"{path}.up_proj", hidden, wide)
-    return writer.linear(writer.op("Mul", [silu, up], f"{base}Mul_1"), f"{path}.down_proj", wide, hidden)
+    product = writer.activation(writer.op("Mul", [silu, up], f"{base}Mul_1"), wide)
+    return writer.linear(product, f"{path}.down_proj", wide, hidden)
 
 
 def build(writer: GraphWriter) -> onnx.ModelProto:
     """Build the whole graph; :attr:`GraphWriter.weights` says what belongs into the data file."""
     shape = writer.shape
     table = writer.weight("model.embed_tokens.weight", (shape.vocab, shape.hidden), 1)
-    x = writer.op("Gather", [table, "input_ids"], "/model/embed_tokens/Gather")
+    hidden = shape.hidden
+    x = writer.activation(writer.op("Gather", [table, "input_ids"], "/model/embed_tokens/Gather"), hidden)
     tables, mask = rotary_tables(writer), additive_mask(writer)
     for i in range(shape.layers):
         path = f"model.layers.{i}"
         normal = writer.rms_norm(x, f"{path}.input_layernorm")
         attended = attention(writer, normal, f"{path}.self_attn", tables, mask)
-        x = writer.op("Add", [x, attended], node_name(path, "Add"))
+        x = writer.activation(writer.op("Add", [x, attended], node_name(path, "Add")), hidden)
         normal = writer.rms_norm(x, f"{path}.post_attention_layernorm")
-        x = writer.op("Add", [x, feed_forward(writer, normal, f"{path}.mlp")], node_name(path, "Add_1"))
-    writer.linear(writer.rms_norm(x, "model.norm"), "lm_head", shape.hidden, shape.vocab)
+        fed = feed_forward(writer, normal, f"{path}.mlp")
+        x = writer.activation(writer.op("Add", [x, fed], node_name(path, "Add_1")), hidden)
+    writer.linear(writer.rms_norm(x, "model.norm"), "lm_head", hidden, shape.vocab)
     writer.nodes[-1].output[0] = "logits"
+    writer.values.pop()  # an output of the graph declares its own
     names = ("input_ids", "attention_mask", "position_ids")
     inputs = [helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", "sequence"]) for n in names]
     logits = helper.make_tensor_value_info("logits", writer.element_type, ["batch", "sequence", shape.vocab])
-    graph = helper.make_graph(writer.nodes, "large", inputs, [logits], writer.initializers)
+    graph = helper.make_graph(
+        writer.nodes, "large", inputs, [logits], writer.initializers, value_info=writer.values
+    )
     opset = helper.make_opsetid("", OPSET)
     return helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="make_large")
 

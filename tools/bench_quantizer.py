@@ -1,41 +1,68 @@
-"""Time the activation quantizer: static and per-token scales, without and with x @ V of LoRC.
+"""Time the activation quantizers: of x, of SiLU(gate) x up, of an RMS norm of x + skip that writes the sum.
 
     make kernels && python tools/bench_quantizer.py
 
-Medians of single launches in microseconds, L2 flushed in between. The floor is what has to move at the copy
-bandwidth: x read once (2 bytes), x8 written once.
+Static and per-token scales, without and with x @ V of LoRC. Medians of single launches in microseconds, L2
+flushed in between; then, for few tokens, of one of 32 calls in a CUDA graph, which find their input in the
+cache. The floor is what has to move at the copy bandwidth: 16-bit inputs read once and the sum written, x8
+written once.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 import torch
 from bench_gemm import numbers
 from gemm_timing import Timer, copy_gbps, launch_us
 
-from zqfp_compile.kernels.library import Library, load_library
+from zqfp_compile.kernels.library import Library, QuantizerTensors, load_library
+
+Call = Callable[[], None]
+
+# Bytes that each of them moves per number.
+BYTES = {"x": 3, "silu": 5, "norm": 7}
+CALLS = 32  # in a graph
+FEW = 32
 
 
-def times(library: Library, timer: Timer, m: int, k: int, rank: int) -> list[float]:
-    """Return the time of a static scale and of one per token."""
-    x = torch.randn(m, k, device="cuda", dtype=torch.float16)
+def quantizer(library: Library, kind: str, m: int, k: int, rank: int, scale: torch.Tensor | None) -> Call:
+    """Return a call of one quantizer on random data."""
+    x, other, total = (torch.randn(m, k, device="cuda", dtype=torch.float16) for _ in range(3))
+    gamma = torch.randn(k, device="cuda", dtype=torch.float16)
     v = (torch.randn(k, rank, device="cuda") / k**0.5).half() if rank else None
-    found = []
-    for scale in (torch.tensor([0.02], device="cuda"), None):
-        x8, a, xv = library.quantize_activation(x, scale, v)
+    made = QuantizerTensors.empty(x, scale, v)
+    if kind == "x":
+        return lambda: library.quantize_activation_into(x, made)
+    if kind == "silu":
+        return lambda: library.quantize_silu_mul_into(x, other, made)
+    return lambda: library.quantize_rms_norm_into(x, gamma, 1e-5, made, skip=other, sum_=total)
 
-        def call(
-            x8: torch.Tensor = x8,
-            a: torch.Tensor = a,
-            xv: torch.Tensor | None = xv,
-            scale: torch.Tensor | None = scale,
-        ) -> None:
-            library.quantize_activation_into(x, x8, a, scale=scale, v=v, xv=xv)
 
-        found.append(timer.median_us(call))
-    return found
+def graph_us(timer: Timer, call: Call) -> float:
+    """Return the time of one of many calls in a CUDA graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+    return timer.median_us(graph.replay) / CALLS
+
+
+def measure(library: Library, timer: Timer, kind: str, m: int, k: int, rank: int) -> str:
+    """Return a row's columns: static and per token without LoRC, then with it, then all four in a graph."""
+    calls = [
+        quantizer(library, kind, m, k, r, scale)
+        for r in (0, rank)
+        for scale in (torch.tensor([0.02], device="cuda"), None)
+    ]
+    times = [timer.median_us(call) for call in calls]
+    if m <= FEW:
+        times += [graph_us(timer, call) for call in calls]
+    return " ".join(f"{time:9.1f}" for time in times)
 
 
 def main() -> int:
@@ -52,15 +79,14 @@ def main() -> int:
     library, timer = load_library(), Timer()
     bandwidth = copy_gbps(timer)
     print(f"copy {bandwidth:.0f} GB/s, an empty launch {launch_us(timer):.1f} us; microseconds")
-    ranks = f"{options.rank}: static", "per token"
-    print("    K      M   floor   static  per token   rank " + "  ".join(ranks))
-    for k in options.columns:
-        for m in options.tokens:
-            plain, lorc = (times(library, timer, m, k, rank) for rank in (0, options.rank))
-            floor = 3 * m * k / bandwidth / 1000
-            print(
-                f"{k:5} {m:6} {floor:7.1f} {plain[0]:8.1f} {plain[1]:10.1f} {lorc[0]:15.1f} {lorc[1]:10.1f}"
-            )
+    scales, lorc = f"{'static':>9} per token", f"rank {options.rank}: static, per token"
+    print(f"of       K      M   floor {scales} {lorc} graph: the same four")
+    for kind, per_number in BYTES.items():
+        for k in options.columns:
+            for m in options.tokens:
+                floor = per_number * m * k / bandwidth / 1000
+                row = measure(library, timer, kind, m, k, options.rank)
+                print(f"{kind:4} {k:5} {m:6} {floor:7.1f} {row}", flush=True)
     return 0
 
 

@@ -2,7 +2,8 @@
 
 The graph is the one ONNX Runtime's own LLM exports have: fused norms, q, k and v in one linear layer,
 GroupQueryAttention with rotary embedding and a cache that is written in place. Only the linear layers of the
-decoder differ between contenders: embedding and lm_head are float16 in all of them.
+decoder differ between contenders: embedding and lm_head are float16 in all of them. Ours goes through the
+pass fuse-quantizers, as a compiled model does.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
+from passes.fuse_quantizers import FuseQuantizers
 from zqfp_compile.kernels.packing import pack_group_scales, packed_sizes, padded_shape
 
 F16, F32, U8, INT4 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT4
@@ -61,7 +64,7 @@ PRESETS = {
 
 
 class Writer:
-    """Collects nodes, and streams weights to the external data file.
+    """Collects nodes and the last dimensions of values, and streams weights to the external data file.
 
     Every weight is a piece of one block of random bytes, starting where its name's hash says: making 13 GB of
     fresh random numbers would take longer than the benchmark, and no kernel can tell.
@@ -71,6 +74,7 @@ class Writer:
         self.shape, self.data, self.location = shape, data, location
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
+        self.widths: dict[str, int] = {}
         self.linear_bytes = 0
         rng = np.random.default_rng(0)
         largest = 2 * shape.hidden * max(shape.intermediate, shape.vocab)
@@ -216,7 +220,12 @@ def write_model(folder: Path, shape: Shape, linears: Linears, max_length: int) -
     with (folder / f"{path.name}.data").open("wb") as data:
         writer = Writer(shape, data, f"{path.name}.data")
         graph = _graph(writer, linears, max_length)
-    path.write_bytes(helper.make_model(graph, opset_imports=OPSETS, ir_version=10).SerializeToString())
+    model = helper.make_model(graph, opset_imports=OPSETS, ir_version=10)
+    if isinstance(linears, W4A8Linears):
+        fused = ir.from_proto(model)
+        FuseQuantizers().call(fused)
+        model = ir.to_proto(fused)
+    path.write_bytes(model.SerializeToString())
     return path, writer.linear_bytes
 
 
@@ -225,6 +234,7 @@ def _graph(writer: Writer, linears: Linears, max_length: int) -> onnx.GraphProto
     _rotary_tables(writer, max_length)
     writer.small("ones", np.ones(shape.hidden, np.float16))
     writer.op("Gather", [writer.half("embed", shape.vocab, shape.hidden), "input_ids"], ["x"])
+    writer.widths |= dict.fromkeys(("x", "l0.norm"), shape.hidden)
     norm = {"epsilon": 1e-5}
     writer.op("SimplifiedLayerNormalization", ["x", "ones"], ["l0.norm"], axis=-1, **norm)
     total = "x"
@@ -238,7 +248,11 @@ def _graph(writer: Writer, linears: Linears, max_length: int) -> onnx.GraphProto
     head = writer.half("lm_head", shape.hidden, shape.vocab, scale=shape.hidden**-0.5)
     writer.op("MatMul", ["last_token", head], ["logits"])
     inputs, outputs = _interface(shape)
-    return helper.make_graph(writer.nodes, "decoder", inputs, outputs, writer.initializers)
+    inner = [
+        helper.make_tensor_value_info(name, F16, ["batch", "sequence", width])
+        for name, width in writer.widths.items()
+    ]
+    return helper.make_graph(writer.nodes, "decoder", inputs, outputs, writer.initializers, value_info=inner)
 
 
 def _rotary_tables(writer: Writer, max_length: int) -> None:
@@ -250,14 +264,21 @@ def _rotary_tables(writer: Writer, max_length: int) -> None:
 
 def _add_norm(writer: Writer, x: str, branch: str, norm: str, total: str) -> str:
     outputs, domain = [norm, "", "", total], "com.microsoft"
+    writer.widths |= dict.fromkeys((norm, total), writer.shape.hidden)
     writer.op("SkipSimplifiedLayerNormalization", [x, branch, "ones"], outputs, domain, epsilon=1e-5)
     return total
+
+
+def _linears(writer: Writer, linears: Linears, x: str, k: int, outputs: dict[str, int]) -> None:
+    """Add the linears of ``x``, and note how wide their outputs are."""
+    linears.emit(writer, x, k, outputs)
+    writer.widths |= outputs
 
 
 def _attention(writer: Writer, linears: Linears, i: int) -> None:
     shape = writer.shape
     wide, narrow = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    linears.emit(writer, f"l{i}.norm", shape.hidden, {f"l{i}.qkv": wide + 2 * narrow})
+    _linears(writer, linears, f"l{i}.norm", shape.hidden, {f"l{i}.qkv": wide + 2 * narrow})
     inputs = [
         f"l{i}.qkv",
         "",
@@ -272,18 +293,18 @@ def _attention(writer: Writer, linears: Linears, i: int) -> None:
     outputs = [f"l{i}.mix", f"present.{i}.key", f"present.{i}.value"]
     attributes = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads, "do_rotary": 1}
     writer.op("GroupQueryAttention", inputs, outputs, "com.microsoft", **attributes)
-    linears.emit(writer, f"l{i}.mix", wide, {f"l{i}.o": shape.hidden})
+    _linears(writer, linears, f"l{i}.mix", wide, {f"l{i}.o": shape.hidden})
 
 
 def _feed_forward(writer: Writer, linears: Linears, i: int) -> None:
     shape = writer.shape
-    linears.emit(
-        writer, f"l{i}.norm2", shape.hidden, dict.fromkeys((f"l{i}.gate", f"l{i}.up"), shape.intermediate)
-    )
+    hidden = dict.fromkeys((f"l{i}.gate", f"l{i}.up"), shape.intermediate)
+    _linears(writer, linears, f"l{i}.norm2", shape.hidden, hidden)
     writer.op("Sigmoid", [f"l{i}.gate"], [f"l{i}.sigmoid"])
     writer.op("Mul", [f"l{i}.gate", f"l{i}.sigmoid"], [f"l{i}.silu"])
     writer.op("Mul", [f"l{i}.silu", f"l{i}.up"], [f"l{i}.hidden"])
-    linears.emit(writer, f"l{i}.hidden", shape.intermediate, {f"l{i}.down": shape.hidden})
+    writer.widths[f"l{i}.hidden"] = shape.intermediate
+    _linears(writer, linears, f"l{i}.hidden", shape.intermediate, {f"l{i}.down": shape.hidden})
 
 
 def _interface(shape: Shape) -> tuple[list[Any], list[Any]]:

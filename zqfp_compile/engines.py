@@ -35,6 +35,7 @@ _FP4_ONNX = "model.fp4.onnx"
 # --weight-lowering -> the pass that makes the engine-ready model.
 _FP8, PLUGIN = "lower-weights-fp8", "lower-weights-plugin"
 _CASTS, _INLINE = "qdq-to-casts", "inline-functions"
+_UNUSED, _FUSE = "remove-unused", "fuse-quantizers"
 _LOWERINGS = {"auto": _FP8, "fp8": _FP8, "int4": _INLINE, "plugin": PLUGIN}
 
 
@@ -126,7 +127,7 @@ def runnable_model(place: Workplace, recipe: Recipe, choice: TargetChoice) -> Pa
     """
     deployed = choice.target == "onnxruntime"
     hosted = deployed and recipe.weight_lowering == "plugin"
-    lowering = [PLUGIN] if hosted and place.plan.quantizes_weights else _fp8_lowering(place)
+    lowering = [PLUGIN, _UNUSED, _FUSE] if hosted and place.plan.quantizes_weights else _fp8_lowering(place)
     if not (lowering or deployed):
         return place.artifact
     path = (place.folder.path if deployed else place.folder.scratch) / ORT_MODEL
@@ -236,7 +237,7 @@ def _lower(place: Workplace, path: Path, *names: str, source: Path | None = None
             options["only_half"] = path.name != ORT_MODEL
         phase: Phase = "onnxruntime" if name == _CASTS else "engine"
         place.runner.run(model, name, phase, **options)
-    place.runner.run(model, "remove-unused", phase)
+    place.runner.run(model, _UNUSED, phase)
     with place.timer.step(f"save {path.name}"):
         save_model(model, path, progress=place.timer.reporter.update)
 

@@ -26,6 +26,7 @@ PASSES: dict[str, str] = {
     "lower-weights-fp8": "passes.lower_weights_fp8:LowerWeightsFp8",
     "lower-weights-fp4": "passes.lower_weights_fp4:LowerWeightsFp4",
     "lower-weights-plugin": "passes.lower_weights_plugin:LowerWeightsPlugin",
+    "fuse-quantizers": "passes.fuse_quantizers:FuseQuantizers",
     "inline-functions": "passes.inline_functions:InlineFunctions",
     "qdq-to-casts": "passes.qdq_to_casts:QdqToCasts",
 }

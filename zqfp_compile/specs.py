@@ -23,7 +23,13 @@ _DOMAIN = "zqfp"
 _OP = "W4A8Linear"
 _OP_INPUTS = 11
 # Operators that runtimes get from our libraries -> how many inputs they may have.
-_HOSTED = {"PackedW4A8Linear": range(5, 9), "QuantizeActivation": (2, 3), "QuantizeTokens": (1, 2)}
+_HOSTED = {
+    "PackedW4A8Linear": range(5, 9),
+    "QuantizeActivation": (2, 3),
+    "QuantizeTokens": (1, 2),
+    "QuantizeSiluMul": range(2, 5),
+    "QuantizeRmsNorm": range(2, 6),
+}
 # Operators that pass a dequantised tensor on to the MatMul without a new quantisation.
 _TRANSPARENT = frozenset({"Cast", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 

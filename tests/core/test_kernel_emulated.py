@@ -231,19 +231,28 @@ class Quantizer:
     k: int
     scale: float | None = None
     rank: int = 0
-    share: int = 1  # without LoRC: eights of a thread; with LoRC: blocks of a cluster
-    # Without LoRC: threads of a token's block. With LoRC: 0 for few tokens, stages of x in shared memory for many.
+    # Static without LoRC: eights of a thread. Else blocks of a cluster; without LoRC also 0, the
+    # kernel for many tokens.
+    share: int = 1
+    # Without LoRC: threads of a token's block. With LoRC: 0 for few tokens; else for many, of x alone the
+    # stages in shared memory.
     size: int = 0
+    threads: int = 64  # of a norm: of a token's block; its size is always 0 or 1
 
 
+EPSILON = 1e-5
 TYPES = {"float16": (1, np.float16), "bfloat16": (2, ml_dtypes.bfloat16), "float32": (3, np.float32)}
 QUANTIZERS = [
     Quantizer("float16", 3, 1040, 0.02),
     Quantizer("bfloat16", 19, 528, 0.03, share=4),
     Quantizer("float32", 9, 1040, 0.02, share=4),
-    Quantizer("float16", 3, 1040, size=160),
-    Quantizer("bfloat16", 2, 2080, size=64),  # more than the threads hold
-    Quantizer("float32", 2, 528, size=32),
+    Quantizer("float16", 3, 1040, share=0, size=160),
+    Quantizer("bfloat16", 2, 2080, share=0, size=64),  # more than the threads hold
+    Quantizer("float32", 2, 528, share=0, size=32),
+    Quantizer("float16", 3, 1040, size=96),
+    Quantizer("bfloat16", 2, 2080, share=2, size=64),  # more than the threads hold
+    Quantizer("float32", 9, 528, share=8, size=32),
+    Quantizer("float16", 2, 1040, share=4, size=32),
     Quantizer("float16", 1, 1040, 0.02, rank=32, share=2),
     Quantizer("float16", 19, 528, 0.02, rank=24),
     Quantizer("float16", 1, 2640, rank=8),  # more than the warps have under way
@@ -256,35 +265,159 @@ QUANTIZERS = [
 ]
 
 
-def quantized(emulator, case, x, v=None):
-    """Run the quantizer on poisoned outputs; return x8 as bytes [M, K], a, and x @ V [M, rank]."""
+def pointer(array):
+    return None if array is None else ctypes.c_void_p(array.ctypes.data)
+
+
+def optional(array):
+    return None if array is None else aligned(array)
+
+
+class Inputs(ctypes.Structure):
+    """What is quantised: x; SiLU of x times other; or a norm of x + other, which has a gamma."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "other", "gamma")),
+        ("epsilon", ctypes.c_float),
+        ("sum", ctypes.c_void_p),
+    )
+
+
+def quantized(emulator, case, v=None, **inputs):
+    """Run the quantizer of aligned inputs on poisoned outputs; return x8 as bytes [M, K], a, and h @ V."""
     number, dtype = TYPES[case.dtype]
     x8 = aligned(np.full(case.m * case.k, 0x7F, np.uint8))
     a = np.full(case.m if case.scale is None else 1, np.nan, np.float32)
     xv = aligned(np.full((case.m, case.rank), np.nan, dtype))
-    static = None if case.scale is None else np.array([case.scale], np.float32)
-    held = [aligned(x), static, x8, a, None if v is None else aligned(v), xv]
-    at = [None if array is None else ctypes.c_void_p(array.ctypes.data) for array in held]
+    scale = None if case.scale is None else np.array([case.scale], np.float32)
+    v = optional(v)
+    given = Inputs(epsilon=EPSILON, **{name: pointer(array) for name, array in inputs.items()})
     emulator.emulate_quantizer(
-        *(at[0], number, case.m, case.k, at[1], at[2], at[3], at[4], case.rank, at[5]),
-        *(case.share, case.size),
+        *(ctypes.byref(given), number, case.m, case.k),
+        *(*map(pointer, (scale, x8, a, v)), case.rank, pointer(xv)),
+        *(case.share, case.size, case.threads),
     )
     return x8.reshape(case.m, case.k), a, xv.view(dtype).reshape(case.m, case.rank)
 
 
+def random_numbers(case, *shape, seed=0):
+    """Normal, each row of a size of its own."""
+    rng = np.random.default_rng([seed, case.m])
+    sizes = np.exp2(rng.integers(-6, 6, (shape[0], 1)))
+    return (rng.standard_normal(shape) * sizes).astype(TYPES[case.dtype][1])
+
+
+def random_v(case):
+    shape = (case.k, case.rank)
+    return (
+        np.random.default_rng(case.m).standard_normal(shape).astype(TYPES[case.dtype][1])
+        if case.rank
+        else None
+    )
+
+
+def check_product(case, h, v, xv):
+    if v is None:
+        return
+    product = h.astype(np.float64) @ v.astype(np.float64)
+    error = np.linalg.norm(xv.astype(np.float64) - product)
+    assert error < (3e-3 if case.dtype == "bfloat16" else 4e-4) * np.linalg.norm(product)
+
+
 @pytest.mark.parametrize("case", QUANTIZERS, ids=str)
 def test_quantizer_computes_the_reference(emulator, case):
-    rng, dtype = np.random.default_rng(case.m), TYPES[case.dtype][1]
-    x = (rng.standard_normal((case.m, case.k)) * np.exp2(rng.integers(-6, 6, (case.m, 1)))).astype(dtype)
-    v = rng.standard_normal((case.k, case.rank)).astype(dtype) if case.rank else None
-    x8, a, xv = quantized(emulator, case, x, v)
+    x, v = random_numbers(case, case.m, case.k), random_v(case)
+    x8, a, xv = quantized(emulator, case, v, x=aligned(x))
     wanted, wanted_scale = reference.quantize_activation(x.astype(np.float32), case.scale)
     assert np.array_equal(a, wanted_scale)
     assert np.array_equal(E4M3FN.decode(x8), wanted)
-    if v is not None:
-        product = x.astype(np.float64) @ v.astype(np.float64)
-        error = np.linalg.norm(xv.astype(np.float64) - product)
-        assert error < (3e-3 if case.dtype == "bfloat16" else 4e-4) * np.linalg.norm(product)
+    check_product(case, x, v, xv)
+
+
+# Of a number that is computed in float32 and rounded: half a unit in the last place, and a little.
+ROUNDING = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-20}
+
+
+def check_quantized(case, wide, x8, a):
+    """x8 and a of h, of which ``wide`` is unrounded; return h.
+
+    Where float32 rounds h the other way it may take its code, or a token's scale, to the next.
+    """
+    h = wide.astype(np.float32).astype(TYPES[case.dtype][1])
+    numbers = h.astype(np.float32)
+    scales = reference.quantize_activation(numbers, case.scale)[1]
+    assert np.allclose(a, scales, rtol=ROUNDING[case.dtype] if case.scale is None else 0, atol=0)
+    wanted = E4M3FN.encode(E4M3FN.round(numbers / a[:, None])).view(np.uint8)
+    order = [np.where(code < 128, code, 128 - code.astype(int)) for code in (x8, wanted)]  # -0 is 0
+    steps = np.abs(order[0] - order[1])
+    assert steps.max() <= 1
+    assert np.count_nonzero(steps) <= 1 + 1e-4 * steps.size
+    return h
+
+
+@pytest.mark.parametrize("case", QUANTIZERS, ids=str)
+def test_silu_mul_is_quantized_as_the_reference(emulator, case):
+    gate, up = (random_numbers(case, case.m, case.k, seed=seed) for seed in (1, 2))
+    v = random_v(case)
+    x8, a, xv = quantized(emulator, case, v, x=aligned(gate), other=aligned(up))
+    h = check_quantized(case, reference.silu_mul(gate, up), x8, a)
+    check_product(case, h, v, xv)
+
+
+def test_silu_of_the_largest_numbers(emulator):
+    """exp(-x) overflows long before x does."""
+    gate = np.array([-88.0, -89.0, -104.0, -3e38, 88.0, 3e38, 0.0, -0.0] * 2, np.float32)[None]
+    inputs = {"x": aligned(gate), "other": aligned(np.ones_like(gate))}
+    x8, _, _ = quantized(emulator, Quantizer("float32", 1, 16, 1.0), **inputs)
+    assert np.array_equal(E4M3FN.decode(x8)[0], [0, 0, 0, 0, 88, 448, 0, 0] * 2)
+
+
+@dataclass(frozen=True)
+class Norm(Quantizer):
+    skip: bool = True
+    sum: str | None = "new"  # where it goes: into memory of its own, or into that of x or skip
+
+
+NORMS = [
+    Norm("float16", 1, 1040, threads=160),
+    Norm("bfloat16", 40, 272, 0.03, skip=False, size=1),
+    Norm("float32", 7, 1040, sum="x", threads=32),  # more than the threads hold
+    Norm("float16", 3, 2080, 0.02, sum="skip", threads=96, size=1),
+    Norm("float16", 5, 1040, sum="skip"),
+    Norm("float16", 2, 1040, share=4, threads=32),
+    Norm("bfloat16", 3, 1040, sum="x", threads=32, size=1),
+    Norm("bfloat16", 3, 1552, sum="x", share=2, threads=32),
+    Norm("float32", 4, 528, 0.03, share=8, threads=32),
+    Norm("bfloat16", 2, 1552, sum=None, threads=32, size=1),
+    Norm("float32", 2, 16, 0.02, sum=None, threads=32),
+    Norm("float16", 1, 528, 0.02, skip=False, sum=None, threads=1024),
+    Norm("float16", 1, 1040, 0.02, rank=32, share=2),
+    Norm("float16", 19, 528, rank=24, sum="x"),
+    Norm("bfloat16", 3, 2640, rank=64, sum="skip"),  # more than the warps have under way
+    Norm("float16", 17, 528, rank=40, skip=False, sum=None, share=4),
+    Norm("bfloat16", 40, 272, 0.02, rank=8, sum=None, size=1),
+    Norm("float16", 35, 1040, rank=64, share=2, sum="x", size=1),
+]
+
+
+@pytest.mark.parametrize("case", NORMS, ids=str)
+def test_rms_norm_is_quantized_as_the_reference(emulator, case):
+    x = random_numbers(case, case.m, case.k, seed=1)
+    skip = random_numbers(case, case.m, case.k, seed=2) if case.skip else None
+    gamma, v = random_numbers(case, 1, case.k, seed=3)[0], random_v(case)
+    x[-1, :2] = 0.0, -0.0
+    if case.m > 1:  # a token of zeros
+        x[0] = 0
+        if case.skip:
+            skip[0] = 0
+    s, wide = reference.rms_norm(x, skip, gamma, EPSILON)
+    held = {"x": aligned(x), "skip": optional(skip), "new": aligned(np.full_like(x, np.nan)), None: None}
+    inputs = {"x": held["x"], "other": held["skip"], "gamma": aligned(gamma), "sum": held[case.sum]}
+    x8, a, xv = quantized(emulator, case, v, **inputs)
+    h = check_quantized(case, wide, x8, a)
+    check_product(case, h, v, xv)
+    if case.sum is not None:
+        assert held[case.sum].tobytes() == s.tobytes()
 
 
 SCALES = [1.0, 0.02, 1 / 3, 448.0, 1.9999999, 1.0000001, 3e-5, 2.0**-126, 1e-40, 2.0**-149, 3e37, 3.4e38]
@@ -305,7 +438,7 @@ def test_quantizer_divides_as_the_reference_near_ties(emulator, scale):
     x = np.concatenate([x, -x])
     x = np.pad(x, (0, -len(x) % 16))[None]
     case = Quantizer("float32", 1, x.shape[1], scale, share=4)
-    x8, _, _ = quantized(emulator, case, x)
+    x8, _, _ = quantized(emulator, case, x=aligned(x))
     with np.errstate(over="ignore"):
         wanted = reference.quantize_activation(x, scale)[0]
     assert np.array_equal(E4M3FN.decode(x8), wanted)
@@ -318,7 +451,7 @@ def test_quantizer_divides_as_ieee_by_infinity_and_zero(emulator, scale, share, 
     x = np.tile(np.array([1.0, -2.0, 0.0, np.inf, -np.inf, np.nan, 3.0, -0.0], np.float16), 34)[None]
     v = np.zeros((x.shape[1], 8), np.float16)
     case = Quantizer("float16", 1, x.shape[1], scale, rank=8, share=share, size=size)
-    x8, a, _ = quantized(emulator, case, x, v)
+    x8, a, _ = quantized(emulator, case, v, x=aligned(x))
     with np.errstate(divide="ignore", invalid="ignore"):
         quotient = x.astype(np.float32) / a
     wanted = np.where(np.isinf(quotient), np.copysign(448.0, quotient), quotient)

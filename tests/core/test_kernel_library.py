@@ -173,16 +173,30 @@ def test_null_structures_are_refused(kernel_library):
     assert c.zqfpDecodeHost(binding._desc(LAYER), None, None, None) == 1
 
 
-def quantize_call(library, *, x_dtype=1, m=4, k=64, rank=0, **changes):
-    pointers = {"x": 4096, "scale": None, "x8": 4096, "a": 4096, "v": None, "xv": None} | changes
-    return library._c.zqfpQuantizeActivation(
-        ctypes.c_void_p(pointers["x"]),
+QUANTIZERS = {
+    "zqfpQuantizeActivation": ("x",),
+    "zqfpQuantizeSiluMul": ("gate", "up"),
+    "zqfpQuantizeRmsNorm": ("x", "skip", "gamma", "epsilon"),
+}
+
+
+def quantize_call(library, function="zqfpQuantizeActivation", *, x_dtype=1, m=4, k=64, rank=0, **changes):
+    """The C call with plausible (never read) pointers, all there may be but LoRC's; returns the status."""
+    names, is_norm = QUANTIZERS[function], function.endswith("Norm")
+    given = dict.fromkeys((*names, "x8", "a", "sum"), 4096) | {"scale": None, "v": None, "xv": None}
+    given |= {"epsilon": 1e-5} | changes
+
+    def value(name):
+        return (ctypes.c_float if name == "epsilon" else ctypes.c_void_p)(given[name])
+
+    return getattr(library._c, function)(
+        *map(value, names),
         ctypes.c_int32(x_dtype),
         ctypes.c_int64(m),
         ctypes.c_int64(k),
-        *(ctypes.c_void_p(pointers[name]) for name in ("scale", "x8", "a", "v")),
+        *map(value, ("scale", "x8", "a", "sum", "v") if is_norm else ("scale", "x8", "a", "v")),
         ctypes.c_int32(rank),
-        ctypes.c_void_p(pointers["xv"]),
+        value("xv"),
         None,
     )
 
@@ -190,7 +204,6 @@ def quantize_call(library, *, x_dtype=1, m=4, k=64, rank=0, **changes):
 @pytest.mark.parametrize(
     ("changes", "status", "words"),
     [
-        ({"x": None}, 1, "x is null"),
         ({"x8": 4104}, 1, "aligned"),
         ({"a": None}, 1, "a is null"),
         ({"scale": 4098}, 1, "scale"),
@@ -204,13 +217,37 @@ def quantize_call(library, *, x_dtype=1, m=4, k=64, rank=0, **changes):
         ({"v": 4096, "xv": 4096, "rank": 8, "x_dtype": 3}, 2, "float32"),
     ],
 )
-def test_quantizer_refuses(kernel_library, changes, status, words):
-    assert quantize_call(kernel_library, **changes) == status
+@pytest.mark.parametrize("function", QUANTIZERS)
+def test_quantizers_refuse(kernel_library, function, changes, status, words):
+    assert quantize_call(kernel_library, function, **changes) == status
     assert words in last_error(kernel_library)
 
 
-def test_nothing_to_quantize_is_no_error(kernel_library):
-    assert quantize_call(kernel_library, m=0) == 0
+@pytest.mark.parametrize(
+    ("function", "changes", "words"),
+    [
+        ("zqfpQuantizeActivation", {"x": None}, "x is null"),
+        ("zqfpQuantizeSiluMul", {"gate": None}, "gate is null"),
+        ("zqfpQuantizeSiluMul", {"up": None}, "up is null"),
+        ("zqfpQuantizeSiluMul", {"up": 4104}, "up at 0x1008 is not aligned"),
+        ("zqfpQuantizeRmsNorm", {"x": None}, "x is null"),
+        ("zqfpQuantizeRmsNorm", {"gamma": None}, "gamma is null"),
+        ("zqfpQuantizeRmsNorm", {"gamma": 4104}, "gamma at 0x1008 is not aligned"),
+        ("zqfpQuantizeRmsNorm", {"skip": 4104}, "skip at 0x1008 is not aligned"),
+        ("zqfpQuantizeRmsNorm", {"sum": 4104}, "sum at 0x1008 is not aligned"),
+        ("zqfpQuantizeRmsNorm", {"epsilon": -1e-5}, "epsilon = -1e-05 is not"),
+        ("zqfpQuantizeRmsNorm", {"epsilon": float("nan")}, "epsilon = nan is not"),
+        ("zqfpQuantizeRmsNorm", {"epsilon": float("inf")}, "epsilon = inf is not"),
+    ],
+)
+def test_quantizers_refuse_what_they_cannot_read(kernel_library, function, changes, words):
+    assert quantize_call(kernel_library, function, **changes) == 1
+    assert words in last_error(kernel_library)
+
+
+@pytest.mark.parametrize("function", QUANTIZERS)
+def test_nothing_to_quantize_is_no_error(kernel_library, function):
+    assert quantize_call(kernel_library, function, m=0) == 0
 
 
 @pytest.mark.skipif(
@@ -219,8 +256,11 @@ def test_nothing_to_quantize_is_no_error(kernel_library):
 def test_without_a_driver_cuda_errors_come_back(kernel_library):
     assert linear_call(kernel_library) == 5
     assert "CUDA error" in last_error(kernel_library)
-    assert quantize_call(kernel_library) == 5
-    assert "CUDA error" in last_error(kernel_library)
+    for function in QUANTIZERS:
+        assert quantize_call(kernel_library, function) == 5
+        assert "CUDA error" in last_error(kernel_library)
+    # skip, sum, and with a scale a, may be missing.
+    assert quantize_call(kernel_library, "zqfpQuantizeRmsNorm", skip=None, sum=None, a=None, scale=4096) == 5
 
 
 @pytest.mark.parametrize("m", [1, 16, 17, 33, 100, 256, 1000, 8192])
@@ -335,7 +375,7 @@ def test_make_kernels_without_nvcc_says_so(repo_root):
 
 
 def test_an_overlapping_quantizer_reads_nothing_that_is_still_being_made(repo_root, tmp_path):
-    """Before the wait it loads LoRC's V at most, and nothing by ld.global.nc, which may run ahead of it."""
+    """Before the wait it loads weights at most, V and gamma; nothing by ld.global.nc, which may run ahead."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
     kernels = repo_root / "zqfp_compile" / "kernels"
@@ -343,12 +383,16 @@ def test_an_overlapping_quantizer_reads_nothing_that_is_still_being_made(repo_ro
     options = ["-std=c++17", "-DNDEBUG", "-arch=compute_90a", "-ptx", f"-I{kernels / 'include'}"]
     subprocess.run(["nvcc", *options, str(source), "-o", str(target)], check=True)
     entries = target.read_text().split(".visible .entry ")[1:]
-    assert len(entries) == 14
+    assert len(entries) == 41
     for entry in entries:
         assert "ld.global.nc" not in entry
         before, after = entry.split("griddepcontrol.wait;")
         assert "ld.global.v4" in after
-        loads = set(re.findall(r"ld\.global[.\w]*", before))
-        # Four bytes or eight of a row of V, and x, of which a thread has sixteen, only after the wait.
-        lorc = "LorcShape" in entry.split("(")[0]
-        assert loads <= ({"ld.global.u32", "ld.global.v2.u32"} if lorc else set())
+        loads = re.findall(r"ld\.global[.\w]*", before)
+        # Of a row of V four bytes or eight; of gamma, in norms, sixteen once or twice. What is still being
+        # made, of which a thread has sixteen or more, only after the wait.
+        name = entry.split("(")[0]
+        allowed = {"ld.global.u32", "ld.global.v2.u32"} if "LorcShape" in name else set()
+        gammas = (1, 2) if "norm" in name.lower() else (0,)
+        assert {load for load in loads if load != "ld.global.v4.u32"} <= allowed
+        assert loads.count("ld.global.v4.u32") in gammas

@@ -14,8 +14,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from fused_quantizers import check, variants
+from fused_quantizers import inputs as fused_inputs
+from fused_quantizers import model as fused_model
+from fused_quantizers import run as run_fused
 from rewrite_models import NUMPY, Case, artifact
 
+from passes.fuse_quantizers import NORMS_WITH_LORC
 from passes.lower_weights_plugin import LowerWeightsPlugin
 from passes.remove_unused import RemoveUnused
 
@@ -155,3 +160,51 @@ def test_a_layer_of_floats_is_refused(library):
     RemoveUnused().call(model)
     with pytest.raises(Exception, match="this layer is FLOAT"):
         open_session(model, library, "CUDA")
+
+
+FUSED = [
+    case
+    for dtype in (F16, BF16)
+    for k in (576, 4096)
+    for case in variants(dtype=dtype, k=k)
+    if NORMS_WITH_LORC or not (case.norm and case.rank)
+]
+
+
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_fused_quantizers_equal_the_cpu_kernels(case, library):
+    cuda, cpu = (open_session(fused_model(case), library, provider) for provider in ("CUDA", "CPU"))
+    for rows in (1, 3, 33, 1000):
+        feeds = fused_inputs(case, rows, seed=rows)
+        check(case, run_fused(cuda, feeds), run_fused(cpu, feeds))
+    assert all(value.shape[0] == 0 for value in run_fused(cuda, fused_inputs(case, 0)).values())
+
+
+TORCH = {F16: torch.float16, ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT8E4M3FN: torch.uint8}
+
+
+@pytest.mark.parametrize("case", [case for case in FUSED if case.dtype == F16 and case.k == 576], ids=str)
+def test_fused_quantizers_in_a_cuda_graph(case, library):
+    """A replayed graph computes with what its input buffers then hold."""
+    plain = open_session(fused_model(case), library, "CUDA")
+    session = open_session(fused_model(case), library, "CUDA", enable_cuda_graph="1")
+    binding, rows = session.io_binding(), 5
+    feeds = {name: torch.from_numpy(x).cuda() for name, x in fused_inputs(case, rows).items()}
+    for name, x in feeds.items():
+        numpy_type = np.float32 if name == "a" else np.float16
+        binding.bind_input(name, "cuda", 0, numpy_type, tuple(x.shape), x.data_ptr())
+    buffers = {}
+    for value in fused_model(case).graph.outputs:
+        shape = (rows, int(value.shape[1]))
+        buffers[value.name] = torch.zeros(shape, dtype=TORCH[value.dtype], device="cuda")
+        pointer = buffers[value.name].data_ptr()
+        binding.bind_output(value.name, "cuda", 0, int(value.dtype), shape, pointer)
+    for seed in range(3):
+        fresh = fused_inputs(case, rows, seed=seed)
+        for name, x in fresh.items():
+            feeds[name].copy_(torch.from_numpy(x))
+        torch.cuda.synchronize()
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        for name, wanted in run_fused(plain, fresh).items():
+            assert np.array_equal(buffers[name].cpu().numpy().astype(wanted.dtype), wanted), name

@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from fused_quantizers import Fused, variants
+from fused_quantizers import inputs as fused_inputs
+from fused_quantizers import model as fused_model
 from rewrite_models import HOST_CASES, Case, artifact
 
 from passes.lower_weights_plugin import LowerWeightsPlugin
@@ -24,7 +27,7 @@ from passes.remove_unused import RemoveUnused
 pytest.importorskip("onnxruntime")
 
 
-# argv: library, model, device library folder is on LD_LIBRARY_PATH; x of growing, then shrinking, batches.
+# argv: library, model, K; the device library's folder is on LD_LIBRARY_PATH. Batches grow, then shrink.
 SCRIPT = """
 import json, sys
 import numpy as np
@@ -35,8 +38,9 @@ options.log_severity_level = 4
 options.register_custom_ops_library(library)
 try:
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    x = np.random.default_rng(0).standard_normal((40, k)).astype(np.float16)
-    ys = [session.run(None, {"x": x[:m]}) for m in (0, 1, 3, 40, 2)]
+    x = np.random.default_rng(0).standard_normal((4, 40, k)).astype(np.float16)
+    names = [item.name for item in session.get_inputs()]
+    ys = [session.run(None, {name: x[i, :m] for i, name in enumerate(names)}) for m in (0, 1, 3, 40, 2)]
     print(json.dumps({"y": [[y.astype(float).tolist() for y in pair] for pair in ys]}))
 except Exception as error:
     print(json.dumps({"error": str(error), "type": type(error).__module__}))
@@ -93,10 +97,39 @@ def test_arguments_arrive_where_they_belong(case, fakes, make, tmp_path):
     assert "error" not in got, got
     wanted = run(make("onnxruntime-ops") / "libzqfp_onnxruntime.so", model, case.k, tmp_path)
     assert [len(pair[0]) for pair in got["y"]] == [0, 1, 3, 40, 2]
+    same(got, wanted, 2**-10)
+
+
+def same(got: dict[str, Any], wanted: dict[str, Any], tolerance: float) -> None:
+    """Every output of every batch, relative to its largest value."""
     for mine, cpu in zip(got["y"], wanted["y"], strict=True):
         for y, exact in zip(mine, cpu, strict=True):
             if y:
-                assert np.abs(np.array(y) - np.array(exact)).max() <= 2**-10 * np.abs(exact).max()
+                assert np.abs(np.array(y) - np.array(exact)).max() <= tolerance * np.abs(exact).max()
+
+
+def with_constants(case: Fused) -> ir.Model:
+    """The operator with all but its activations stored, and x8 as FLOAT."""
+    graph = fused_model(case).graph
+    feeds = fused_inputs(case, 0)
+    for value in [value for value in graph.inputs if value.name in ("gamma", "a", "v")]:
+        graph.inputs.remove(value)
+        value.const_value = ir.tensor(feeds[value.name])
+        graph.register_initializer(value)
+    cast = ir.Node("", "Cast", [graph.outputs[0]], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], name="codes")
+    cast.outputs[0].name, cast.outputs[0].dtype = "codes", ir.DataType.FLOAT
+    graph.append(cast)
+    graph.outputs[0] = cast.outputs[0]
+    return ir.Model(graph, ir_version=10)
+
+
+@pytest.mark.parametrize("case", variants(dtype=ir.DataType.FLOAT16, k=80), ids=str)
+def test_arguments_of_fused_quantizers_arrive(case, fakes, make, tmp_path):
+    """Codes may be a step apart, 1/14 of the largest, where h lay at a boundary."""
+    model, cpu = with_constants(case), make("onnxruntime-ops") / "libzqfp_onnxruntime.so"
+    got = run(fakes / "ops.so", model, case.k, tmp_path, LD_LIBRARY_PATH=str(fakes))
+    assert "error" not in got, got
+    same(got, run(cpu, model, case.k, tmp_path), 1 / 14)
 
 
 def refused(says: str, *arguments: Any, **environment: str) -> None:
@@ -142,5 +175,7 @@ def test_streams_that_may_run_at_once_share_no_workspace(fakes, repo_root, tmp_p
 
 def test_what_libzqfp_refuses_is_said_in_its_words(fakes, tmp_path):
     environment = {"LD_LIBRARY_PATH": str(fakes), "FAKE_REFUSAL": "not today"}
-    says = "zqfp: PackedW4A8Linear: not today"
-    refused(says, fakes / "ops.so", lowered(HOST_CASES[0]), 80, tmp_path, **environment)
+    fused = [with_constants(Fused(norm=norm, dtype=ir.DataType.FLOAT16, k=80)) for norm in (False, True)]
+    operators = ("PackedW4A8Linear", "QuantizeSiluMul", "QuantizeRmsNorm")
+    for operator, model in zip(operators, (lowered(HOST_CASES[0]), *fused), strict=True):
+        refused(f"zqfp: {operator}: not today", fakes / "ops.so", model, 80, tmp_path, **environment)

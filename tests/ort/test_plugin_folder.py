@@ -13,12 +13,15 @@ import onnx
 import pytest
 from compiled_models import TOKENS, quick, sqnr
 
+from passes.fuse_quantizers import NORMS_WITH_LORC
 from zqfp_compile import Engine, compile_model
 from zqfp_compile.backends import host_libraries
 from zqfp_compile.backends.ort import create_session
 from zqfp_compile.calibrate.causal_lm import CausalLm
 from zqfp_compile.compare import Gates, compare_models
 from zqfp_compile.errors import MissingDependencyError
+
+FUSED = ("QuantizeSiluMul", "QuantizeRmsNorm")
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -59,14 +62,18 @@ def ops(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("scale", ["tensor", "token"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_logits_agree_with_the_fp8_lowering(dtype, scale, wide_model, library, tmp_path):
-    options = {"activation_scale": scale, "lorc_rank": 12}
+@pytest.mark.parametrize("lorc_rank", [0, 12])
+def test_logits_agree_with_the_fp8_lowering(dtype, scale, lorc_rank, wide_model, library, tmp_path):
+    options = {"activation_scale": scale, "lorc_rank": lorc_rank}
     source = wide_model(dtype)
     report = compiled(source, tmp_path / "plugin", weight_lowering="plugin", **options)
     compiled(source, tmp_path / "fp8", **options)
     path = tmp_path / "plugin" / "onnxruntime.onnx"
     assert ops(path).count("PackedW4A8Linear") == 8  # q/k/v and gate/up are one each
-    assert ops(path).count("QuantizeTokens" if scale == "token" else "QuantizeActivation") == 8
+    # Behind attention they stand alone; both norms and the SiLU of a layer are in theirs, if they can be.
+    norms = 0 if lorc_rank and not NORMS_WITH_LORC else 4
+    quantizers = ("QuantizeTokens" if scale == "token" else "QuantizeActivation", *FUSED)
+    assert [ops(path).count(kind) for kind in quantizers] == [6 - norms, 2, norms]
     assert not [text for text in report["warnings"] if "not computed by the kernel" in text]
     copied = tmp_path / "plugin" / library.name
     assert copied.read_bytes() == library.read_bytes()
@@ -100,7 +107,8 @@ def test_layers_the_kernel_does_not_take_are_named_in_the_report(dtype, tiny_mod
     report = compile_model(tiny_model("llama", dtype=dtype), recipe, output=tmp_path / "out").report
     (text,) = [text for text in report.warnings if "not computed by the kernel" in text]
     assert text.startswith("12 of 14 layers") and "multiple of 16, not 72" in text
-    assert ops(tmp_path / "out" / "onnxruntime.onnx").count("PackedW4A8Linear") == 2
+    kinds = ops(tmp_path / "out" / "onnxruntime.onnx")
+    assert kinds.count("PackedW4A8Linear") == kinds.count("QuantizeSiluMul") == 2
     assert report.perplexity is not None
 
 

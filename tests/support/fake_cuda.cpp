@@ -101,6 +101,34 @@ zqfpStatus zqfpQuantizeActivation(const void* x, int32_t type, int64_t m, int64_
   return ZQFP_SUCCESS;
 }
 
+zqfpStatus zqfpQuantizeSiluMul(const void* gate, const void* up, int32_t type, int64_t m, int64_t k, const float* scale,
+                               void* x8, float* a, const void* v, int32_t rank, void* xv, void* stream) {
+  if (const char* refusal = std::getenv("FAKE_REFUSAL")) return fail(refusal);
+  std::vector<Half> h(m * k);
+  for (int64_t i = 0; i < m * k; ++i) {
+    const float g = number(gate, i);
+    h[i] = Half(g / (1 + std::exp(-g)) * number(up, i));
+  }
+  return zqfpQuantizeActivation(h.data(), type, m, k, scale, x8, a, v, rank, xv, stream);
+}
+
+zqfpStatus zqfpQuantizeRmsNorm(const void* x, const void* skip, const void* gamma, float epsilon, int32_t type, int64_t m,
+                               int64_t k, const float* scale, void* x8, float* a, void* sum, const void* v, int32_t rank,
+                               void* xv, void* stream) {
+  if (const char* refusal = std::getenv("FAKE_REFUSAL")) return fail(refusal);
+  if ((skip == nullptr) != (sum == nullptr)) return fail("skip and sum do not fit");
+  std::vector<Half> s(m * k), h(m * k);
+  for (int64_t i = 0; i < m * k; ++i) s[i] = Half(number(x, i) + (skip == nullptr ? 0 : number(skip, i)));
+  for (int64_t row = 0; row < m; ++row) {
+    float squares = 0;
+    for (int64_t i = row * k; i < (row + 1) * k; ++i) squares += s[i].ToFloat() * s[i].ToFloat();
+    const float size = std::sqrt(squares / k + epsilon);
+    for (int64_t i = 0; i < k; ++i) h[row * k + i] = Half(s[row * k + i].ToFloat() / size * number(gamma, i));
+  }
+  if (sum != nullptr) std::copy(s.begin(), s.end(), static_cast<Half*>(sum));
+  return zqfpQuantizeActivation(h.data(), type, m, k, scale, x8, a, v, rank, xv, stream);
+}
+
 // The driver. A context is any pointer that is not null.
 
 int cuCtxGetCurrent(void** context) {

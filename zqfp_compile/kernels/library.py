@@ -12,6 +12,7 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ import torch
 from zqfp_compile.errors import MissingDependencyError, ZqfpError
 
 NAME = "libzqfp.so"
-ABI_VERSION = 2
+ABI_VERSION = 3
 VARIABLE = "ZQFP_KERNELS"
 # ZQFP_WORKSPACE_ZEROED_BYTES: where a workspace must be zero before a call, and is zero after it.
 WORKSPACE_ZEROED_BYTES = 16384
@@ -140,6 +141,36 @@ class LinearTensors:
         return self.y if isinstance(self.y, tuple) else (self.y,)
 
 
+@dataclass(frozen=True)
+class QuantizerTensors:
+    """What a quantizer of an input [M, K] writes and is told: CUDA tensors, contiguous, aligned to 16 bytes.
+
+    Attributes:
+        x8: float8_e4m3fn or uint8 [M, K], written.
+        a: float32 [M], or [1] with a ``scale``; written.
+        scale: float32 [1], static; ``None``: one scale per token.
+        v: The input's type (not float32) [K, r], or ``None``.
+        xv: The input's type [M, r], written; ``None`` without ``v``.
+    """
+
+    x8: torch.Tensor
+    a: torch.Tensor
+    scale: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+    xv: torch.Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls, x: torch.Tensor, scale: torch.Tensor | None = None, v: torch.Tensor | None = None
+    ) -> QuantizerTensors:
+        """Return uninitialised outputs for an input x [M, K]."""
+        m, k = x.shape
+        x8 = torch.empty((m, k), dtype=torch.float8_e4m3fn, device=x.device)
+        a = torch.empty(m if scale is None else 1, dtype=torch.float32, device=x.device)
+        xv = None if v is None else torch.empty((m, v.shape[1]), dtype=x.dtype, device=x.device)
+        return cls(x8, a, scale, v, xv)
+
+
 class Library:
     """A loaded ``libzqfp.so``.
 
@@ -245,44 +276,70 @@ class Library:
         Raises:
             KernelError: When libzqfp refuses the call.
         """
-        m, k = x.shape
-        x8 = torch.empty((m, k), dtype=torch.float8_e4m3fn, device=x.device)
-        a = torch.empty(m if scale is None else 1, dtype=torch.float32, device=x.device)
-        xv = None if v is None else torch.empty((m, v.shape[1]), dtype=x.dtype, device=x.device)
-        self.quantize_activation_into(x, x8, a, scale=scale, v=v, xv=xv)
-        return x8, a, xv
+        made = QuantizerTensors.empty(x, scale, v)
+        self.quantize_activation_into(x, made)
+        return made.x8, made.a, made.xv
 
-    def quantize_activation_into(
-        self,
-        x: torch.Tensor,
-        x8: torch.Tensor,
-        a: torch.Tensor,
-        *,
-        scale: torch.Tensor | None = None,
-        v: torch.Tensor | None = None,
-        xv: torch.Tensor | None = None,
-    ) -> None:
-        """:meth:`quantize_activation` into given tensors; ``xv`` goes with ``v``.
+    def quantize_activation_into(self, x: torch.Tensor, tensors: QuantizerTensors) -> None:
+        """:meth:`quantize_activation` with given tensors.
 
         Raises:
             ValueError: When a tensor does not fit the others.
             KernelError: When libzqfp refuses the call.
         """
-        (m, k), rank = x.shape, 0 if v is None else v.shape[1]
-        _require(x, "x", (m, k), _DTYPES)
-        _require(x8, "x8", (m, k), (torch.float8_e4m3fn, torch.uint8))
-        _require(a, "a", (m if scale is None else 1,), (torch.float32,))
-        _require_optional(scale, "scale", (1,), torch.float32)
-        _require_optional(v, "v", (k, rank), x.dtype)
-        _require_optional(xv, "xv", (m, rank), x.dtype)
-        status = self._c.zqfpQuantizeActivation(
-            ctypes.c_void_p(_pointer(x)),
-            ctypes.c_int32(_DTYPES[x.dtype]),
-            ctypes.c_int64(m),
-            ctypes.c_int64(k),
-            *(ctypes.c_void_p(_pointer(tensor)) for tensor in (scale, x8, a, v)),
-            ctypes.c_int32(rank),
-            ctypes.c_void_p(_pointer(xv)),
+        shape, *rest = _quantizer_arguments(x, tensors)
+        self._check(self._c.zqfpQuantizeActivation(_void(x), *shape, *rest, _stream()))
+
+    def quantize_silu_mul_into(self, gate: torch.Tensor, up: torch.Tensor, tensors: QuantizerTensors) -> None:
+        """Launch the quantizer of h = silu(gate) * up on torch's current stream; ``tensors.xv`` gets h @ v.
+
+        Args:
+            gate: CUDA float16, bfloat16 or float32 [M, K], contiguous.
+            up: The same.
+            tensors: What is written, and the scale and v.
+
+        Raises:
+            ValueError: When a tensor does not fit the others.
+            KernelError: When libzqfp refuses the call.
+        """
+        _require(up, "up", tuple(gate.shape), (gate.dtype,))
+        shape, *rest = _quantizer_arguments(gate, tensors)
+        self._check(self._c.zqfpQuantizeSiluMul(_void(gate), _void(up), *shape, *rest, _stream()))
+
+    def quantize_rms_norm_into(
+        self,
+        x: torch.Tensor,
+        gamma: torch.Tensor,
+        epsilon: float,
+        tensors: QuantizerTensors,
+        *,
+        skip: torch.Tensor | None = None,
+        sum_: torch.Tensor | None = None,
+    ) -> None:
+        """Launch the quantizer of an RMS norm on torch's current stream; ``tensors.xv`` gets h @ v.
+
+        Args:
+            x: CUDA float16, bfloat16 or float32 [M, K], contiguous.
+            gamma: The type of x [K].
+            epsilon: Added to the mean square.
+            tensors: What is written, and the scale and v.
+            skip: Like x, added to it first, or ``None``.
+            sum_: Like x, receives the sum, or ``None``. It may be x or skip.
+
+        Raises:
+            ValueError: When a tensor does not fit the others.
+            KernelError: When libzqfp refuses the call.
+        """
+        _require(gamma, "gamma", (x.shape[1],), (x.dtype,))
+        for tensor, name in ((skip, "skip"), (sum_, "sum")):
+            _require_optional(tensor, name, tuple(x.shape), x.dtype)
+        shape, scale, x8, a, *lorc = _quantizer_arguments(x, tensors)
+        status = self._c.zqfpQuantizeRmsNorm(
+            *map(_void, (x, skip, gamma)),
+            ctypes.c_float(epsilon),
+            *shape,
+            *(scale, x8, a, _void(sum_)),
+            *lorc,
             _stream(),
         )
         self._check(status)
@@ -348,6 +405,10 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _void(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(_pointer(tensor))
+
+
 def _stream() -> ctypes.c_void_p:
     return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else None)
 
@@ -382,3 +443,17 @@ def _check_linear(layer: Layer, tensors: LinearTensors, packed: tuple[int, int])
     _require_optional(tensors.bias, "bias", (layer.n,), layer.dtype)
     _require_optional(tensors.xv, "xv", (m, rank), layer.dtype)
     _require_optional(tensors.u, "u", (rank, layer.n), layer.dtype)
+
+
+def _quantizer_arguments(x: torch.Tensor, tensors: QuantizerTensors) -> tuple[Any, ...]:
+    """Check the tensors of an input x; return ``(dtype, m, k)`` and what follows it in a quantizer's call."""
+    (m, k), rank = x.shape, 0 if tensors.v is None else tensors.v.shape[1]
+    _require(x, "x", (m, k), _DTYPES)
+    _require(tensors.x8, "x8", (m, k), (torch.float8_e4m3fn, torch.uint8))
+    _require(tensors.a, "a", (m if tensors.scale is None else 1,), (torch.float32,))
+    _require_optional(tensors.scale, "scale", (1,), torch.float32)
+    _require_optional(tensors.v, "v", (k, rank), x.dtype)
+    _require_optional(tensors.xv, "xv", (m, rank), x.dtype)
+    shape = (ctypes.c_int32(_DTYPES[x.dtype]), ctypes.c_int64(m), ctypes.c_int64(k))
+    lorc = (_void(tensors.v), ctypes.c_int32(rank), _void(tensors.xv))
+    return shape, *map(_void, (tensors.scale, tensors.x8, tensors.a)), *lorc

@@ -6,6 +6,7 @@
 #include "gemm_kernel.cuh"
 #include "quantize_lorc.cuh"
 #include "quantize_lorc_many.cuh"
+#include "quantize_norm.cuh"
 #include "quantize_stream.cuh"
 #include "strip_kernel.cuh"
 
@@ -63,40 +64,73 @@ void quantize_lorc(const QuantizeParams& p) {
 }
 
 template <class S>
-void quantize_many(const QuantizeParams& base, int slots) {
-  const ManyTokensParams p{base, slots};
+void quantize_staged(const QuantizeParams& base, int slots) {
+  const StagedParams p{base, slots};
   for (int cluster = 0; cluster < divide_up(p.m, S::kTokens); ++cluster) {
     run_cluster(cluster, p.share, S::kThreads, S::shared_bytes(slots, p.rank), [&](char* memory) {
-      ManyTokensQuantizer<S>(p, memory).run();
+      StagedQuantizer<S>(p, memory).run();
     });
   }
 }
 
-template <typename T, bool kPerToken>
-void quantize_with_lorc(const QuantizeParams& p, int slots) {
-  slots == 0 ? quantize_lorc<FewTokens<T, kPerToken>>(p) : quantize_many<ManyTokens<T, kPerToken>>(p, slots);
+// `size`: 0 for the kernel for few tokens; else that for many, and of x alone the stages that it has room for.
+template <class Source, LorcTask kTask>
+void choose_lorc(const QuantizeParams& p, int size) {
+  if (size == 0) return quantize_lorc<FewTokens<Source, kTask>>(p);
+  if constexpr (Source::kLoads == 1) {
+    quantize_staged<StagedShape<typename Source::T, kTask == LorcTask::kPerToken>>(p, size);
+  } else {
+    quantize_lorc<ManyTokens<Source, kTask>>(p);
+  }
 }
 
-// `size`: threads of a token's block without LoRC; with LoRC 0 for the kernel for few tokens, else the stages of x that
-// the one for many has room for.
-template <typename T>
+// `size`: threads of a token's block without LoRC; with LoRC as choose_lorc has it.
+template <class Source>
 void quantize(const QuantizeParams& p, int size) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(typename Source::T) == 2) {
     if (p.v != nullptr) {
-      return p.scale == nullptr ? quantize_with_lorc<T, true>(p, size) : quantize_with_lorc<T, false>(p, size);
+      return p.scale == nullptr ? choose_lorc<Source, LorcTask::kPerToken>(p, size)
+                                : choose_lorc<Source, LorcTask::kStatic>(p, size);
     }
   }
+  const bool few = p.share > 0;
   const int64_t per_block = int64_t(p.share) * kStreamThreads * 8;
   const int blocks = p.scale == nullptr ? p.m : int((int64_t(p.m) * p.k + per_block - 1) / per_block);
   for (int index = 0; index < blocks; ++index) {
     if (p.scale != nullptr) {
-      run_cluster(index, 1, kStreamThreads, 0, [&](char*) { quantize_static<T>(p); });
+      run_cluster(index, 1, kStreamThreads, 0, [&](char*) { quantize_static<Source>(p); });
     } else {
-      run_cluster(index, 1, size, 128, [&](char* memory) {
-        quantize_token<T>(p, reinterpret_cast<uint32_t*>(memory));
+      run_cluster(index, few ? p.share : 1, size, sizeof(TokenShared), [&](char* memory) {
+        TokenShared& shared = *reinterpret_cast<TokenShared*>(memory);
+        few ? quantize_token<Source, true>(p, shared) : quantize_token<Source, false>(p, shared);
       });
     }
   }
+}
+
+template <typename T, bool kFew>
+void normalise(const QuantizeParams& p, int threads) {
+  for (int token = 0; token < p.m; ++token) {
+    run_cluster(token, kFew ? p.share : 1, threads, sizeof(NormShared), [&](char* memory) {
+      NormQuantizer<T, kFew>(p, *reinterpret_cast<NormShared*>(memory)).run();
+    });
+  }
+}
+
+// A block has `threads`; `size` as choose_lorc has it.
+template <typename T>
+void quantize_norm(QuantizeParams p, int threads, int size) {
+  size == 0 ? normalise<T, true>(p, threads) : normalise<T, false>(p, threads);
+  if constexpr (sizeof(T) == 2) {
+    follow_norm(&p);
+    if (p.v != nullptr) choose_lorc<Norm<T>, LorcTask::kNothing>(p, size);
+  }
+}
+
+template <typename T>
+void quantize_numbers(const QuantizeParams& p, int size, int norm_threads) {
+  if (p.gamma != nullptr) return quantize_norm<T>(p, norm_threads, size);
+  p.other == nullptr ? quantize<Plain<T>>(p, size) : quantize<SiluMul<T>>(p, size);
 }
 
 void fill(const Problem& problem, LinearParams* p) {
@@ -159,8 +193,7 @@ template <class C>
 void run_strip_kernel(const Problem& problem) {
   StripParams p{};
   fill(problem, &p);
-  p.x8 = static_cast<const uint8_t*>(problem.x8);
-  p.k = problem.k;
+  p.x8 = emulator::make_map(problem.x8, problem.m, problem.k, 1, 8);
   p.xv = problem.xv;
   p.u = problem.u;
   p.columns = slice_blocks(p.k_blocks);
@@ -192,9 +225,11 @@ extern "C" int emulate(int config, const Problem* problem) {
   }
 }
 
-// dtype as in zqfp.h; v null: no LoRC.
-extern "C" void emulate_quantizer(const void* x, int dtype, int m, int k, const float* scale, void* x8, float* a,
-                                  const void* v, int rank, void* xv, int share, int size) {
-  const QuantizeParams p{x, scale, static_cast<uint8_t*>(x8), a, v, xv, m, k, v == nullptr ? 0 : rank, share};
-  dtype == 3 ? quantize<float>(p, size) : dtype == 1 ? quantize<__half>(p, size) : quantize<__nv_bfloat16>(p, size);
+// The inputs of a norm's quantizer; or x, and other null or SiLU's factor. dtype as in zqfp.h; v null: no LoRC.
+extern "C" void emulate_quantizer(const QuantizeInputs* inputs, int dtype, int m, int k, const float* scale, void* x8,
+                                  float* a, const void* v, int rank, void* xv, int share, int size, int norm_threads) {
+  const QuantizeParams p{*inputs, scale, static_cast<uint8_t*>(x8), a, v, xv, m, k, v == nullptr ? 0 : rank, share};
+  dtype == 3   ? quantize_numbers<float>(p, size, norm_threads)
+  : dtype == 1 ? quantize_numbers<__half>(p, size, norm_threads)
+               : quantize_numbers<__nv_bfloat16>(p, size, norm_threads);
 }

@@ -179,6 +179,7 @@ inline void __syncthreads() { emulator::block->named[0].sync(emulator::block->th
 
 inline int __clz(int x) { return __builtin_clz(unsigned(x)); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frsqrt_rn(float x) { return float(1 / std::sqrt(double(x))); }
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -238,6 +239,9 @@ inline void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t b
 }
 inline void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier, uint64_t) {
   if (to % 1024) abort();
+  // The kernel of strips: x8 comes late, so that who does not wait for it finds nothing.
+  constexpr int kStripThreads = 17 * 32;
+  if (block->threads == kStripThreads) std::this_thread::sleep_for(std::chrono::milliseconds(300));
   emulator::copy_box(*block, to, map, x, y, barrier);
 }
 inline void copy_box_to_cluster(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier, uint16_t blocks,
@@ -266,6 +270,8 @@ inline void store_remote(const float* mine, const float (&number)[4], uint32_t b
 inline float limit(float x, float most) {
   return std::isnan(x) ? x : std::copysign(std::fmin(std::fabs(x), most), x);
 }
+inline float power_of_2(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return x > 0x1p126f ? 0 : 1 / x; }
 inline void sync_threads(int id, int threads) { block->named[id].sync(threads); }
 inline void arrive_threads(int id, int threads) { block->named[id].arrive(threads); }
 template <int>
@@ -287,8 +293,7 @@ inline uint2 load_8(uint32_t address) { return load<uint2>(address); }
 inline uint32_t load_4(uint32_t address) { return load<uint32_t>(address); }
 inline uint32_t load_2(uint32_t address) { return load<uint16_t>(address); }
 
-// cp.async happens as late as it may, when its group is waited for; a warp that copies for others (strip_kernel.cuh's
-// last) takes its time, so that who does not wait for it finds nothing.
+// cp.async happens as late as it may, when its group is waited for.
 inline thread_local std::vector<std::function<void()>> open_copies;
 inline thread_local std::deque<std::vector<std::function<void()>>> copies;
 
@@ -310,8 +315,6 @@ inline void commit_copies() {
 }
 template <int kPending>
 void wait_copies() {
-  constexpr unsigned kCopyingWarp = 16;
-  if (kPending > 0 && threadIdx.x / 32 == kCopyingWarp) std::this_thread::sleep_for(std::chrono::milliseconds(300));
   for (; copies.size() > kPending; copies.pop_front()) {
     for (const auto& run : copies.front()) run();
   }

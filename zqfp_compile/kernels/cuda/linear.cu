@@ -62,9 +62,8 @@ zqfpStatus launch_gemm(const Kernel& kernel, int blocks, int shared_bytes, int d
 zqfpStatus launch_strips(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Plan& plan, int device,
                          void* stream) {
   StripParams p{};
+  ZQFP_RETURN_IF_FAILED(make_map(&p.x8, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, args.x8, m, desc.k, 8));
   fill_params(desc, args, m, &p);
-  p.x8 = static_cast<const uint8_t*>(args.x8);
-  p.k = int(desc.k);
   p.xv = args.xv;
   p.u = args.u;
   p.columns = slice_blocks(p.k_blocks);

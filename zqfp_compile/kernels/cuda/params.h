@@ -52,10 +52,10 @@ struct GemmParams : LinearParams {
 
 // Of the kernel for few tokens (strip_kernel.cuh).
 struct StripParams : LinearParams {
-  const uint8_t* x8;  // E4M3 [m, k]
-  const void* xv;     // [m, rank]
-  const void* u;      // [rank, n]
-  int k, rank;
+  CUtensorMap x8;  // E4M3 [m, k]
+  const void* xv;  // [m, rank]
+  const void* u;   // [rank, n]
+  int rank;
   int columns;  // slice_blocks
   int strips;   // of 16 rows
   int blocks;   // among which they are dealt out, for each tile of tokens

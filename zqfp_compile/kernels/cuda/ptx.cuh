@@ -293,6 +293,18 @@ __device__ __forceinline__ float limit(float x, float most) {
   return limited;
 }
 
+// 2^x within 2^-22, 1 / x within 2^-23 of it; both take and give 0 for what is smaller than 2^-126.
+__device__ __forceinline__ float power_of_2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float quotient;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(x));
+  return quotient;
+}
+
 // ---- mma of a warp: m16n8k16 ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, __half) {

@@ -1,11 +1,13 @@
-// zqfpQuantizeActivation.
+// zqfpQuantizeActivation, zqfpQuantizeSiluMul and zqfpQuantizeRmsNorm.
 #include <algorithm>
+#include <cmath>
 
 #include "check.h"
 #include "device.h"
 #include "launch.h"
 #include "quantize_lorc.cuh"
 #include "quantize_lorc_many.cuh"
+#include "quantize_norm.cuh"
 #include "quantize_stream.cuh"
 
 namespace zqfp {
@@ -47,19 +49,38 @@ zqfpStatus launch(int64_t blocks, int threads, int cluster, int device, Quantize
   return launch_kernel(function, {int(blocks), threads, 0, cluster}, p, stream, "launching the quantizer");
 }
 
-template <typename T>
+// Threads of a block of which so many have something to do.
+int block_threads(int64_t busy) { return int(std::min<int64_t>(divide_up(busy, 32) * 32, kMaxRowThreads)); }
+
+// A thread for each eight of a token; a cluster for each token, of more blocks until processors or eights are few.
+template <void (*kKernel)(QuantizeParams)>
+zqfpStatus launch_few(int64_t eights, int device, int processors, QuantizeParams* p, void* stream) {
+  constexpr int64_t kFewEights = 128;
+  p->share = 1;
+  while (p->share < kMaxClusterBlocks && 2 * p->share * p->m <= processors && eights >= 2 * p->share * kFewEights) {
+    p->share *= 2;
+  }
+  const int threads = block_threads(divide_up(eights, p->share));
+  return launch<kKernel>(p->m * p->share, threads, p->share, device, p, stream);
+}
+
+template <class Source>
 zqfpStatus quantize(QuantizeParams* p, int device, int processors, void* stream) {
-  const int64_t eights = p->k / 8;
+  const int64_t eights = p->k / 8;  // of a token
   if (p->scale != nullptr) {
     // No more of them in a thread than leave each processor two blocks.
     const int64_t share = p->m * eights / (2 * processors * kStreamThreads);
     p->share = int(std::clamp<int64_t>(share, 1, kHeld));
     const int64_t blocks = divide_up(p->m * eights, p->share * kStreamThreads);
-    return launch<quantize_static_kernel<T>>(blocks, kStreamThreads, 1, device, p, stream);
+    return launch<quantize_static_kernel<Source>>(blocks, kStreamThreads, 1, device, p, stream);
   }
-  const int64_t busy = p->m <= processors ? eights : divide_up(eights, kHeld);
-  const int threads = int(std::min<int64_t>(divide_up(busy, 32) * 32, kMaxRowThreads));
-  return launch<quantize_token_kernel<T>>(p->m, threads, 1, device, p, stream);
+  if constexpr (Source::kLoads > 1) {  // where h takes time to compute
+    if (p->m <= processors) {
+      return launch_few<quantize_token_kernel<Source, true>>(eights, device, processors, p, stream);
+    }
+  }
+  const int threads = block_threads(p->m <= processors ? eights : divide_up(eights, kHeld));
+  return launch<quantize_token_kernel<Source, false>>(p->m, threads, 1, device, p, stream);
 }
 
 // Into how many blocks a cluster divides K: more as long as each warp has a chunk and the processors have less to do.
@@ -86,9 +107,9 @@ zqfpStatus quantize_lorc(QuantizeParams* p, int device, int processors, void* st
 // Into how many blocks a cluster divides K: more where the processors then have less to do, and per token, as then fewer
 // tokens are being worked on at a time, and x is surer to be still in the cache.
 template <class S>
-int choose_many_blocks(int64_t tiles, int64_t stages, int64_t room) {
+int choose_staged_blocks(int64_t tiles, int64_t stages, int64_t room) {
   int64_t best = 2;
-  for (int64_t blocks = 4; blocks <= std::min<int64_t>(S::kMaxBlocks, stages); blocks *= 2) {
+  for (int64_t blocks = 4; blocks <= std::min<int64_t>(kMaxClusterBlocks, stages); blocks *= 2) {
     const int64_t rounds = divide_up(tiles * blocks, room), best_rounds = divide_up(tiles * best, room);
     if (S::kPerToken || rounds * best < best_rounds * blocks) best = blocks;
   }
@@ -96,30 +117,87 @@ int choose_many_blocks(int64_t tiles, int64_t stages, int64_t room) {
 }
 
 template <class S>
-zqfpStatus quantize_many(const QuantizeParams& base, int device, int processors, void* stream) {
+zqfpStatus quantize_staged(const QuantizeParams& base, int device, int processors, void* stream) {
   static std::atomic<uint64_t> prepared{0}, allowed{0};
-  const void* function = reinterpret_cast<const void*>(quantize_many_kernel<S>);
+  const void* function = reinterpret_cast<const void*>(quantize_staged_kernel<S>);
   ZQFP_RETURN_IF_FAILED(set_attribute_once(function, cudaFuncAttributePreferredSharedMemoryCarveout,
                                            cudaSharedmemCarveoutMaxShared, device, &prepared));
-  ManyTokensParams p{base, S::kAhead + 1};
+  StagedParams p{base, S::kAhead + 1};
   ZQFP_RETURN_IF_FAILED(set_attribute_once(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            S::shared_bytes(p.slots, kMaxRank), device, &allowed));
   const int64_t tiles = divide_up(p.m, S::kTokens), stages = divide_up(p.k, S::kColumns);
-  p.share = choose_many_blocks<S>(tiles, stages, 2 * processors);
+  p.share = choose_staged_blocks<S>(tiles, stages, 2 * processors);
   const LaunchShape shape{int(tiles * p.share), S::kThreads, S::shared_bytes(p.slots, p.rank), p.share};
   return launch_kernel(function, shape, &p, stream, "launching the quantizer");
 }
 
-template <typename T>
-zqfpStatus quantize_half(QuantizeParams* p, int device, int processors, void* stream) {
-  if (p->v == nullptr) return quantize<T>(p, device, processors, stream);
-  const bool per_token = p->scale == nullptr;
-  if (p->m < kManyTokens) {
-    return per_token ? quantize_lorc<FewTokens<T, true>>(p, device, processors, stream)
-                     : quantize_lorc<FewTokens<T, false>>(p, device, processors, stream);
+template <class Source, LorcTask kTask>
+zqfpStatus choose_lorc(QuantizeParams* p, int device, int processors, void* stream) {
+  if (p->m < kManyTokens) return quantize_lorc<FewTokens<Source, kTask>>(p, device, processors, stream);
+  if constexpr (Source::kLoads == 1) {
+    constexpr bool kPerToken = kTask == LorcTask::kPerToken;
+    return quantize_staged<StagedShape<typename Source::T, kPerToken>>(*p, device, processors, stream);
+  } else {
+    return quantize_lorc<ManyTokens<Source, kTask>>(p, device, processors, stream);
   }
-  return per_token ? quantize_many<ManyTokens<T, true>>(*p, device, processors, stream)
-                   : quantize_many<ManyTokens<T, false>>(*p, device, processors, stream);
+}
+
+template <class Source>
+zqfpStatus quantize_half(QuantizeParams* p, int device, int processors, void* stream) {
+  if (p->v == nullptr) return quantize<Source>(p, device, processors, stream);
+  return p->scale == nullptr ? choose_lorc<Source, LorcTask::kPerToken>(p, device, processors, stream)
+                             : choose_lorc<Source, LorcTask::kStatic>(p, device, processors, stream);
+}
+
+template <template <typename> class Source>
+zqfpStatus quantize_source(QuantizeParams* p, int32_t dtype, void* stream) {
+  int device = 0, processors = 0;
+  ZQFP_RETURN_IF_FAILED(find_device(&device, &processors));
+  if (dtype == ZQFP_FLOAT32) return quantize<Source<float>>(p, device, processors, stream);
+  if (dtype == ZQFP_FLOAT16) return quantize_half<Source<__half>>(p, device, processors, stream);
+  return quantize_half<Source<__nv_bfloat16>>(p, device, processors, stream);
+}
+
+template <typename T>
+zqfpStatus quantize_norm(QuantizeParams* p, int device, int processors, void* stream) {
+  const int64_t eights = p->k / 8;
+  if (p->m <= processors) return launch_few<quantize_norm_kernel<T, true>>(eights, device, processors, p, stream);
+  const int threads = block_threads(divide_up(eights, NormQuantizer<T, false>::kHeld));
+  return launch<quantize_norm_kernel<T, false>>(p->m, threads, 1, device, p, stream);
+}
+
+// With LoRC in two launches: a token's factor must be known before its first product.
+template <typename T>
+zqfpStatus quantize_norm_half(QuantizeParams* p, int device, int processors, void* stream) {
+  ZQFP_RETURN_IF_FAILED(quantize_norm<T>(p, device, processors, stream));
+  if (p->v == nullptr) return ZQFP_SUCCESS;
+  follow_norm(p);
+  return choose_lorc<Norm<T>, LorcTask::kNothing>(p, device, processors, stream);
+}
+
+zqfpStatus quantize_norm_of(QuantizeParams* p, int32_t dtype, void* stream) {
+  int device = 0, processors = 0;
+  ZQFP_RETURN_IF_FAILED(find_device(&device, &processors));
+  if (dtype == ZQFP_FLOAT32) return quantize_norm<float>(p, device, processors, stream);
+  if (dtype == ZQFP_FLOAT16) return quantize_norm_half<__half>(p, device, processors, stream);
+  return quantize_norm_half<__nv_bfloat16>(p, device, processors, stream);
+}
+
+// Checks all that is not an input. Where there are no tokens, pointers may be anything.
+zqfpStatus check_call(int32_t x_dtype, int64_t m, int64_t k, const float* scale, const void* x8, const float* a,
+                      const void* v, int32_t rank, const void* xv) {
+  ZQFP_RETURN_IF_FAILED(check_shape(x_dtype, m, k));
+  ZQFP_RETURN_IF_FAILED(check_lorc(x_dtype, v, rank, xv));
+  if (m == 0) return ZQFP_SUCCESS;
+  ZQFP_RETURN_IF_FAILED(check_pointer(x8, "x8"));
+  if (scale == nullptr) ZQFP_RETURN_IF_FAILED(check_pointer(a, "a"));
+  ZQFP_RETURN_IF_FAILED(check_alignment(scale, "scale"));
+  return check_alignment(a, "a");
+}
+
+QuantizeParams make_params(const QuantizeInputs& inputs, int64_t m, int64_t k, const float* scale, void* x8, float* a,
+                           const void* v, int32_t rank, void* xv) {
+  return {inputs, scale, static_cast<uint8_t*>(x8), a, v, xv, int(m), int(k), v == nullptr ? 0 : rank, 1};
 }
 
 }  // namespace
@@ -128,18 +206,38 @@ zqfpStatus quantize_half(QuantizeParams* p, int device, int processors, void* st
 zqfpStatus zqfpQuantizeActivation(const void* x, int32_t x_dtype, int64_t m, int64_t k, const float* scale, void* x8,
                                   float* a, const void* v, int32_t rank, void* xv, void* stream) {
   using namespace zqfp;
-  ZQFP_RETURN_IF_FAILED(check_shape(x_dtype, m, k));
-  ZQFP_RETURN_IF_FAILED(check_lorc(x_dtype, v, rank, xv));
+  ZQFP_RETURN_IF_FAILED(check_call(x_dtype, m, k, scale, x8, a, v, rank, xv));
   if (m == 0) return ZQFP_SUCCESS;
   ZQFP_RETURN_IF_FAILED(check_pointer(x, "x"));
-  ZQFP_RETURN_IF_FAILED(check_pointer(x8, "x8"));
-  if (scale == nullptr) ZQFP_RETURN_IF_FAILED(check_pointer(a, "a"));
-  ZQFP_RETURN_IF_FAILED(check_alignment(scale, "scale"));
-  ZQFP_RETURN_IF_FAILED(check_alignment(a, "a"));
-  int device = 0, processors = 0;
-  ZQFP_RETURN_IF_FAILED(find_device(&device, &processors));
-  QuantizeParams p{x, scale, static_cast<uint8_t*>(x8), a, v, xv, int(m), int(k), v == nullptr ? 0 : rank, 1};
-  if (x_dtype == ZQFP_FLOAT32) return quantize<float>(&p, device, processors, stream);
-  if (x_dtype == ZQFP_FLOAT16) return quantize_half<__half>(&p, device, processors, stream);
-  return quantize_half<__nv_bfloat16>(&p, device, processors, stream);
+  QuantizeParams p = make_params({x}, m, k, scale, x8, a, v, rank, xv);
+  return quantize_source<Plain>(&p, x_dtype, stream);
+}
+
+zqfpStatus zqfpQuantizeSiluMul(const void* gate, const void* up, int32_t x_dtype, int64_t m, int64_t k,
+                               const float* scale, void* x8, float* a, const void* v, int32_t rank, void* xv,
+                               void* stream) {
+  using namespace zqfp;
+  ZQFP_RETURN_IF_FAILED(check_call(x_dtype, m, k, scale, x8, a, v, rank, xv));
+  if (m == 0) return ZQFP_SUCCESS;
+  ZQFP_RETURN_IF_FAILED(check_pointer(gate, "gate"));
+  ZQFP_RETURN_IF_FAILED(check_pointer(up, "up"));
+  QuantizeParams p = make_params({gate, up}, m, k, scale, x8, a, v, rank, xv);
+  return quantize_source<SiluMul>(&p, x_dtype, stream);
+}
+
+zqfpStatus zqfpQuantizeRmsNorm(const void* x, const void* skip, const void* gamma, float epsilon, int32_t x_dtype,
+                               int64_t m, int64_t k, const float* scale, void* x8, float* a, void* sum, const void* v,
+                               int32_t rank, void* xv, void* stream) {
+  using namespace zqfp;
+  ZQFP_RETURN_IF_FAILED(check_call(x_dtype, m, k, scale, x8, a, v, rank, xv));
+  if (!(epsilon >= 0.f) || std::isinf(epsilon)) {
+    return fail(ZQFP_INVALID_VALUE, "epsilon = %g is not a number from 0 on", double(epsilon));
+  }
+  if (m == 0) return ZQFP_SUCCESS;
+  ZQFP_RETURN_IF_FAILED(check_pointer(x, "x"));
+  ZQFP_RETURN_IF_FAILED(check_alignment(skip, "skip"));
+  ZQFP_RETURN_IF_FAILED(check_pointer(gamma, "gamma"));
+  ZQFP_RETURN_IF_FAILED(check_alignment(sum, "sum"));
+  QuantizeParams p = make_params({x, skip, gamma, epsilon, sum}, m, k, scale, x8, a, v, rank, xv);
+  return quantize_norm_of(&p, x_dtype, stream);
 }

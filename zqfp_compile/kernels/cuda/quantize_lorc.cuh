@@ -1,35 +1,40 @@
-// x -> E4M3 and its scale, and x @ V in the same pass over x.
+// h -> E4M3 and its scale, and h @ V in the same pass over what h is computed from (quantize_source.cuh).
 //
 // The blocks of a cluster have the same 16 * kTiles tokens and 16 * kPairs ranks and share them along K; of the clusters
 // with the same tokens each quantises a part. A warp takes chunks of 32 columns: thread 4q + c loads columns 8c..8c+7 of
 // tokens q + 8r and uses them both as numbers to quantise and as operand B of two m16n8k16 steps, whose 16 columns are
-// 8c + 4s + {0, 1, 2, 3} for the four c: a sum does not mind the order. V is operand A: x goes in as it was loaded.
+// 8c + 4s + {0, 1, 2, 3} for the four c: a sum does not mind the order. V is operand A: h goes in as it lies in memory.
 #pragma once
 
 #include "decode.h"
-#include "quantize_value.cuh"
+#include "quantize_source.cuh"
 
 namespace zqfp {
 
 constexpr int kChunk = 32;
 constexpr int kMaxRank = 64;
-constexpr int kMaxClusterBlocks = 8;
 
-// Few tokens: many blocks, each with little of V, all of it under way at once. Many tokens: V is read once for 64 of
-// them; twelve warps, as each thread has 64 sums.
-template <typename Number, int Tiles, int Pairs, int Batch, int Warps, bool PerToken>
+// What there is to do beside h @ V.
+enum class LorcTask { kStatic, kPerToken, kNothing };
+
+// Few tokens: many blocks, each with little of V, all of it under way at once. Many tokens of h that must be computed (for
+// x alone there is quantize_lorc_many.cuh): V is read once for 32 of them.
+template <class From, int Tiles, int Pairs, int Batch, int Warps, LorcTask Task>
 struct LorcShape {
-  using T = Number;
+  using Source = From;
+  using T = typename Source::T;
   static constexpr int kTiles = Tiles, kPairs = Pairs, kWarps = Warps;
   static constexpr int kBatch = Batch;  // chunks that a warp has under way
-  static constexpr bool kPerToken = PerToken;
+  static constexpr bool kPerToken = Task == LorcTask::kPerToken, kStatic = Task == LorcTask::kStatic;
   static constexpr int kTokens = 16 * Tiles, kRanks = 16 * Pairs, kThreads = 32 * Warps;
   static constexpr int kRows = 2 * Tiles;         // tokens of a thread
   static constexpr int kSums = 8 * Tiles * Pairs;  // of a thread
   static constexpr int kRound = kSums < 16 ? kSums : 16;  // of them, added up at a time
 };
-template <typename T, bool kPerToken>
-using FewTokens = LorcShape<T, 1, 1, 4, 16, kPerToken>;
+template <class Source, LorcTask kTask>
+using FewTokens = LorcShape<Source, 1, 1, 5 - Source::kLoads, 16, kTask>;
+template <class Source, LorcTask kTask>
+using ManyTokens = LorcShape<Source, 2, 2, 1, 16, kTask>;
 
 // Of a block. The blocks of the cluster write to each other's `sum` and `range`, and count the bytes on the barriers; so
 // nobody reads what is not there, and no block needs to outlive another.
@@ -72,6 +77,8 @@ struct RowsOfV {
 template <class S>
 class LorcQuantizer {
   using T = typename S::T;
+  using Source = typename S::Source;
+  using Raw = typename Source::Raw;
 
  public:
   __device__ __forceinline__ LorcQuantizer(const QuantizeParams& p, LorcShared<S>& shared) : p_(p), shared_(shared) {
@@ -95,11 +102,14 @@ class LorcQuantizer {
     open_barriers();
     ptx::cluster_arrive();
     RowsOfV<S::kPairs> v[S::kBatch];
-    // A weight: it may be read before the kernel before has ended.
-    load_first([&](int b, int column) { load_v(v[b], column); });
+    // Weights: they may be read before the kernel before has ended.
+    load_first([&](int b, int column) {
+      load_v(v[b], column);
+      load_column(b, column);
+    });
     ptx::wait_for_kernel_before();
-    const float scale = S::kPerToken ? 1.f : *p_.scale;
-    Eight<T> x[S::kBatch][S::kRows];
+    const float scale = S::kStatic ? *p_.scale : 1.f;
+    Raw x[S::kBatch][S::kRows];
     read(x, v, scale);
     ptx::cluster_wait();  // every block has opened its barriers
     if constexpr (S::kPerToken) share_warp_ranges();
@@ -108,7 +118,7 @@ class LorcQuantizer {
       send_ranges();
       find_scales();
       write_per_token(x);
-    } else if (blockIdx.x == 0 && threadIdx.x == 0 && p_.a != nullptr) {
+    } else if (S::kStatic && blockIdx.x == 0 && threadIdx.x == 0 && p_.a != nullptr) {
       p_.a[0] = scale;
     }
     store_product();
@@ -119,6 +129,8 @@ class LorcQuantizer {
   LorcShared<S>& shared_;
   int q_, c_, warp_, block_, group_, groups_, first_token_, first_column_, stride_;
   int part_;  // sums that a block adds up for its cluster
+  typename Source::Column columns_[S::kBatch];
+  typename Source::Row rows_[S::kRows];
   float range_[S::kRows] = {};
   float sums_[S::kRows][S::kPairs][4] = {};  // [r][p][2h + i]: token 8r + 2c + i, rank 2 * kPairs * q + 2p + h
 
@@ -166,57 +178,73 @@ class LorcQuantizer {
     v.load(from, p_.rank, column < p_.k && rank < p_.rank);
   }
 
-  __device__ __forceinline__ Eight<T> load_x(int row, int column) const {
-    return load_eight(static_cast<const T*>(p_.x) + offset(row, column), inside(row, column));
+  __device__ __forceinline__ void load_column(int batch, int column) {
+    columns_[batch] = Source::load_column(p_, column, column < p_.k);
   }
 
-  __device__ __forceinline__ void load_rows(Eight<T> (&x)[S::kRows], int column) const {
+  __device__ __forceinline__ Raw load_x(int row, int column) const {
+    return Source(p_).load(offset(row, column), inside(row, column));
+  }
+
+  __device__ __forceinline__ void load_rows(Raw (&x)[S::kRows], int column) const {
 #pragma unroll
     for (int r = 0; r < S::kRows; ++r) x[r] = load_x(r, column);
   }
 
   // Runs `load` for the thread's columns of the first chunks that the warp has under way.
   template <typename Load>
-  __device__ __forceinline__ void load_first(Load load) const {
+  __device__ __forceinline__ void load_first(Load load) {
 #pragma unroll
     for (int b = 0; b < S::kBatch; ++b) {
       if (has_chunk(first_column_ + b * stride_)) load(b, first_column_ + b * stride_);
     }
   }
 
-  // Ranges and x @ V, and with a static scale all there is to do. All lanes of a warp run the same chunks, as mma
+  // Ranges and h @ V, and with a static scale all there is to do. All lanes of a warp run the same chunks, as mma
   // needs them all.
-  __device__ __forceinline__ void read(Eight<T> (&x)[S::kBatch][S::kRows], RowsOfV<S::kPairs> (&v)[S::kBatch],
+  __device__ __forceinline__ void read(Raw (&x)[S::kBatch][S::kRows], RowsOfV<S::kPairs> (&v)[S::kBatch],
                                        float scale) {
     load_first([&](int b, int column) { load_rows(x[b], column); });
+#pragma unroll
+    for (int r = 0; r < S::kRows; ++r) {
+      rows_[r] = Source::load_row(p_, token(r), group_ * S::kRanks, token(r) < p_.m);
+    }
     const Divisor divide(scale);  // not before: the loads of x must not wait for the scale
     for (int column = first_column_; has_chunk(column); column += S::kBatch * stride_) {
 #pragma unroll
       for (int b = 0; b < S::kBatch; ++b) {
-        if (has_chunk(column + b * stride_)) use(x[b], v[b], column + b * stride_, divide);
+        if (has_chunk(column + b * stride_)) use(b, x[b], v[b], column + b * stride_, divide);
       }
     }
   }
 
   // Uses a chunk, and puts the next one in the place of each part that has served.
-  __device__ __forceinline__ void use(Eight<T> (&x)[S::kRows], RowsOfV<S::kPairs>& v, int column,
+  __device__ __forceinline__ void use(int batch, Raw (&x)[S::kRows], RowsOfV<S::kPairs>& v, int column,
                                       const Divisor& divide) {
     const int next = column + S::kBatch * stride_;
     const bool more = has_chunk(next);
-    multiply(x, v);
+    Eight<T> h[S::kRows];
+#pragma unroll
+    for (int r = 0; r < S::kRows; ++r) {
+      if (Source::kLoads > 1 && first_token_ + 8 * r >= p_.m) continue;  // zeros; computing takes time
+      h[r] = Source(p_).compute(x[r], columns_[batch], rows_[r]);
+    }
+    multiply(h, v);
     if (more) load_v(v, next);
+    if (more) load_column(batch, next);
 #pragma unroll
     for (int r = 0; r < S::kRows; ++r) {
       if constexpr (S::kPerToken) {
-        range_[r] = x[r].widen(range_[r]);
-      } else if (is_mine(column) && inside(r, column)) {
-        store_quantized(x[r], divide, p_.x8 + offset(r, column));
+        range_[r] = h[r].widen(range_[r]);
+        Source::keep(h[r], x[r]);
+      } else if (S::kStatic && is_mine(column) && inside(r, column)) {
+        store_quantized(h[r], divide, p_.x8 + offset(r, column));
       }
       if (more) x[r] = load_x(r, next);
     }
   }
 
-  __device__ __forceinline__ void multiply(const Eight<T> (&x)[S::kRows], const RowsOfV<S::kPairs>& v) {
+  __device__ __forceinline__ void multiply(const Eight<T> (&h)[S::kRows], const RowsOfV<S::kPairs>& v) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
 #pragma unroll
@@ -226,7 +254,7 @@ class LorcQuantizer {
                                prmt(row[2], row[3], 0x5410), prmt(row[2], row[3], 0x7632)};
 #pragma unroll
         for (int r = 0; r < S::kRows; ++r) {
-          ptx::mma(sums_[r][p], a, x[r].word[2 * s], x[r].word[2 * s + 1], T());
+          ptx::mma(sums_[r][p], a, h[r].word[2 * s], h[r].word[2 * s + 1], T());
         }
       }
     }
@@ -310,8 +338,8 @@ class LorcQuantizer {
     if (token < p_.m && rank < p_.rank) static_cast<T*>(p_.xv)[int64_t(token) * p_.rank + rank] = T(sum);
   }
 
-  // x where it still is in registers, or once more out of the cache.
-  __device__ __forceinline__ void write_per_token(Eight<T> (&x)[S::kBatch][S::kRows]) {
+  // h of what still is in registers, or is read once more out of the cache. Only of sources without columns and rows.
+  __device__ __forceinline__ void write_per_token(Raw (&x)[S::kBatch][S::kRows]) {
     const bool held = !has_chunk(first_column_ + S::kBatch * stride_);
     for (int column = first_column_; has_chunk(column); column += S::kBatch * stride_) {
 #pragma unroll
@@ -322,7 +350,9 @@ class LorcQuantizer {
 #pragma unroll
         for (int r = 0; r < S::kRows; ++r) {
           if (!inside(r, at)) continue;
-          store_quantized(x[b][r], Divisor(shared_.scale[q_ + 8 * r]), p_.x8 + offset(r, at));
+          if (!held) Source::keep(Source::compute(x[b][r]), x[b][r]);
+          const Divisor divide(shared_.scale[q_ + 8 * r]);
+          store_quantized(Source::kept(x[b][r]), divide, p_.x8 + offset(r, at));
         }
       }
     }

@@ -9,17 +9,18 @@
 // the rest comes once more out of the cache.
 #pragma once
 
+#include "decode.h"
 #include "quantize_value.cuh"
 #include "wgmma.cuh"
 
 namespace zqfp {
 
-struct ManyTokensParams : QuantizeParams {
+struct StagedParams : QuantizeParams {
   int slots;  // stages of x in shared memory: more than kAhead
 };
 
 template <typename Number, bool PerToken>
-struct ManyTokens {
+struct StagedShape {
   using T = Number;
   static constexpr bool kPerToken = PerToken;
   static constexpr int kAhead = 2;
@@ -28,7 +29,6 @@ struct ManyTokens {
   static constexpr int kThreads = 512;
   static constexpr int kXBytes = 2 * kTokens * kColumns;  // of a stage
   static constexpr int kVBytes = 128 * kColumns;
-  static constexpr int kMaxBlocks = 8;  // of a cluster, a power of two, at least 2
   static constexpr int kAlignment = 1024 - 16;
 
   // Sums travel in fours: those of a thread of eight tokens and 16 ranks.
@@ -38,7 +38,7 @@ struct ManyTokens {
   ZQFP_HOST_DEVICE static int sum_offset(int slots) { return (kAhead + 1) * kVBytes + slots * kXBytes; }
   ZQFP_HOST_DEVICE static int range_offset(int slots, int rank) { return sum_offset(slots) + 16 * fours(rank); }
   ZQFP_HOST_DEVICE static int barrier_offset(int slots, int rank) {
-    return range_offset(slots, rank) + (kPerToken ? kMaxBlocks * kTokens * 4 : 0);
+    return range_offset(slots, rank) + (kPerToken ? kMaxClusterBlocks * kTokens * 4 : 0);
   }
   ZQFP_HOST_DEVICE static int shared_bytes(int slots, int rank) {
     return kAlignment + barrier_offset(slots, rank) + 16;
@@ -48,11 +48,11 @@ struct ManyTokens {
 // One thread's part. The blocks of a cluster write to each other's sums and ranges, and count the bytes on the barriers;
 // so nobody reads what is not there, and no block needs to outlive another.
 template <class S>
-class ManyTokensQuantizer {
+class StagedQuantizer {
   using T = typename S::T;
 
  public:
-  __device__ __forceinline__ ManyTokensQuantizer(const ManyTokensParams& p, char* raw) : p_(p) {
+  __device__ __forceinline__ StagedQuantizer(const StagedParams& p, char* raw) : p_(p) {
     lane_ = threadIdx.x % 32;
     group_ = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the compiler learns that all lanes have the same
     octet_ = threadIdx.x / 32 % 8;
@@ -99,7 +99,7 @@ class ManyTokensQuantizer {
   // What is read twice should stay in the cache.
   static constexpr uint64_t kFirstRead = S::kPerToken ? ptx::kEvictNormal : ptx::kEvictFirst;
 
-  const ManyTokensParams& p_;
+  const StagedParams& p_;
   int lane_, group_, octet_, part_, block_, first_token_, first_stage_, stages_;
   uint32_t v_, x_, sum_barrier_, range_barrier_;
   const T *x_from_, *v_from_;
@@ -347,9 +347,9 @@ class ManyTokensQuantizer {
 };
 
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, 2) quantize_many_kernel(const __grid_constant__ ManyTokensParams p) {
+__global__ void __launch_bounds__(S::kThreads, 2) quantize_staged_kernel(const __grid_constant__ StagedParams p) {
   extern __shared__ char raw[];
-  ManyTokensQuantizer<S>(p, raw).run();
+  StagedQuantizer<S>(p, raw).run();
 }
 
 }  // namespace zqfp

@@ -14,16 +14,26 @@ namespace zqfp {
 
 constexpr float kLargestE4m3 = 448.f;
 constexpr float kSmallestRange = 1e-30f;
+constexpr int kMaxClusterBlocks = 8;
+constexpr int kMaxRowThreads = 1024;  // of a block that has one token
 
-struct QuantizeParams {
-  const void* x;
+struct QuantizeInputs {
+  const void* x;                // or gate
+  const void* other = nullptr;  // up of SiLU x up; skip of a norm, or null
+  // Of a norm alone.
+  const void* gamma = nullptr;
+  float epsilon = 0.f;
+  void* sum = nullptr;  // written, or null
+};
+
+struct QuantizeParams : QuantizeInputs {
   const float* scale;  // or null: per token
   uint8_t* x8;
   float* a;  // or null
   const void* v;
   void* xv;
   int m, k, rank;
-  int share;  // without LoRC, static scale: eights of a thread; with LoRC: blocks of a cluster
+  int share;  // without LoRC, static scale: eights of a thread; else blocks of a cluster
 };
 
 // Divides by one number many times. power * x / divisor, where power brings the divisor near 1, so that nothing on the
@@ -60,10 +70,35 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t word, __nv_bfloat16) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word));
 }
 
+template <typename T>
+using PairOf = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
+template <typename Pair>
+__device__ __forceinline__ uint32_t word_of(const Pair& pair) {
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ uint32_t round_pair(float2 pair, __half) {
+  return word_of(__floats2half2_rn(pair.x, pair.y));
+}
+__device__ __forceinline__ uint32_t round_pair(float2 pair, __nv_bfloat16) {
+  return word_of(__floats2bfloat162_rn(pair.x, pair.y));
+}
+
 // Eight neighbours of one token, as they lie in memory.
 template <typename T>
 struct Eight {
   uint32_t word[2 * sizeof(T)] = {};
+
+  // Rounds to T.
+  __device__ __forceinline__ void set_pair(int i, float2 pair) {
+    if constexpr (sizeof(T) == 4) {
+      word[2 * i] = __float_as_uint(pair.x);
+      word[2 * i + 1] = __float_as_uint(pair.y);
+    } else {
+      word[i] = round_pair(pair, T());
+    }
+  }
 
   __device__ __forceinline__ float2 pair(int i) const {
     if constexpr (sizeof(T) == 4) {
@@ -87,17 +122,18 @@ struct Eight {
 
   // Of each half the larger magnitude.
   __device__ __forceinline__ static uint32_t larger(uint32_t a, uint32_t b) {
-    using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    const Two two = __hmax2(__habs2(*reinterpret_cast<const Two*>(&a)), __habs2(*reinterpret_cast<const Two*>(&b)));
-    return *reinterpret_cast<const uint32_t*>(&two);
+    using Pair = PairOf<T>;
+    return word_of(__hmax2(__habs2(*reinterpret_cast<const Pair*>(&a)), __habs2(*reinterpret_cast<const Pair*>(&b))));
   }
 };
 
-// Zeros if not `inside`. Not __ldg: that may be read from before the kernel began, and an overlapping kernel begins
-// while x is made.
+// Words of `outside`, zeros, if not `inside`. Not __ldg: that may be read from before the kernel began, and an overlapping
+// kernel begins while x is made.
 template <typename T>
-__device__ __forceinline__ Eight<T> load_eight(const T* from, bool inside) {
+__device__ __forceinline__ Eight<T> load_eight(const T* from, bool inside, uint32_t outside = 0) {
   Eight<T> eight;
+#pragma unroll
+  for (uint32_t& word : eight.word) word = outside;
   if (!inside) return eight;
 #pragma unroll
   for (int i = 0; i < int(sizeof(T)) / 2; ++i) {
@@ -108,6 +144,15 @@ __device__ __forceinline__ Eight<T> load_eight(const T* from, bool inside) {
     eight.word[4 * i + 3] = words.w;
   }
   return eight;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_eight(const Eight<T>& eight, T* to) {
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T)) / 2; ++i) {
+    reinterpret_cast<uint4*>(to)[i] = {eight.word[4 * i], eight.word[4 * i + 1], eight.word[4 * i + 2],
+                                       eight.word[4 * i + 3]};
+  }
 }
 
 // Rounds to nearest even, as the reference does.

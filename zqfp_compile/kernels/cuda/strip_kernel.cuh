@@ -29,6 +29,7 @@ struct StripConfig {
   static constexpr int kColumns = kStripSlices * Tokens;  // of wgmma's B
   static constexpr int kWarpgroups = 4, kWarps = kWarpgroups * 4;
   static constexpr int kThreads = (kWarps + 1) * 32;
+  static constexpr int kBoundThreads = Tokens > 8 ? kThreads : Group == 32 ? 896 : 1024;  // as Config's
   static constexpr int kRing = Tokens == 8 ? 2 : 1;  // strips whose sums have room
   static constexpr int kRankSteps = 4;               // of 16 ranks
   static constexpr int kRanks = 16 * kRankSteps;
@@ -71,18 +72,16 @@ struct StripShared {
   __device__ __forceinline__ uint32_t tokens() const { return base + C::kTokenOffset; }
 };
 
-// What a block computes: strips, the same number as any other block or one more, and tokens.
+// What a block computes: strips, the same number as any other block or one more, and its first token.
 struct StripTile {
   int first, end;
-  int token, tokens;
+  int token;
 };
 
 template <class C>
 __device__ __forceinline__ StripTile strip_tile(const StripParams& p) {
   const int token_tile = p.by_blocks.divide(blockIdx.x), block = blockIdx.x - token_tile * p.blocks;
-  const int token = token_tile * C::kTokens, left = p.m - token;
-  return {p.by_blocks.divide(p.strips * block), p.by_blocks.divide(p.strips * (block + 1)), token,
-          left < C::kTokens ? left : C::kTokens};
+  return {p.by_blocks.divide(p.strips * block), p.by_blocks.divide(p.strips * (block + 1)), token_tile * C::kTokens};
 }
 
 template <class C>
@@ -241,7 +240,7 @@ class StripWorker {
   }
 };
 
-// The last warp: copies x8, and finishes strips. T: type of y, bias, xv and u. Thread 4q + c holds, of eight tokens, rows
+// The last warp: asks for x8, and finishes strips. T: type of y, bias, xv and u. Thread 4q + c holds, of eight tokens, rows
 // q and q + 8 of tokens 2c and 2c + 1: sums[2h + i].
 template <class C, typename T>
 class StripFinisher {
@@ -250,6 +249,7 @@ class StripFinisher {
       : p_(p), shared_(shared), tile_(strip_tile<C>(p)), lane_(threadIdx.x % 32), q_(lane_ / 4), c_(lane_ % 4) {}
 
   __device__ __forceinline__ void run() {
+    if (lane_ == 0) ptx::prefetch_map(&p_.x8);
     ptx::wait_for_kernel_before();
     bring_tokens();
     load_token_side();
@@ -281,34 +281,23 @@ class StripFinisher {
     float scale[2], bias[2];
   };
 
-  // Chunk by chunk, the next on its way while one is waited for. Rows of tokens that there are not stay as they are: what
-  // is made of them goes nowhere.
+  // Chunk by chunk, a tile of eight tokens and a block of K by each lane. What lies beyond x8 arrives as zeros.
   __device__ __forceinline__ void bring_tokens() const {
-    copy_chunk(0);
+    static_assert(C::kOctets * kStripSlices * kStripChunk <= 32, "a tile for each lane");
+    const int part = lane_ / kStripChunk;  // kStripSlices * octet + slice
     for (int chunk = 0; chunk * kStripChunk < p_.columns; ++chunk) {
-      copy_chunk(chunk + 1);
-      ptx::wait_copies<1>();
-      ptx::publish_to_wgmma();
+      const int first = chunk * kStripChunk, left = p_.columns - first;
+      const int columns = left < kStripChunk ? left : kStripChunk;
+      const uint32_t barrier = shared_.chunk(chunk);
+      if (lane_ == 0) ptx::barrier_expect(barrier, C::kOctets * kStripSlices * columns * 1024);
       __syncwarp();
-      if (lane_ == 0) ptx::barrier_arrive(shared_.chunk(chunk));
+      const int column = first + lane_ % kStripChunk;
+      if (part >= C::kOctets * kStripSlices || column >= p_.columns) continue;
+      ptx::copy_box(shared_.tokens() + (part * p_.columns + column) * 1024, &p_.x8,
+                    (part % kStripSlices * p_.columns + column) * kBlockColumns,
+                    tile_.token + part / kStripSlices * 8, barrier, ptx::kEvictLast);
     }
-  }
-
-  // Eight lanes have the 128 bytes of a token and a block of K, in 128-byte swizzle; the four quarters at a time. Beyond
-  // K there must be zeros.
-  __device__ __forceinline__ void copy_chunk(int chunk) const {
-    const int end = (chunk + 1) * kStripChunk < p_.columns ? (chunk + 1) * kStripChunk : p_.columns;
-    const int slice = lane_ / 8, piece = lane_ % 8;
-    for (int column = chunk * kStripChunk; column < end; ++column) {
-      const int k = (slice * p_.columns + column) * kBlockColumns + piece * 16;
-      const int bytes = k < p_.k ? 16 : 0;
-      const uint8_t* from = p_.x8 + int64_t(tile_.token) * p_.k + (k < p_.k ? k : 0);
-      for (int token = 0; token < tile_.tokens; ++token, from += p_.k) {
-        const int tile = (token / 8 * kStripSlices + slice) * p_.columns + column, row = token % 8;
-        ptx::copy_ahead_or_clear(shared_.tokens() + tile * 1024 + row * 128 + (piece ^ row) * 16, from, bytes);
-      }
-    }
-    ptx::commit_copies();
+    __syncwarp();
   }
 
   __device__ __forceinline__ void load_token_side() {
@@ -453,7 +442,7 @@ __device__ __forceinline__ void run_strips(const StripParams& p, char* raw) {
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1) strip_kernel(const __grid_constant__ StripParams p) {
+__global__ void __launch_bounds__(C::kBoundThreads, 1) strip_kernel(const __grid_constant__ StripParams p) {
   extern __shared__ char raw[];
   run_strips<C>(p, raw);
 }

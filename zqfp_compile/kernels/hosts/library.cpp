@@ -52,6 +52,8 @@ Library load() {
   resolve(handle, "zqfpGetWorkspaceSize", found.workspaceSize);
   resolve(handle, "zqfpLinear", found.linear);
   resolve(handle, "zqfpQuantizeActivation", found.quantizeActivation);
+  resolve(handle, "zqfpQuantizeSiluMul", found.quantizeSiluMul);
+  resolve(handle, "zqfpQuantizeRmsNorm", found.quantizeRmsNorm);
   return found;
 }
 

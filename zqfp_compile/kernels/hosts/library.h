@@ -15,6 +15,8 @@ struct Library {
   decltype(&zqfpGetWorkspaceSize) workspaceSize = nullptr;
   decltype(&zqfpLinear) linear = nullptr;
   decltype(&zqfpQuantizeActivation) quantizeActivation = nullptr;
+  decltype(&zqfpQuantizeSiluMul) quantizeSiluMul = nullptr;
+  decltype(&zqfpQuantizeRmsNorm) quantizeRmsNorm = nullptr;
 };
 
 // Opens libzqfp.so once: $ZQFP_LIBRARY, else the file beside this host, else where the loader looks.

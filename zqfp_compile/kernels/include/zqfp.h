@@ -20,7 +20,7 @@
 #define ZQFP_API
 #endif
 
-#define ZQFP_ABI_VERSION 2
+#define ZQFP_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -93,6 +93,21 @@ ZQFP_API zqfpStatus zqfpLinear(const zqfpLinearDesc* desc, const zqfpLinearArgs*
 ZQFP_API zqfpStatus zqfpQuantizeActivation(const void* x, int32_t x_dtype, int64_t m, int64_t k, const float* scale,
                                            void* x8, float* a, const void* v, int32_t rank, void* xv,
                                            void* stream);
+
+/* The same of what usually comes before a linear layer, without writing it: h = silu(gate) * up, where silu(g) =
+ * g / (1 + exp(-g)). gate, up [m, k], v and xv have the type x_dtype. h is computed in float32 and rounded to x_dtype
+ * once; x8, a and xv are those that zqfpQuantizeActivation makes of this h. */
+ZQFP_API zqfpStatus zqfpQuantizeSiluMul(const void* gate, const void* up, int32_t x_dtype, int64_t m, int64_t k,
+                                        const float* scale, void* x8, float* a, const void* v, int32_t rank, void* xv,
+                                        void* stream);
+
+/* The same of a root mean square norm, of x or of the sum of x and skip:
+ *   s = x_dtype(x + skip), or x where skip is null        h = x_dtype(s / sqrt(mean_k(s * s) + epsilon) * gamma)
+ * x, skip, sum [m, k] and gamma [k] have the type x_dtype; h is computed in float32 and rounded once. sum receives s, or
+ * is null; it may be x or skip itself. With v these are two launches, the others one. */
+ZQFP_API zqfpStatus zqfpQuantizeRmsNorm(const void* x, const void* skip, const void* gamma, float epsilon,
+                                        int32_t x_dtype, int64_t m, int64_t k, const float* scale, void* x8, float* a,
+                                        void* sum, const void* v, int32_t rank, void* xv, void* stream);
 
 #ifdef __cplusplus
 }

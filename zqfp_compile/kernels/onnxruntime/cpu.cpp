@@ -1,7 +1,6 @@
 #include "cpu.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "decode.h"
 #include "numbers.h"
@@ -10,49 +9,11 @@
 namespace zqfp {
 namespace {
 
-constexpr float kLargest = 448.0f;
-constexpr float kSmallestRange = 1e-30f;
-
-// Runs `body(i)` for i < count on ONNX Runtime's threads.
-template <typename Body>
-void parallelFor(Ort::KernelContext& context, int64_t count, Body body) {
-  const auto call = [](void* data, size_t index) { (*static_cast<Body*>(data))(static_cast<int64_t>(index)); };
-  context.ParallelFor(call, static_cast<size_t>(count), 0, &body);
-}
-
-// Floats of a tensor of any of the types.
-std::vector<float> asFloats(const void* data, zqfpDataType type, int64_t count) {
-  std::vector<float> result(static_cast<size_t>(count));
-  withType(type, [&](auto* tag) { toFloat(static_cast<decltype(tag)>(data), count, result.data()); });
-  return result;
-}
-
 Ort::ConstValue constantInput(const Ort::ConstKernelInfo& info, size_t index, const char* what) {
   int constant = 0;
   Ort::ConstValue value = info.GetTensorConstantInput(index, &constant);
   require(constant != 0, std::string(what) + " is not an initializer; compile the model again");
   return value;
-}
-
-// xv of one row: float sums, rounded once.
-template <typename T>
-void projectRow(const float* x, const float* v, int64_t k, int64_t rank, T* xv) {
-  std::vector<float> sums(static_cast<size_t>(rank));
-  for (int64_t i = 0; i < k; ++i) {
-    for (int64_t r = 0; r < rank; ++r) sums[r] += x[i] * v[i * rank + r];
-  }
-  for (int64_t r = 0; r < rank; ++r) xv[r] = fromFloat<T>(sums[r]);
-}
-
-// The order of operations is that of the standard nodes: amax, Max, Div, Div, round.
-float quantizeRow(const float* x, int64_t k, const float* scale, uint8_t* x8) {
-  float a = scale == nullptr ? 0.0f : *scale;
-  if (scale == nullptr) {
-    for (int64_t i = 0; i < k; ++i) a = std::max(a, std::fabs(x[i]));
-    a = std::max(a, kSmallestRange) / kLargest;
-  }
-  for (int64_t i = 0; i < k; ++i) x8[i] = encodeE4m3(x[i] / a);
-  return a;
 }
 
 // The output that a column is in.
@@ -122,22 +83,6 @@ void CpuLinear::compute(Ort::KernelContext& context) const {
     withType(type, [&](auto* tag) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(tag)>>;
       writePanel<T>(node_, call, panel, sums.data(), low.data(), up.data(), node_.bias ? bias.data() : nullptr);
-    });
-  });
-}
-
-void CpuQuantizer::compute(Ort::KernelContext& context) const {
-  const QuantizeCall call(node_, context);
-  const auto v = asFloats(call.v, call.type, call.k * node_.rank);
-  parallelFor(context, call.m, [&](int64_t row) {
-    withType(call.type, [&](auto* tag) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(tag)>>;
-      std::vector<float> x(static_cast<size_t>(call.k));
-      toFloat(static_cast<const T*>(call.x) + row * call.k, call.k, x.data());
-      const float a = quantizeRow(x.data(), call.k, call.scale, static_cast<uint8_t*>(call.x8) + row * call.k);
-      if (call.a != nullptr) call.a[row] = a;
-      if (node_.rank == 0) return;
-      projectRow(x.data(), v.data(), call.k, node_.rank, static_cast<T*>(call.xv) + row * node_.rank);
     });
   });
 }

@@ -6,6 +6,7 @@
 
 #include <memory>
 
+#include "fused.h"
 #include "linear.h"
 #include "matrix.h"
 #include "quantize.h"
@@ -22,13 +23,16 @@ class CpuLinear {
   std::unique_ptr<Fp8Matrix> weight_;
 };
 
+// A quantiser whose node is a QuantizeNode, SiluMulNode or RmsNormNode; `arguments` go to the node.
+template <typename Node>
 class CpuQuantizer {
  public:
-  CpuQuantizer(const Ort::ConstKernelInfo& info, bool tokens) : node_(info, tokens) {}
+  template <typename... Arguments>
+  explicit CpuQuantizer(const Ort::ConstKernelInfo& info, Arguments... arguments) : node_(info, arguments...) {}
   void compute(Ort::KernelContext& context) const;
 
  private:
-  QuantizeNode node_;
+  Node node_;
 };
 
 }  // namespace zqfp

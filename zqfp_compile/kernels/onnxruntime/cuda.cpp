@@ -1,7 +1,5 @@
 #include "cuda.h"
 
-#include "library.h"
-
 namespace zqfp {
 
 namespace {
@@ -11,6 +9,23 @@ void checkElements(const Ort::ConstKernelInfo& info, size_t index, size_t wanted
   const size_t given = info.GetInputTypeInfo(index).GetTensorTypeAndShapeInfo().GetElementCount();
   require(given == wanted, std::string(what) + " have " + std::to_string(given) + " elements, this layer has " +
                                std::to_string(wanted) + "; compile the model again");
+}
+
+int32_t rankOf(const QuantizeNode& node) { return static_cast<int32_t>(node.rank); }
+
+zqfpStatus launch(const QuantizeNode& node, const QuantizeCall& call, void* stream) {
+  return library().quantizeActivation(call.x, call.type, call.m, call.k, call.scale, call.x8, call.a, call.v,
+                                      rankOf(node), call.xv, stream);
+}
+
+zqfpStatus launch(const SiluMulNode& node, const SiluMulCall& call, void* stream) {
+  return library().quantizeSiluMul(call.x, call.up, call.type, call.m, call.k, call.scale, call.x8, call.a, call.v,
+                                   rankOf(node), call.xv, stream);
+}
+
+zqfpStatus launch(const RmsNormNode& node, const RmsNormCall& call, void* stream) {
+  return library().quantizeRmsNorm(call.x, call.skip, call.gamma, node.epsilon, call.type, call.m, call.k, call.scale,
+                                   call.x8, call.a, call.sum, call.v, rankOf(node), call.xv, stream);
 }
 
 }  // namespace
@@ -36,16 +51,14 @@ void CudaLinear::compute(Ort::KernelContext& context) const {
         "PackedW4A8Linear");
 }
 
-CudaQuantizer::CudaQuantizer(const Ort::ConstKernelInfo& info, bool tokens) : node_(info, tokens) {
-  library();  // a missing library shows when the session opens
+template <typename Node>
+void CudaQuantizer<Node>::compute(Ort::KernelContext& context) const {
+  const typename Node::Call call(node_, context);
+  if (call.m > 0) check(launch(node_, call, context.GetGPUComputeStream()), Node::kName);
 }
 
-void CudaQuantizer::compute(Ort::KernelContext& context) const {
-  const QuantizeCall call(node_, context);
-  if (call.m == 0) return;
-  check(library().quantizeActivation(call.x, call.type, call.m, call.k, call.scale, call.x8, call.a, call.v,
-                                     static_cast<int32_t>(node_.rank), call.xv, context.GetGPUComputeStream()),
-        "QuantizeActivation");
-}
+template class CudaQuantizer<QuantizeNode>;
+template class CudaQuantizer<SiluMulNode>;
+template class CudaQuantizer<RmsNormNode>;
 
 }  // namespace zqfp

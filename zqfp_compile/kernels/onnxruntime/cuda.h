@@ -4,8 +4,9 @@
 
 #include <memory>
 
+#include "fused.h"
+#include "library.h"
 #include "linear.h"
-#include "quantize.h"
 #include "workspaces.h"
 
 namespace zqfp {
@@ -20,13 +21,18 @@ class CudaLinear {
   std::shared_ptr<Workspaces> workspaces_;
 };
 
+// A quantiser whose node is a QuantizeNode, SiluMulNode or RmsNormNode; `arguments` go to the node.
+template <typename Node>
 class CudaQuantizer {
  public:
-  CudaQuantizer(const Ort::ConstKernelInfo& info, bool tokens);
+  template <typename... Arguments>
+  explicit CudaQuantizer(const Ort::ConstKernelInfo& info, Arguments... arguments) : node_(info, arguments...) {
+    library();  // a missing library shows when the session opens
+  }
   void compute(Ort::KernelContext& context) const;
 
  private:
-  QuantizeNode node_;
+  Node node_;
 };
 
 }  // namespace zqfp

@@ -1,4 +1,4 @@
-// E4M3 and half-precision numbers on the CPU.
+// E4M3 and half-precision numbers on the CPU, and the threads that compute with them.
 #ifndef ZQFP_ORT_NUMBERS_H
 #define ZQFP_ORT_NUMBERS_H
 
@@ -58,6 +58,20 @@ inline void withType(zqfpDataType type, Body&& body) {
   if (type == ZQFP_FLOAT16) return body(static_cast<const Ort::Float16_t*>(nullptr));
   if (type == ZQFP_BFLOAT16) return body(static_cast<const Ort::BFloat16_t*>(nullptr));
   body(static_cast<const float*>(nullptr));
+}
+
+// Floats of a tensor of any of the types.
+inline std::vector<float> asFloats(const void* data, zqfpDataType type, int64_t count) {
+  std::vector<float> result(static_cast<size_t>(count));
+  withType(type, [&](auto* tag) { toFloat(static_cast<decltype(tag)>(data), count, result.data()); });
+  return result;
+}
+
+// Runs `body(i)` for i < count on ONNX Runtime's threads.
+template <typename Body>
+void parallelFor(Ort::KernelContext& context, int64_t count, Body body) {
+  const auto call = [](void* data, size_t index) { (*static_cast<Body*>(data))(static_cast<int64_t>(index)); };
+  context.ParallelFor(call, static_cast<size_t>(count), 0, &body);
 }
 
 }  // namespace zqfp

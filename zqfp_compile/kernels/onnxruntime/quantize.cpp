@@ -2,42 +2,48 @@
 
 namespace zqfp {
 
-QuantizeNode::QuantizeNode(const Ort::ConstKernelInfo& info, bool perToken)
-    : tokens(perToken), rank(info.GetAttribute<int64_t>("lorc_rank")) {
-  const size_t wanted = 1 + !tokens + (rank > 0);
-  require(info.GetInputCount() == wanted && info.GetOutputCount() == size_t{1} + tokens + (rank > 0),
+QuantizeNode::QuantizeNode(const Ort::ConstKernelInfo& info, bool perToken, size_t operandCount, size_t otherOutputs)
+    : tokens(perToken), rank(info.GetAttribute<int64_t>("lorc_rank")), operands(operandCount) {
+  require(info.GetInputCount() == inputs() && info.GetOutputCount() == outputs() + otherOutputs,
           "a quantiser has " + std::to_string(info.GetInputCount()) + " inputs and " +
-              std::to_string(info.GetOutputCount()) + " outputs, which its attribute lorc_rank does not allow");
+              std::to_string(info.GetOutputCount()) + " outputs, which its attributes do not allow");
 }
 
 QuantizeCall::QuantizeCall(const QuantizeNode& node, Ort::KernelContext& context) {
   const Ort::ConstValue input = context.GetInput(0);
   const auto info = input.GetTensorTypeAndShapeInfo();
-  Shape shape = info.GetShape();
+  shape = info.GetShape();
   require(!shape.empty() && shape.back() > 0, "x has shape " + text(shape) + ", it needs a last dimension");
-  type = dataType(info.GetElementType(), "x");
+  element = info.GetElementType();
+  type = dataType(element, "x");
   k = shape.back();
   m = rowCount(shape, k, "x");
   x = input.GetTensorRawData();
   if (!node.tokens) {
-    const Ort::ConstValue value = context.GetInput(1);
-    require(value.GetTensorTypeAndShapeInfo().GetElementCount() == 1, "a static scale has more than one element");
+    const Ort::ConstValue value = context.GetInput(node.operands);
+    const auto scaleInfo = value.GetTensorTypeAndShapeInfo();
+    require(scaleInfo.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && scaleInfo.GetElementCount() == 1,
+            "a static scale must be one FLOAT");
     scale = value.GetTensorData<float>();
   }
   x8 = context.GetOutput(0, shape).GetTensorMutableRawData();
+  Shape narrow = shape;
   if (node.tokens) {
-    shape.back() = 1;
-    a = context.GetOutput(1, shape).GetTensorMutableData<float>();
+    narrow.back() = 1;
+    a = context.GetOutput(1, narrow).GetTensorMutableData<float>();
   }
   if (node.rank == 0) return;
-  const Ort::ConstValue factor = context.GetInput(node.tokens ? 1 : 2);
-  const auto factorInfo = factor.GetTensorTypeAndShapeInfo();
-  const Shape wanted{k, node.rank};
-  require(factorInfo.GetShape() == wanted && factorInfo.GetElementType() == info.GetElementType(),
-          "lorc_v has shape " + text(factorInfo.GetShape()) + ", it must be " + text(wanted) + " of x's type");
-  v = factor.GetTensorRawData();
-  shape.back() = node.rank;
-  xv = context.GetOutput(node.tokens ? 2 : 1, shape).GetTensorMutableRawData();
+  v = own(context, node.inputs() - 1, {k, node.rank}, "lorc_v");
+  narrow.back() = node.rank;
+  xv = context.GetOutput(node.outputs() - 1, narrow).GetTensorMutableRawData();
+}
+
+const void* QuantizeCall::own(Ort::KernelContext& context, size_t index, const Shape& wanted, const char* what) const {
+  const Ort::ConstValue value = context.GetInput(index);
+  const auto info = value.GetTensorTypeAndShapeInfo();
+  require(info.GetShape() == wanted && info.GetElementType() == element,
+          std::string(what) + " has shape " + text(info.GetShape()) + ", it must be " + text(wanted) + " of x's type");
+  return value.GetTensorRawData();
 }
 
 }  // namespace zqfp

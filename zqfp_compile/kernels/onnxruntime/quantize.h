@@ -1,4 +1,5 @@
-// zqfp::QuantizeActivation and zqfp::QuantizeTokens: what their kernels for the CPU and for CUDA share.
+// What the kernels of every quantiser, for the CPU and for CUDA, share; all of zqfp::QuantizeActivation's and
+// zqfp::QuantizeTokens'.
 #ifndef ZQFP_ORT_QUANTIZE_H
 #define ZQFP_ORT_QUANTIZE_H
 
@@ -6,17 +7,29 @@
 
 namespace zqfp {
 
-// Inputs: x, then a for a static scale, then v with LoRC. Outputs: x8, then a per token, then xv with LoRC.
+struct QuantizeCall;
+
+// Inputs: the operands, then a for a static scale, then v with LoRC. Outputs: x8, then a per token, then xv with LoRC,
+// then others.
 struct QuantizeNode {
+  using Call = QuantizeCall;
+  static constexpr const char* kName = "QuantizeActivation";
+
   bool tokens;
   int64_t rank;
+  size_t operands;
 
-  QuantizeNode(const Ort::ConstKernelInfo& info, bool perToken);
+  QuantizeNode(const Ort::ConstKernelInfo& info, bool perToken, size_t operandCount = 1, size_t otherOutputs = 0);
+
+  size_t inputs() const { return operands + !tokens + (rank > 0); }
+  size_t outputs() const { return size_t{1} + tokens + (rank > 0); }  // but for the others
 };
 
-// The tensors of one call, with shapes checked.
+// The tensors of one call, with shapes checked. x is the first operand.
 struct QuantizeCall {
   int64_t m = 0, k = 0;
+  Shape shape;
+  ONNXTensorElementDataType element{};
   zqfpDataType type{};
   const void* x = nullptr;
   const float* scale = nullptr;  // static
@@ -26,6 +39,10 @@ struct QuantizeCall {
   void* xv = nullptr;  // [m, rank]
 
   QuantizeCall(const QuantizeNode& node, Ort::KernelContext& context);
+
+ protected:
+  // An input that must have the type of x and the shape `wanted`.
+  const void* own(Ort::KernelContext& context, size_t index, const Shape& wanted, const char* what) const;
 };
 
 }  // namespace zqfp

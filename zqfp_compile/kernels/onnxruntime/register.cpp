@@ -32,25 +32,34 @@ struct Kernel {
   }
 };
 
-template <typename Implementation, bool cuda>
-struct LinearOp : Ort::CustomOpBase<LinearOp<Implementation, cuda>, Kernel<Implementation>, true> {
-  static constexpr ONNXTensorElementDataType kInputs[] = {kE4m3, kFloat, kInt4, kE4m3, kFloat, kAny, kAny, kAny};
+OrtCustomOpInputOutputCharacteristic requiredIf(bool required) {
+  return required ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+}
 
+// What all ops have; `arguments` go to the implementation.
+template <typename Op, typename Implementation, bool cuda, auto... arguments>
+struct OpBase : Ort::CustomOpBase<Op, Kernel<Implementation>, true> {
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
     return guarded(
-        [&] { *kernel = new Kernel<Implementation>{Implementation(Ort::ConstKernelInfo(info))}; });
+        [&] { *kernel = new Kernel<Implementation>{Implementation(Ort::ConstKernelInfo(info), arguments...)}; });
   }
-  const char* GetName() const { return "PackedW4A8Linear"; }
   const char* GetExecutionProviderType() const { return cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider"; }
+};
+
+template <typename Implementation, bool cuda>
+struct LinearOp : OpBase<LinearOp<Implementation, cuda>, Implementation, cuda> {
+  static constexpr ONNXTensorElementDataType kInputs[] = {kE4m3, kFloat, kInt4, kE4m3, kFloat, kAny, kAny, kAny};
+
+  const char* GetName() const { return "PackedW4A8Linear"; }
   size_t GetInputTypeCount() const { return 8; }
   ONNXTensorElementDataType GetInputType(size_t index) const { return kInputs[index]; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
-    return index < 5 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    return requiredIf(index < 5);
   }
   size_t GetOutputTypeCount() const { return ZQFP_MAX_OUTPUTS; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return kAny; }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
-    return index == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    return requiredIf(index == 0);
   }
 
   LinearOp() {
@@ -67,24 +76,19 @@ struct LinearOp : Ort::CustomOpBase<LinearOp<Implementation, cuda>, Kernel<Imple
 };
 
 template <typename Implementation, bool cuda, bool tokens>
-struct QuantizeOp : Ort::CustomOpBase<QuantizeOp<Implementation, cuda, tokens>, Kernel<Implementation>, true> {
-  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
-    return guarded(
-        [&] { *kernel = new Kernel<Implementation>{Implementation(Ort::ConstKernelInfo(info), tokens)}; });
-  }
+struct QuantizeOp : OpBase<QuantizeOp<Implementation, cuda, tokens>, Implementation, cuda, tokens> {
   const char* GetName() const { return tokens ? "QuantizeTokens" : "QuantizeActivation"; }
-  const char* GetExecutionProviderType() const { return cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider"; }
   size_t GetInputTypeCount() const { return tokens ? 2 : 3; }
   ONNXTensorElementDataType GetInputType(size_t index) const { return !tokens && index == 1 ? kFloat : kAny; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
-    return index + 1 < GetInputTypeCount() ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    return requiredIf(index + 1 < GetInputTypeCount());
   }
   size_t GetOutputTypeCount() const { return tokens ? 3 : 2; }
   ONNXTensorElementDataType GetOutputType(size_t index) const {
     return index == 0 ? kE4m3 : tokens && index == 1 ? kFloat : kAny;
   }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
-    return index + 1 < GetOutputTypeCount() ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    return requiredIf(index + 1 < GetOutputTypeCount());
   }
 
   QuantizeOp() {
@@ -100,6 +104,37 @@ struct QuantizeOp : Ort::CustomOpBase<QuantizeOp<Implementation, cuda, tokens>, 
   }
 };
 
+// An op whose quantiser computes x first, from two operands or, a norm, three. Which inputs and outputs there are is
+// said by attributes, so only the first ones have a place of their own.
+template <typename Implementation, bool cuda, bool norm>
+struct FusedOp : OpBase<FusedOp<Implementation, cuda, norm>, Implementation, cuda> {
+  const char* GetName() const { return norm ? RmsNormNode::kName : SiluMulNode::kName; }
+  size_t GetInputTypeCount() const { return norm ? 5 : 4; }
+  ONNXTensorElementDataType GetInputType(size_t) const { return kAny; }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
+    return requiredIf(index < 2);
+  }
+  size_t GetOutputTypeCount() const { return norm ? 4 : 3; }
+  ONNXTensorElementDataType GetOutputType(size_t index) const { return index == 0 ? kE4m3 : kAny; }
+  OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
+    return requiredIf(index == 0);
+  }
+
+  FusedOp() {
+    OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
+      return guarded([&] {
+        const Inference inference(context);
+        const int64_t rank = inference.attribute("lorc_rank");
+        size_t next = 0;
+        inference.setOutput(next++, -1, kE4m3);
+        if (inference.attribute("tokens") != 0) inference.setOutput(next++, 1, kFloat);
+        if (rank > 0) inference.setOutput(next++, rank, inference.type());
+        if (norm && inference.attribute("skip") != 0) inference.setOutput(next, -1, inference.type());
+      });
+    };
+  }
+};
+
 template <typename Op>
 void add(Ort::CustomOpDomain& domain) {
   static const Op op;
@@ -109,10 +144,14 @@ void add(Ort::CustomOpDomain& domain) {
 void addOps(Ort::CustomOpDomain& domain) {
   add<LinearOp<CpuLinear, false>>(domain);
   add<LinearOp<CudaLinear, true>>(domain);
-  add<QuantizeOp<CpuQuantizer, false, false>>(domain);
-  add<QuantizeOp<CudaQuantizer, true, false>>(domain);
-  add<QuantizeOp<CpuQuantizer, false, true>>(domain);
-  add<QuantizeOp<CudaQuantizer, true, true>>(domain);
+  add<QuantizeOp<CpuQuantizer<QuantizeNode>, false, false>>(domain);
+  add<QuantizeOp<CudaQuantizer<QuantizeNode>, true, false>>(domain);
+  add<QuantizeOp<CpuQuantizer<QuantizeNode>, false, true>>(domain);
+  add<QuantizeOp<CudaQuantizer<QuantizeNode>, true, true>>(domain);
+  add<FusedOp<CpuQuantizer<SiluMulNode>, false, false>>(domain);
+  add<FusedOp<CudaQuantizer<SiluMulNode>, true, false>>(domain);
+  add<FusedOp<CpuQuantizer<RmsNormNode>, false, true>>(domain);
+  add<FusedOp<CudaQuantizer<RmsNormNode>, true, true>>(domain);
 }
 
 }  // namespace

@@ -1,0 +1,182 @@
+// RMS norm of x or of x + skip -> E4M3 and its scale: a block, or of few tokens a cluster, has one token and keeps it in
+// registers.
+#pragma once
+
+#include "quantize_cluster.cuh"
+#include "quantize_source.cuh"
+
+namespace zqfp {
+
+constexpr int kFactorRanks = 16;  // LoRC's smallest group of ranks (quantize_lorc.cuh)
+
+struct NormShared {
+  ClusterNumbers<2> sums;  // of squares, and the range
+  float squares[kMaxRowThreads / 32];
+  uint32_t range[kMaxRowThreads / 32];
+};
+
+// One thread's part. Few tokens: p.share blocks, a cluster, have one. Of a token with more than kHeld eights for each
+// thread it reads the rest twice.
+template <typename T, bool kFew>
+class NormQuantizer {
+ public:
+  static constexpr int kHeld = sizeof(T) == 4 ? 1 : 2;
+
+  __device__ __forceinline__ NormQuantizer(const QuantizeParams& p, NormShared& shared)
+      : p_(p), shared_(shared), share_(kFew ? p.share : 1), place_(share_), token_(place_.token), source_(p, token_ * p.k), count_(p.k / 8) {
+    sum_ = p.sum == nullptr ? nullptr : static_cast<T*>(p.sum) + token_ * p.k;
+  }
+
+  __device__ __forceinline__ void run() {
+    ptx::release_kernel_after();
+    shared_.sums.open(share_);
+    Eight<T> gamma[kHeld];
+    for_held([&](int i, int at) { gamma[i] = load_gamma(at); });  // a weight: it may be read before the wait
+    ptx::wait_for_kernel_before();
+    const float given = p_.scale != nullptr ? *p_.scale : 0.f;
+    typename Source::Raw raw[kHeld];
+    for_held([&](int i, int at) { raw[i] = source_.load(8 * at, at < count_); });
+    Scaled held[kHeld];
+    for_held([&](int i, int at) {
+      if (at < count_) held[i] = take(source_.add(raw[i]), gamma[i], at);
+    });
+#pragma unroll 1
+    for (int at = first_left(); at < count_; at += place_.threads) {
+      take(source_.add(source_.load(8 * at, true)), load_gamma(at), at);
+    }
+    add_threads();
+    const float scale = p_.scale != nullptr ? given : find_scale();
+    const Divisor divide(scale);
+    for_held([&](int i, int at) {
+      if (at < count_) write(held[i], divide, at);
+    });
+#pragma unroll 1
+    for (int at = first_left(); at < count_; at += place_.threads) {
+      write(scale_eight(load_again(at), load_gamma(at)), divide, at);
+    }
+    if (place_.first == 0) write_token(scale);
+  }
+
+ private:
+  using Source = Norm<T>;
+  // s * gamma of eight columns.
+  struct Scaled {
+    float2 pair[4];
+  };
+
+  const QuantizeParams& p_;
+  NormShared& shared_;
+  const int share_;
+  const TokenPlace place_;
+  const int64_t token_;
+  const Source source_;
+  const int count_;  // eights of a token
+  T* sum_;
+  float squares_ = 0.f, range_ = 0.f;  // sum of s * s and largest |s * gamma|: of the thread, then of the block
+  float factor_;
+
+  template <typename Body>
+  __device__ __forceinline__ void for_held(Body body) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) body(i, place_.first + i * place_.threads);
+  }
+  __device__ __forceinline__ int first_left() const { return place_.first + kHeld * place_.threads; }
+
+  __device__ __forceinline__ Eight<T> load_gamma(int at) const { return Source::load_column(p_, 8 * at, at < count_); }
+
+  __device__ __forceinline__ static Scaled scale_eight(const Eight<T>& s, const Eight<T>& gamma) {
+    Scaled scaled;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scaled.pair[i] = Source::scale_pair(s, gamma, i);
+    return scaled;
+  }
+
+  // Stores s, and takes it into the thread's sum and range.
+  __device__ __forceinline__ Scaled take(const Eight<T>& s, const Eight<T>& gamma, int at) {
+    if (sum_ != nullptr) store_eight(s, sum_ + 8 * at);
+    const Scaled scaled = scale_eight(s, gamma);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 numbers = s.pair(i);
+      squares_ = fmaf(numbers.x, numbers.x, squares_);
+      squares_ = fmaf(numbers.y, numbers.y, squares_);
+      range_ = fmaxf(range_, fmaxf(fabsf(scaled.pair[i].x), fabsf(scaled.pair[i].y)));
+    }
+    return scaled;
+  }
+
+  // s once more: the sum may lie where x or skip was.
+  __device__ __forceinline__ Eight<T> load_again(int at) const {
+    return sum_ != nullptr ? load_eight(sum_ + 8 * at, true) : source_.add(source_.load(8 * at, true));
+  }
+
+  // Always in the same order, so that the result is.
+  __device__ __forceinline__ static float add_lanes(float number) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) number += __shfl_xor_sync(~0u, number, mask);
+    return number;
+  }
+
+  __device__ __forceinline__ void add_threads() {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const float squares = add_lanes(squares_);
+    // None is negative, so that their order is that of their bits.
+    const uint32_t range = __reduce_max_sync(~0u, __float_as_uint(range_));
+    if (lane == 0) {
+      shared_.squares[warp] = squares;
+      shared_.range[warp] = range;
+    }
+    __syncthreads();
+    const bool is_warp = lane < int(blockDim.x) / 32;
+    const float of_block[2] = {add_lanes(is_warp ? shared_.squares[lane] : 0.f),
+                               __uint_as_float(__reduce_max_sync(~0u, is_warp ? shared_.range[lane] : 0u))};
+    squares_ = range_ = 0.f;
+    shared_.sums.exchange(of_block, place_, share_, [&](const float (&numbers)[2]) {
+      squares_ += numbers[0];
+      range_ = fmaxf(range_, numbers[1]);
+    });
+    factor_ = __frsqrt_rn(__fdiv_rn(squares_, float(p_.k)) + p_.epsilon);
+  }
+
+  // Per token: rounding and the factor keep the order of numbers, so that the largest h is that of the range.
+  __device__ __forceinline__ float find_scale() const {
+    Eight<T> largest;
+    largest.set_pair(0, {range_ * factor_, 0.f});
+    return __fdiv_rn(fmaxf(kSmallestRange, largest.pair(0).x), kLargestE4m3);
+  }
+
+  __device__ __forceinline__ void write(const Scaled& scaled, const Divisor& divide, int at) const {
+    Eight<T> h;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) h.set_pair(i, {scaled.pair[i].x * factor_, scaled.pair[i].y * factor_});
+    store_quantized(h, divide, p_.x8 + token_ * p_.k + 8 * at);
+  }
+
+  // What a token has one of.
+  __device__ __forceinline__ void write_token(float scale) const {
+    if (p_.scale == nullptr) {
+      p_.a[token_] = scale;
+    } else if (token_ == 0 && p_.a != nullptr) {
+      p_.a[0] = scale;
+    }
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll 1
+      for (int rank = 0; rank < p_.rank; rank += kFactorRanks) *factor_place<T>(p_, token_, rank) = factor_;
+    }
+  }
+};
+
+// Makes the parameters of the norm those of the product that follows: a sum may have taken the place of x or skip.
+inline void follow_norm(QuantizeParams* p) {
+  if (p->sum == nullptr) return;
+  p->x = p->sum;
+  p->other = nullptr;
+}
+
+template <typename T, bool kFew>
+__global__ void __launch_bounds__(kMaxRowThreads) quantize_norm_kernel(QuantizeParams p) {
+  __shared__ NormShared shared;
+  NormQuantizer<T, kFew>(p, shared).run();
+}
+
+}  // namespace zqfp
