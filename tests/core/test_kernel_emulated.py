@@ -237,7 +237,7 @@ class Quantizer:
     # Without LoRC: threads of a token's block. With LoRC: 0 for few tokens; else for many, of x alone the
     # stages in shared memory.
     size: int = 0
-    threads: int = 64  # of a norm: of a token's block; its size is always 0 or 1
+    threads: int = 64  # of a norm: of a token's block
 
 
 EPSILON = 1e-5
@@ -380,15 +380,12 @@ class Norm(Quantizer):
 
 NORMS = [
     Norm("float16", 1, 1040, threads=160),
-    Norm("bfloat16", 40, 272, 0.03, skip=False, size=1),
+    Norm("bfloat16", 40, 272, 0.03, skip=False),
     Norm("float32", 7, 1040, sum="x", threads=32),  # more than the threads hold
-    Norm("float16", 3, 2080, 0.02, sum="skip", threads=96, size=1),
+    Norm("float16", 3, 2080, 0.02, sum="skip", threads=96),
     Norm("float16", 5, 1040, sum="skip"),
-    Norm("float16", 2, 1040, share=4, threads=32),
-    Norm("bfloat16", 3, 1040, sum="x", threads=32, size=1),
-    Norm("bfloat16", 3, 1552, sum="x", share=2, threads=32),
-    Norm("float32", 4, 528, 0.03, share=8, threads=32),
-    Norm("bfloat16", 2, 1552, sum=None, threads=32, size=1),
+    Norm("bfloat16", 3, 1040, sum="x", threads=32),
+    Norm("bfloat16", 2, 1552, sum=None, threads=32),
     Norm("float32", 2, 16, 0.02, sum=None, threads=32),
     Norm("float16", 1, 528, 0.02, skip=False, sum=None, threads=1024),
     Norm("float16", 1, 1040, 0.02, rank=32, share=2),

@@ -108,19 +108,14 @@ void quantize(const QuantizeParams& p, int size) {
   }
 }
 
-template <typename T, bool kFew>
-void normalise(const QuantizeParams& p, int threads) {
-  for (int token = 0; token < p.m; ++token) {
-    run_cluster(token, kFew ? p.share : 1, threads, sizeof(NormShared), [&](char* memory) {
-      NormQuantizer<T, kFew>(p, *reinterpret_cast<NormShared*>(memory)).run();
-    });
-  }
-}
-
 // A block has `threads`; `size` as choose_lorc has it.
 template <typename T>
 void quantize_norm(QuantizeParams p, int threads, int size) {
-  size == 0 ? normalise<T, true>(p, threads) : normalise<T, false>(p, threads);
+  for (int token = 0; token < p.m; ++token) {
+    run_cluster(token, 1, threads, sizeof(NormShared), [&](char* memory) {
+      NormQuantizer<T>(p, *reinterpret_cast<NormShared*>(memory)).run();
+    });
+  }
   if constexpr (sizeof(T) == 2) {
     follow_norm(&p);
     if (p.v != nullptr) choose_lorc<Norm<T>, LorcTask::kNothing>(p, size);

@@ -21,11 +21,6 @@ struct Config {
   static constexpr int kWarpgroups = Rows * Slices;
   static constexpr int kAccumulators = Tokens / 2;  // of a thread
 
-  // Of few tokens the next quantizer starts beside this kernel, so that the kernel behind it is there when this one's
-  // blocks end (programmatic dependent launch): a block may have the registers of one with so many threads.
-  static constexpr bool kLeavesRegisters = Tokens <= 16;
-  static constexpr int kBoundThreads = Tokens <= 8 ? 1024 : 896;
-
   // The producer is a warpgroup of its own, because registers move between whole warpgroups; what it gives up goes to
   // the consumers. A block starts with kEntryRegisters per thread: what its threads, in steps of 8, leave for each.
   static constexpr int kBlockThreads = (kWarpgroups + 1) * kThreads;

@@ -46,7 +46,7 @@ __device__ __forceinline__ void run_producers(const GemmParams& p, Shared<C> sha
   if (leader && warp == 1) ptx::prefetch_map(&p.x8);
   __syncwarp();
   sync_blocks<C>();
-  if constexpr (!C::kLeavesRegisters) ptx::fewer_registers<C::kProducerRegisters>();
+  ptx::fewer_registers<C::kProducerRegisters>();
   if (leader && warp == 0) {
     producer.run_weights();
     trace.stamp(Step::kWeights);
@@ -72,7 +72,7 @@ __device__ __forceinline__ void run_block(const GemmParams& p, char* raw) {
     run_producers<C>(p, shared, rank, trace);
   } else {
     sync_blocks<C>();
-    if constexpr (!C::kLeavesRegisters) ptx::more_registers<C::kConsumerRegisters>();
+    ptx::more_registers<C::kConsumerRegisters>();
     Consumer<C>(p, shared, rank, warpgroup).run(trace);
   }
   // No block of a cluster ends while another may still write to it.
@@ -80,7 +80,7 @@ __device__ __forceinline__ void run_block(const GemmParams& p, char* raw) {
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kLeavesRegisters ? C::kBoundThreads : C::kBlockThreads, 1) gemm_kernel(const __grid_constant__ GemmParams p) {
+__global__ void __launch_bounds__(C::kBlockThreads, 1) gemm_kernel(const __grid_constant__ GemmParams p) {
   extern __shared__ char raw[];
   run_block<C>(p, raw);
 }

@@ -54,18 +54,21 @@ zqfpStatus launch(int64_t blocks, int threads, int cluster, int device, Quantize
 }
 
 // Threads of a block of which so many have something to do.
-int block_threads(int64_t busy) { return int(std::min<int64_t>(divide_up(busy, 32) * 32, kMaxRowThreads)); }
+int block_threads(int64_t busy, int most) { return int(std::min<int64_t>(divide_up(busy, 32) * 32, most)); }
 
-// A thread for each eight of a token; a cluster for each token, of more blocks until processors or eights are few.
-template <void (*kKernel)(QuantizeParams)>
-zqfpStatus launch_few(int64_t eights, int device, int processors, QuantizeParams* p, void* stream) {
-  constexpr int64_t kFewEights = 128;
-  p->share = 1;
-  while (p->share < kMaxClusterBlocks && 2 * p->share * p->m <= processors && eights >= 2 * p->share * kFewEights) {
-    p->share *= 2;
-  }
-  const int threads = block_threads(divide_up(eights, p->share));
-  return launch<kKernel>(p->m * p->share, threads, p->share, device, p, stream);
+// Of a block that has one token, of whose eights a thread can hold some: few tokens are done soonest by as many threads
+// as there can be.
+int row_threads(const QuantizeParams& p, int held, int most, int processors) {
+  const int64_t eights = p.k / 8;
+  return block_threads(p.m <= processors ? eights : divide_up(eights, held), most);
+}
+
+// Into how many blocks a cluster divides a token where h takes time to compute: until processors or eights are few.
+int choose_parts(const QuantizeParams& p, int processors) {
+  constexpr int kFewEights = 128;
+  int parts = 1;
+  while (parts < kMaxClusterBlocks && 2 * parts * p.m <= processors && p.k / 8 >= 2 * parts * kFewEights) parts *= 2;
+  return parts;
 }
 
 template <class Source>
@@ -78,12 +81,12 @@ zqfpStatus quantize(QuantizeParams* p, int device, int processors, void* stream)
     const int64_t blocks = divide_up(p->m * eights, p->share * kStreamThreads);
     return launch<quantize_static_kernel<Source>>(blocks, kStreamThreads, 1, device, p, stream);
   }
-  if constexpr (Source::kLoads > 1) {  // where h takes time to compute
-    if (p->m <= processors) {
-      return launch_few<quantize_token_kernel<Source, true>>(eights, device, processors, p, stream);
-    }
+  if (Source::kLoads > 1 && p->m <= processors) {
+    p->share = choose_parts(*p, processors);
+    const int threads = block_threads(divide_up(eights, p->share), kMaxRowThreads);
+    return launch<quantize_token_kernel<Source, true>>(p->m * p->share, threads, p->share, device, p, stream);
   }
-  const int threads = block_threads(p->m <= processors ? eights : divide_up(eights, kHeld));
+  const int threads = row_threads(*p, kHeld, kMaxRowThreads, processors);
   return launch<quantize_token_kernel<Source, false>>(p->m, threads, 1, device, p, stream);
 }
 
@@ -175,10 +178,8 @@ zqfpStatus quantize_source(QuantizeParams* p, int32_t dtype, void* stream) {
 
 template <typename T>
 zqfpStatus quantize_norm(QuantizeParams* p, int device, int processors, void* stream) {
-  const int64_t eights = p->k / 8;
-  if (p->m <= processors) return launch_few<quantize_norm_kernel<T, true>>(eights, device, processors, p, stream);
-  const int threads = block_threads(divide_up(eights, NormQuantizer<T, false>::kHeld));
-  return launch<quantize_norm_kernel<T, false>>(p->m, threads, 1, device, p, stream);
+  const int threads = row_threads(*p, NormQuantizer<T>::kHeld, kMaxNormThreads, processors);
+  return launch<quantize_norm_kernel<T>>(p->m, threads, 1, device, p, stream);
 }
 
 // With LoRC in two launches: a token's factor must be known before its first product.

@@ -1,35 +1,32 @@
-// RMS norm of x or of x + skip -> E4M3 and its scale: a block, or of few tokens a cluster, has one token and keeps it in
-// registers.
+// RMS norm of x or of x + skip -> E4M3 and its scale: a block has one token and keeps it in registers.
 #pragma once
 
-#include "quantize_cluster.cuh"
 #include "quantize_source.cuh"
 
 namespace zqfp {
 
+constexpr int kMaxNormThreads = 1024;
 constexpr int kFactorRanks = 16;  // LoRC's smallest group of ranks (quantize_lorc.cuh)
 
+// What a block adds up.
 struct NormShared {
-  ClusterNumbers<2> sums;  // of squares, and the range
-  float squares[kMaxRowThreads / 32];
-  uint32_t range[kMaxRowThreads / 32];
+  float squares[kMaxNormThreads / 32];
+  uint32_t range[kMaxNormThreads / 32];
 };
 
-// One thread's part. Few tokens: p.share blocks, a cluster, have one. Of a token with more than kHeld eights for each
-// thread it reads the rest twice.
-template <typename T, bool kFew>
+// One thread's part. Of a token with more than kHeld eights for each thread it reads the rest twice.
+template <typename T>
 class NormQuantizer {
  public:
   static constexpr int kHeld = sizeof(T) == 4 ? 1 : 2;
 
   __device__ __forceinline__ NormQuantizer(const QuantizeParams& p, NormShared& shared)
-      : p_(p), shared_(shared), share_(kFew ? p.share : 1), place_(share_), token_(place_.token), source_(p, token_ * p.k), count_(p.k / 8) {
+      : p_(p), shared_(shared), token_(blockIdx.x), source_(p, token_ * p.k), count_(p.k / 8) {
     sum_ = p.sum == nullptr ? nullptr : static_cast<T*>(p.sum) + token_ * p.k;
   }
 
   __device__ __forceinline__ void run() {
     ptx::release_kernel_after();
-    shared_.sums.open(share_);
     Eight<T> gamma[kHeld];
     for_held([&](int i, int at) { gamma[i] = load_gamma(at); });  // a weight: it may be read before the wait
     ptx::wait_for_kernel_before();
@@ -41,7 +38,7 @@ class NormQuantizer {
       if (at < count_) held[i] = take(source_.add(raw[i]), gamma[i], at);
     });
 #pragma unroll 1
-    for (int at = first_left(); at < count_; at += place_.threads) {
+    for (int at = first_left(); at < count_; at += blockDim.x) {
       take(source_.add(source_.load(8 * at, true)), load_gamma(at), at);
     }
     add_threads();
@@ -51,10 +48,10 @@ class NormQuantizer {
       if (at < count_) write(held[i], divide, at);
     });
 #pragma unroll 1
-    for (int at = first_left(); at < count_; at += place_.threads) {
+    for (int at = first_left(); at < count_; at += blockDim.x) {
       write(scale_eight(load_again(at), load_gamma(at)), divide, at);
     }
-    if (place_.first == 0) write_token(scale);
+    if (threadIdx.x == 0) write_token(scale);
   }
 
  private:
@@ -66,8 +63,6 @@ class NormQuantizer {
 
   const QuantizeParams& p_;
   NormShared& shared_;
-  const int share_;
-  const TokenPlace place_;
   const int64_t token_;
   const Source source_;
   const int count_;  // eights of a token
@@ -76,11 +71,11 @@ class NormQuantizer {
   float factor_;
 
   template <typename Body>
-  __device__ __forceinline__ void for_held(Body body) const {
+  __device__ __forceinline__ static void for_held(Body body) {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) body(i, place_.first + i * place_.threads);
+    for (int i = 0; i < kHeld; ++i) body(i, int(threadIdx.x + i * blockDim.x));
   }
-  __device__ __forceinline__ int first_left() const { return place_.first + kHeld * place_.threads; }
+  __device__ __forceinline__ static int first_left() { return threadIdx.x + kHeld * blockDim.x; }
 
   __device__ __forceinline__ Eight<T> load_gamma(int at) const { return Source::load_column(p_, 8 * at, at < count_); }
 
@@ -128,13 +123,8 @@ class NormQuantizer {
     }
     __syncthreads();
     const bool is_warp = lane < int(blockDim.x) / 32;
-    const float of_block[2] = {add_lanes(is_warp ? shared_.squares[lane] : 0.f),
-                               __uint_as_float(__reduce_max_sync(~0u, is_warp ? shared_.range[lane] : 0u))};
-    squares_ = range_ = 0.f;
-    shared_.sums.exchange(of_block, place_, share_, [&](const float (&numbers)[2]) {
-      squares_ += numbers[0];
-      range_ = fmaxf(range_, numbers[1]);
-    });
+    squares_ = add_lanes(is_warp ? shared_.squares[lane] : 0.f);
+    range_ = __uint_as_float(__reduce_max_sync(~0u, is_warp ? shared_.range[lane] : 0u));
     factor_ = __frsqrt_rn(__fdiv_rn(squares_, float(p_.k)) + p_.epsilon);
   }
 
@@ -173,10 +163,10 @@ inline void follow_norm(QuantizeParams* p) {
   p->other = nullptr;
 }
 
-template <typename T, bool kFew>
-__global__ void __launch_bounds__(kMaxRowThreads) quantize_norm_kernel(QuantizeParams p) {
+template <typename T>
+__global__ void __launch_bounds__(kMaxNormThreads) quantize_norm_kernel(QuantizeParams p) {
   __shared__ NormShared shared;
-  NormQuantizer<T, kFew>(p, shared).run();
+  NormQuantizer<T>(p, shared).run();
 }
 
 }  // namespace zqfp

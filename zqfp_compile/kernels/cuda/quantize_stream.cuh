@@ -1,12 +1,12 @@
 // h -> E4M3 and its scale, without LoRC: a stream of eights, several of them under way in each thread.
 #pragma once
 
-#include "quantize_cluster.cuh"
 #include "quantize_source.cuh"
 
 namespace zqfp {
 
 constexpr int kStreamThreads = 256;
+constexpr int kMaxRowThreads = 1024;
 constexpr int kHeld = 4;  // eights that a thread has at a time
 
 // One scale: a block has p.share * kStreamThreads eights, whatever their token.
@@ -42,10 +42,31 @@ __device__ __forceinline__ float largest_of_block(float range, uint32_t* warp_ra
   return __uint_as_float(__reduce_max_sync(~0u, lane < int(blockDim.x) / 32 ? warp_range[lane] : 0u));
 }
 
+// Of a block with a token, or a part of one: the blocks of a cluster share a token and write to each other's `range`.
 struct TokenShared {
-  ClusterNumbers<1> range;
+  uint64_t barrier;
+  float range[kMaxClusterBlocks];
   uint32_t warp_range[kMaxRowThreads / 32];
 };
+
+__device__ __forceinline__ void open_cluster(const QuantizeParams& p, TokenShared& shared) {
+  if (threadIdx.x == 0) {
+    ptx::barrier_init(ptx::shared_address(&shared.barrier), 1);
+    ptx::barrier_expect(ptx::shared_address(&shared.barrier), p.share * sizeof(float));
+    ptx::fence_barrier_init();
+  }
+  ptx::cluster_arrive();
+}
+
+__device__ __forceinline__ float largest_of_cluster(float range, const QuantizeParams& p, TokenShared& shared) {
+  const int block = blockIdx.x & (p.share - 1);
+  const uint32_t barrier = ptx::shared_address(&shared.barrier);
+  ptx::cluster_wait();  // every block has opened its barrier
+  if (int(threadIdx.x) < p.share) ptx::store_remote(&shared.range[block], range, barrier, threadIdx.x);
+  ptx::barrier_wait(barrier, 0);
+  for (int i = 0; i < p.share; ++i) range = fmaxf(range, shared.range[i]);
+  return range;
+}
 
 // A scale per token. Many tokens: a block has one, and its threads several eights each. Few: each thread has an eight or
 // two, and a cluster of p.share blocks, a power of two, has a token. What of a token the threads cannot hold is read
@@ -53,14 +74,16 @@ struct TokenShared {
 template <class Source, bool kFew>
 __device__ __forceinline__ void quantize_token(const QuantizeParams& p, TokenShared& shared) {
   constexpr int kEights = kFew ? 2 : kHeld;
-  const int share = kFew ? p.share : 1;
+  const int shift = kFew ? 31 - __clz(p.share) : 0;
+  const bool spread = kFew && p.share > 1;
   ptx::release_kernel_after();
-  shared.range.open(share);
+  if (spread) open_cluster(p, shared);
   ptx::wait_for_kernel_before();
-  const TokenPlace place(share);
-  const Source source(p, place.token * p.k);
-  uint8_t* x8 = p.x8 + place.token * p.k;
-  const int first = place.first, threads = place.threads, count = p.k / 8;
+  const int64_t token = blockIdx.x >> shift;
+  const Source source(p, token * p.k);
+  uint8_t* x8 = p.x8 + token * p.k;
+  const int block = kFew ? blockIdx.x & (p.share - 1) : 0;
+  const int first = block * blockDim.x + threadIdx.x, threads = blockDim.x << shift, count = p.k / 8;
   typename Source::Raw raw[kEights];
 #pragma unroll
   for (int i = 0; i < kEights; ++i) {
@@ -79,9 +102,8 @@ __device__ __forceinline__ void quantize_token(const QuantizeParams& p, TokenSha
   for (int at = first + kEights * threads; at < count; at += threads) {
     range = Source::compute(source.load(8 * at, true)).widen(range);
   }
-  const float largest[1] = {largest_of_block(range, shared.warp_range)};
-  range = 0.f;
-  shared.range.exchange(largest, place, share, [&](const float (&of_block)[1]) { range = fmaxf(range, of_block[0]); });
+  range = largest_of_block(range, shared.warp_range);
+  if (spread) range = largest_of_cluster(range, p, shared);
   const float scale = __fdiv_rn(range, kLargestE4m3);
   const Divisor divide(scale);
 #pragma unroll
@@ -93,7 +115,7 @@ __device__ __forceinline__ void quantize_token(const QuantizeParams& p, TokenSha
   for (int at = first + kEights * threads; at < count; at += threads) {
     store_quantized(Source::compute(source.load(8 * at, true)), divide, x8 + 8 * at);
   }
-  if (first == 0) p.a[place.token] = scale;
+  if (first == 0) p.a[token] = scale;
 }
 
 template <class Source>

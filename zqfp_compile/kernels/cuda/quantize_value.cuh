@@ -15,7 +15,6 @@ namespace zqfp {
 constexpr float kLargestE4m3 = 448.f;
 constexpr float kSmallestRange = 1e-30f;
 constexpr int kMaxClusterBlocks = 8;
-constexpr int kMaxRowThreads = 1024;  // of a block that has one token
 
 struct QuantizeInputs {
   const void* x;                // or gate

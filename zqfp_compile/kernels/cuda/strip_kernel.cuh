@@ -29,7 +29,6 @@ struct StripConfig {
   static constexpr int kColumns = kStripSlices * Tokens;  // of wgmma's B
   static constexpr int kWarpgroups = 4, kWarps = kWarpgroups * 4;
   static constexpr int kThreads = (kWarps + 1) * 32;
-  static constexpr int kBoundThreads = Tokens > 8 ? kThreads : Group == 32 ? 896 : 1024;  // as Config's
   static constexpr int kRing = Tokens == 8 ? 2 : 1;  // strips whose sums have room
   static constexpr int kRankSteps = 4;               // of 16 ranks
   static constexpr int kRanks = 16 * kRankSteps;
@@ -442,7 +441,7 @@ __device__ __forceinline__ void run_strips(const StripParams& p, char* raw) {
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kBoundThreads, 1) strip_kernel(const __grid_constant__ StripParams p) {
+__global__ void __launch_bounds__(C::kThreads, 1) strip_kernel(const __grid_constant__ StripParams p) {
   extern __shared__ char raw[];
   run_strips<C>(p, raw);
 }
