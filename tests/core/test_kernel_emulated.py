@@ -234,7 +234,9 @@ class Quantizer:
     # Static without LoRC: eights of a thread. Else blocks of a cluster; without LoRC also 0, the
     # kernel for many tokens.
     share: int = 1
-    size: int = 0  # without LoRC: threads of a token's block; with LoRC: 0 for few tokens, 1 for many
+    # Without LoRC: threads of a token's block. With LoRC: 0 for few tokens; else for many, of x alone the
+    # stages in shared memory.
+    size: int = 0
     threads: int = 64  # of a norm: of a token's block
 
 
@@ -255,9 +257,11 @@ QUANTIZERS = [
     Quantizer("float16", 19, 528, 0.02, rank=24),
     Quantizer("float16", 1, 2640, rank=8),  # more than the warps have under way
     Quantizer("bfloat16", 16, 1040, rank=40, share=4),
-    Quantizer("float16", 70, 528, 0.02, rank=64, size=1),
-    Quantizer("bfloat16", 40, 272, rank=24, size=1),
-    Quantizer("float16", 64, 1040, rank=40, share=2, size=1),
+    Quantizer("float16", 70, 528, 0.02, rank=64, share=2, size=3),
+    Quantizer("bfloat16", 40, 272, rank=24, share=4, size=3),
+    Quantizer("float16", 1, 16, rank=8, share=2, size=3),  # a block without columns
+    Quantizer("bfloat16", 64, 1552, 0.03, rank=32, share=2, size=3),  # slots serve twice
+    Quantizer("float16", 19, 1552, rank=40, share=2, size=3),  # x read twice
 ]
 
 
@@ -438,12 +442,12 @@ def test_quantizer_divides_as_the_reference_near_ties(emulator, scale):
     assert np.array_equal(np.signbit(E4M3FN.decode(x8)), np.signbit(x))
 
 
-@pytest.mark.parametrize("size", [0, 1])
+@pytest.mark.parametrize(("share", "size"), [(1, 0), (2, 3)])
 @pytest.mark.parametrize("scale", [None, 0.0, np.inf])
-def test_quantizer_divides_as_ieee_by_infinity_and_zero(emulator, scale, size):
+def test_quantizer_divides_as_ieee_by_infinity_and_zero(emulator, scale, share, size):
     x = np.tile(np.array([1.0, -2.0, 0.0, np.inf, -np.inf, np.nan, 3.0, -0.0], np.float16), 34)[None]
     v = np.zeros((x.shape[1], 8), np.float16)
-    case = Quantizer("float16", 1, x.shape[1], scale, rank=8, size=size)
+    case = Quantizer("float16", 1, x.shape[1], scale, rank=8, share=share, size=size)
     x8, a, _ = quantized(emulator, case, v, x=aligned(x))
     with np.errstate(divide="ignore", invalid="ignore"):
         quotient = x.astype(np.float32) / a

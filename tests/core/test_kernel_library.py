@@ -387,12 +387,14 @@ def test_an_overlapping_quantizer_reads_nothing_that_is_still_being_made(repo_ro
     for entry in entries:
         assert "ld.global.nc" not in entry
         before, after = entry.split("griddepcontrol.wait;")
-        assert "ld.global.v4" in after
+        assert "ld.global.v4" in after or "cp.async.cg" in after
         loads = re.findall(r"ld\.global[.\w]*", before)
         # Of a row of V four bytes or eight; of gamma, in norms, sixteen once or twice. What is still being
-        # made, of which a thread has sixteen or more, only after the wait.
+        # made, of which a thread has sixteen or more, only after the wait. Of copies V's: two in each of two
+        # stages.
         name = entry.split("(")[0]
         allowed = {"ld.global.u32", "ld.global.v2.u32"} if "LorcShape" in name else set()
         gammas = (1, 2) if "norm" in name.lower() else (0,)
         assert {load for load in loads if load != "ld.global.v4.u32"} <= allowed
         assert loads.count("ld.global.v4.u32") in gammas
+        assert before.count("cp.async.cg") == (4 if "StagedShape" in name else 0)

@@ -259,9 +259,14 @@ def test_quantizer_of_zeros_and_ties(kernel_library):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rank", [8, 24, 32, 64])
+@pytest.mark.parametrize("rank", range(8, 65, 8))
 @pytest.mark.parametrize(
-    ("m", "k"), [(1, 4096), (16, 272), (16, 1040), (33, 8192), (600, 272), (1000, 2048), (5000, 1040)]
+    ("m", "k"),
+    [
+        *((1, 4096), (16, 272), (16, 1040), (33, 8192)),
+        # Many tokens: blocks without columns; x in shared memory for good, and read twice.
+        *((512, 16), (600, 272), (777, 1040), (1000, 2048), (1024, 14336), (2100, 8208), (5000, 1040)),
+    ],
 )
 def test_x_at_v(kernel_library, m, k, rank, dtype):
     """The product, and x8 and its scales as without LoRC, whose kernels are others."""

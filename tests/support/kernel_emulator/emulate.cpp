@@ -5,6 +5,7 @@
 #define __launch_bounds__(...)  // CUDA's headers leave it undefined for a host compiler
 #include "gemm_kernel.cuh"
 #include "quantize_lorc.cuh"
+#include "quantize_lorc_many.cuh"
 #include "quantize_norm.cuh"
 #include "quantize_stream.cuh"
 #include "strip_kernel.cuh"
@@ -62,10 +63,25 @@ void quantize_lorc(const QuantizeParams& p) {
   }
 }
 
-// `size`: 0 for the kernel for few tokens, 1 for many.
+template <class S>
+void quantize_staged(const QuantizeParams& base, int slots) {
+  const StagedParams p{base, slots};
+  for (int cluster = 0; cluster < divide_up(p.m, S::kTokens); ++cluster) {
+    run_cluster(cluster, p.share, S::kThreads, S::shared_bytes(slots, p.rank), [&](char* memory) {
+      StagedQuantizer<S>(p, memory).run();
+    });
+  }
+}
+
+// `size`: 0 for the kernel for few tokens; else that for many, and of x alone the stages that it has room for.
 template <class Source, LorcTask kTask>
 void choose_lorc(const QuantizeParams& p, int size) {
-  size == 0 ? quantize_lorc<FewTokens<Source, kTask>>(p) : quantize_lorc<ManyTokens<Source, kTask>>(p);
+  if (size == 0) return quantize_lorc<FewTokens<Source, kTask>>(p);
+  if constexpr (Source::kLoads == 1) {
+    quantize_staged<StagedShape<typename Source::T, kTask == LorcTask::kPerToken>>(p, size);
+  } else {
+    quantize_lorc<ManyTokens<Source, kTask>>(p);
+  }
 }
 
 // `size`: threads of a token's block without LoRC; with LoRC as choose_lorc has it.

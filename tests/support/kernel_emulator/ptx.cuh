@@ -198,14 +198,17 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
   warp.barrier.sync(32);
   return value;
 }
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
+template <typename T>
+T shuffle(T value, int from) {
   emulator::Exchange& warp = emulator::block->warps[threadIdx.x / 32];
   std::memcpy(warp.words[threadIdx.x % 32], &value, 4);
   warp.barrier.sync(32);
-  std::memcpy(&value, warp.words[threadIdx.x % 32 ^ mask], 4);
+  std::memcpy(&value, warp.words[from], 4);
   warp.barrier.sync(32);
   return value;
 }
+inline float __shfl_xor_sync(unsigned, float value, int mask) { return shuffle(value, threadIdx.x % 32 ^ mask); }
+inline unsigned __shfl_sync(unsigned, unsigned value, int lane) { return shuffle(value, lane); }
 
 namespace zqfp::ptx {
 
@@ -260,6 +263,10 @@ inline void store_remote(const float* mine, float number, uint32_t barrier, uint
   std::memcpy(to.at(block->address(mine)), &number, sizeof number);
   to.mbarriers.at(barrier).complete(sizeof number);
 }
+inline void store_remote(const float* mine, const float (&number)[4], uint32_t barrier, uint32_t rank) {
+  if (block->address(mine) % 16) abort();
+  for (int i = 0; i < 4; ++i) store_remote(mine + i, number[i], barrier, rank);
+}
 inline float limit(float x, float most) {
   return std::isnan(x) ? x : std::copysign(std::fmin(std::fabs(x), most), x);
 }
@@ -295,7 +302,7 @@ void copy_ahead(uint32_t to, const void* from) {
   if (to % kBytes || reinterpret_cast<uintptr_t>(from) % kBytes) abort();
   open_copies.push_back([to, from] { std::memcpy(block->at(to), from, kBytes); });
 }
-inline void copy_ahead_or_clear(uint32_t to, const void* from, int bytes) {
+inline void copy_ahead_or_clear(uint32_t to, const void* from, int bytes, uint64_t = kEvictFirst) {
   if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16) abort();
   open_copies.push_back([to, from, bytes] {
     std::memset(block->at(to), 0, 16);
@@ -312,6 +319,8 @@ void wait_copies() {
     for (const auto& run : copies.front()) run();
   }
 }
+
+inline void publish_to_wgmma() {}
 
 // stmatrix.x2.trans: lane i < 16 names the place of column i % 8 of matrix i / 8; thread 4r + c/2 has row r, column c.
 inline void store_transposed(uint32_t address, uint32_t first, uint32_t second) {
@@ -385,5 +394,7 @@ void wgmma_wait() {
 }
 template <int kCount>
 void pin(float (&)[kCount]) {}
+template <typename T>
+void keep(T&) {}
 
 }  // namespace zqfp::ptx

@@ -136,9 +136,10 @@ __device__ __forceinline__ void copy_ahead(uint32_t to, const void* from) {
 }
 
 // `bytes` of 16, the others as zeros.
-__device__ __forceinline__ void copy_ahead_or_clear(uint32_t to, const void* from, int bytes) {
+__device__ __forceinline__ void copy_ahead_or_clear(uint32_t to, const void* from, int bytes,
+                                                    uint64_t policy = kEvictFirst) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(bytes),
-               "l"(kEvictFirst)
+               "l"(policy)
                : "memory");
 }
 
@@ -149,6 +150,9 @@ template <int kPending>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+
+// What this thread has written to shared memory can be read by wgmma (async proxy), by whoever hears of it.
+__device__ __forceinline__ void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 
@@ -192,6 +196,19 @@ __device__ __forceinline__ void store_remote(const float* mine, float number, ui
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %1, [remote];\n}" ::"r"(
           shared_address(mine)),
       "f"(number), "r"(barrier), "r"(block)
+      : "memory");
+}
+
+// Four numbers; `mine` is aligned to 16 bytes.
+__device__ __forceinline__ void store_remote(const float* mine, const float (&number)[4], uint32_t barrier,
+                                             uint32_t block) {
+  asm volatile(
+      "{\n.reg .b32 to, remote;\n"
+      "mapa.shared::cluster.u32 to, %0, %6;\n"
+      "mapa.shared::cluster.u32 remote, %5, %6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%1, %2, %3, %4}, [remote];\n}" ::"r"(
+          shared_address(mine)),
+      "f"(number[0]), "f"(number[1]), "f"(number[2]), "f"(number[3]), "r"(barrier), "r"(block)
       : "memory");
 }
 
@@ -322,6 +339,16 @@ template <int kCount>
 __device__ __forceinline__ void pin(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Keeps a number or pointer in its register: the compiler does not know what it is made of.
+template <typename T>
+__device__ __forceinline__ void keep(T& value) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
 }
 
 }  // namespace zqfp::ptx

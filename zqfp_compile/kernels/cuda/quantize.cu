@@ -3,9 +3,11 @@
 #include <cmath>
 
 #include "check.h"
+#include "config.h"
 #include "device.h"
 #include "launch.h"
 #include "quantize_lorc.cuh"
+#include "quantize_lorc_many.cuh"
 #include "quantize_norm.cuh"
 #include "quantize_stream.cuh"
 
@@ -33,6 +35,9 @@ zqfpStatus check_lorc(int32_t x_dtype, const void* v, int32_t rank, const void* 
   ZQFP_RETURN_IF_FAILED(check_pointer(v, "v"));
   return check_pointer(xv, "xv");
 }
+
+// Of a processor's shared memory, for each block.
+constexpr int kReservedBytes = 1024;
 
 // From so many tokens on reading V less often outweighs having fewer blocks.
 constexpr int64_t kManyTokens = 512;
@@ -108,10 +113,53 @@ zqfpStatus quantize_lorc(QuantizeParams* p, int device, int processors, void* st
   return launch<quantize_lorc_kernel<S>>(clusters * p->share, S::kThreads, p->share, device, p, stream);
 }
 
+// Into how many blocks a cluster divides K: more where the processors then have less to do, and per token, as then fewer
+// tokens are being worked on at a time, and x is surer to be still in the cache.
+template <class S>
+int choose_staged_blocks(int64_t tiles, int64_t stages, int64_t room) {
+  int64_t best = 2;
+  for (int64_t blocks = 4; blocks <= std::min<int64_t>(kMaxClusterBlocks, stages); blocks *= 2) {
+    const int64_t rounds = divide_up(tiles * blocks, room), best_rounds = divide_up(tiles * best, room);
+    if (S::kPerToken || rounds * best < best_rounds * blocks) best = blocks;
+  }
+  return int(best);
+}
+
+// Stages of x in shared memory: as few as there can be where a processor then has room for two blocks; else, per token,
+// as many as there can be, as those need not be read again.
+template <class S>
+int choose_slots(int rank, int64_t stages) {
+  constexpr int kLeast = S::kAhead + 1;
+  const int bytes = S::shared_bytes(kLeast, rank);
+  if (!S::kPerToken || 2 * (bytes + kReservedBytes) <= kMaxSharedBytes + kReservedBytes) return kLeast;
+  return int(std::clamp<int64_t>(stages, kLeast, kLeast + (kMaxSharedBytes - bytes) / S::kXBytes));
+}
+
+template <class S>
+zqfpStatus quantize_staged(const QuantizeParams& base, int device, int processors, void* stream) {
+  static std::atomic<uint64_t> prepared{0}, allowed{0};
+  const void* function = reinterpret_cast<const void*>(quantize_staged_kernel<S>);
+  ZQFP_RETURN_IF_FAILED(set_attribute_once(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                           cudaSharedmemCarveoutMaxShared, device, &prepared));
+  ZQFP_RETURN_IF_FAILED(set_attribute_once(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes,
+                                           device, &allowed));
+  StagedParams p{base, 0};
+  const int64_t tiles = divide_up(p.m, S::kTokens), stages = divide_up(p.k, S::kColumns);
+  p.share = choose_staged_blocks<S>(tiles, stages, 2 * processors);
+  p.slots = choose_slots<S>(p.rank, divide_up(stages, p.share));
+  const LaunchShape shape{int(tiles * p.share), S::kThreads, S::shared_bytes(p.slots, p.rank), p.share};
+  return launch_kernel(function, shape, &p, stream, "launching the quantizer");
+}
+
 template <class Source, LorcTask kTask>
 zqfpStatus choose_lorc(QuantizeParams* p, int device, int processors, void* stream) {
-  return p->m < kManyTokens ? quantize_lorc<FewTokens<Source, kTask>>(p, device, processors, stream)
-                            : quantize_lorc<ManyTokens<Source, kTask>>(p, device, processors, stream);
+  if (p->m < kManyTokens) return quantize_lorc<FewTokens<Source, kTask>>(p, device, processors, stream);
+  if constexpr (Source::kLoads == 1) {
+    constexpr bool kPerToken = kTask == LorcTask::kPerToken;
+    return quantize_staged<StagedShape<typename Source::T, kPerToken>>(*p, device, processors, stream);
+  } else {
+    return quantize_lorc<ManyTokens<Source, kTask>>(p, device, processors, stream);
+  }
 }
 
 template <class Source>

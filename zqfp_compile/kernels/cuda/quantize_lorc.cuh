@@ -17,8 +17,8 @@ constexpr int kMaxRank = 64;
 // What there is to do beside h @ V.
 enum class LorcTask { kStatic, kPerToken, kNothing };
 
-// Few tokens: many blocks, each with little of V, all of it under way at once. Many tokens: V is read once for 64 of
-// them; twelve warps, as each thread has 64 sums.
+// Few tokens: many blocks, each with little of V, all of it under way at once. Many tokens of h that must be computed (for
+// x alone there is quantize_lorc_many.cuh): V is read once for 32 of them.
 template <class From, int Tiles, int Pairs, int Batch, int Warps, LorcTask Task>
 struct LorcShape {
   using Source = From;
@@ -34,8 +34,7 @@ struct LorcShape {
 template <class Source, LorcTask kTask>
 using FewTokens = LorcShape<Source, 1, 1, 5 - Source::kLoads, 16, kTask>;
 template <class Source, LorcTask kTask>
-using ManyTokens = std::conditional_t<Source::kLoads == 1, LorcShape<Source, 4, 2, 1, 12, kTask>,
-                                      LorcShape<Source, 2, 2, 1, 16, kTask>>;
+using ManyTokens = LorcShape<Source, 2, 2, 1, 16, kTask>;
 
 // Of a block. The blocks of the cluster write to each other's `sum` and `range`, and count the bytes on the barriers; so
 // nobody reads what is not there, and no block needs to outlive another.
