@@ -51,15 +51,20 @@ class Form:
                 pending.extend(operand for operand in node.inputs if operand is not None)
         return found
 
+    @property
+    def shape_readers(self) -> list[ir.Node]:
+        """The nodes that read the shape of h, which is that of the first operand."""
+        return [node for node, _ in self.h.uses() if (node.domain, node.op_type) == ("", "Shape")]
+
 
 def find_form(h: ir.Value) -> Form | None:
-    """Return what computes ``h``, when only one other node reads h or a value on the way to it."""
+    """Return what computes ``h``, when one other node alone reads h (its shape apart) or a value before it."""
     form = _silu_mul(h) or _rms_norm(h)
     if form is None or not _fits(form):
         return None
     nodes = form.nodes
     inner = [value for node in nodes for value in node.outputs if value is not form.total]
-    readers = {user for value in inner for user, _ in value.uses()}.difference(nodes)
+    readers = {user for value in inner for user, _ in value.uses()}.difference(nodes, form.shape_readers)
     private = len(readers) == 1 and not any(value.is_graph_output() for value in inner)
     return form if private else None
 

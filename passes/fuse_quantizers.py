@@ -38,6 +38,8 @@ class FuseQuantizers(Pass):
     ``Div(x, root)``; gamma before the last Cast. A norm without an Add of two equal shapes in front has no
     skip.
 
+    ``Shape`` nodes that read h read the first operand instead, which has that shape.
+
     Left alone: h, or a value on the way to it, that anything else reads or that is an output of the graph; a
     norm over another axis, with a bias, with an epsilon or an exponent that is not constant, not computed in
     FLOAT, or with a gamma that is computed or not of shape [K]; operands whose types or shapes differ or are
@@ -77,6 +79,8 @@ def _fuse(graph: ir.Graph, names: Names, quantizer: ir.Node, form: Form) -> None
     attributes = [attr for name, attr in quantizer.attributes.items() if not name.startswith("plugin_")]
     attributes.append(int_attribute("tokens", int(quantizer.op_type == QUANTIZE_TOKENS)))
     skip = len(form.operands) > 2
+    for reader in form.shape_readers:
+        reader.replace_input_with(0, form.operands[0])
     if form.epsilon is not None:
         attributes += [int_attribute("skip", int(skip)), ir.AttrFloat32("epsilon", form.epsilon)]
     new = ir.Node(

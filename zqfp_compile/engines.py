@@ -35,7 +35,9 @@ _FP4_ONNX = "model.fp4.onnx"
 # --weight-lowering -> the pass that makes the engine-ready model.
 _FP8, PLUGIN = "lower-weights-fp8", "lower-weights-plugin"
 _CASTS, _INLINE = "qdq-to-casts", "inline-functions"
-_UNUSED, _FUSE = "remove-unused", "fuse-quantizers"
+_SHAPES, _UNUSED, _FUSE = "infer-shapes", "remove-unused", "fuse-quantizers"
+# What a graph is behind a pass; an engine's by default.
+_PHASES: dict[str, Phase] = {_SHAPES: "quantized", _CASTS: "onnxruntime"}
 _LOWERINGS = {"auto": _FP8, "fp8": _FP8, "int4": _INLINE, "plugin": PLUGIN}
 
 
@@ -127,7 +129,9 @@ def runnable_model(place: Workplace, recipe: Recipe, choice: TargetChoice) -> Pa
     """
     deployed = choice.target == "onnxruntime"
     hosted = deployed and recipe.weight_lowering == "plugin"
-    lowering = [PLUGIN, _UNUSED, _FUSE] if hosted and place.plan.quantizes_weights else _fp8_lowering(place)
+    lowering = _fp8_lowering(place)
+    if hosted and lowering:
+        lowering = [_SHAPES, PLUGIN, _UNUSED, _FUSE]
     if not (lowering or deployed):
         return place.artifact
     path = (place.folder.path if deployed else place.folder.scratch) / ORT_MODEL
@@ -235,7 +239,7 @@ def _lower(place: Workplace, path: Path, *names: str, source: Path | None = None
         options: dict[str, object] = {"plan": place.plan} if name.startswith("lower-weights") else {}
         if name == PLUGIN:
             options["only_half"] = path.name != ORT_MODEL
-        phase: Phase = "onnxruntime" if name == _CASTS else "engine"
+        phase = _PHASES.get(name, "engine")
         place.runner.run(model, name, phase, **options)
     place.runner.run(model, _UNUSED, phase)
     with place.timer.step(f"save {path.name}"):

@@ -25,6 +25,7 @@ PASSES: dict[str, str] = {
     "remove-unused": "passes.remove_unused:RemoveUnused",
     "lower-weights-fp8": "passes.lower_weights_fp8:LowerWeightsFp8",
     "lower-weights-fp4": "passes.lower_weights_fp4:LowerWeightsFp4",
+    "infer-shapes": "passes.infer_shapes:InferShapes",
     "lower-weights-plugin": "passes.lower_weights_plugin:LowerWeightsPlugin",
     "fuse-quantizers": "passes.fuse_quantizers:FuseQuantizers",
     "inline-functions": "passes.inline_functions:InlineFunctions",

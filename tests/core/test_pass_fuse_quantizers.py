@@ -66,6 +66,20 @@ def test_other_readers_of_the_sum_read_the_quantizers(form, run_pass):
     assert {node.op_type for node, _ in total.uses()} == {"Neg", "Add"}
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_shapes_of_h_are_read_from_an_operand(form, run_pass):
+    model = Block(FORMS[form]).model()
+    h = next(value for node in model.graph for value in node.outputs if value.name == "h")
+    shape = ir.Node("", "Shape", [h], name="shape")
+    shape.outputs[0].name, shape.outputs[0].type = "dims", ir.TensorType(ir.DataType.INT64)
+    shape.outputs[0].shape = ir.Shape([2])
+    model.graph.append(shape)
+    model.graph.outputs.append(shape.outputs[0])
+    run_pass(FuseQuantizers(), model, check=False)
+    assert kinds(model) == [SILU if form in SILUS else NORM, "Shape"]
+    assert shape.inputs[0] is model.graph.node(0).inputs[0]
+
+
 def test_a_sum_that_is_not_kept_gets_a_name(run_pass):
     body = SKIP_NORM.replace("h, mean32_1, deviation32_1, s =", "h =")
     node = fused(Block(body), run_pass).graph.node(0)

@@ -59,6 +59,17 @@ def ops(path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
 
 
+def test_an_export_without_shapes_is_fused_as_well(wide_model, library, tmp_path):
+    """As Optimum's are."""
+    source = wide_model("float16")
+    model = onnx.load(source, load_external_data=False)
+    del model.graph.value_info[:]
+    onnx.save(model, source)
+    compiled(source, tmp_path / "plugin", weight_lowering="plugin")
+    kinds = ops(tmp_path / "plugin" / "onnxruntime.onnx")
+    assert [kinds.count(kind) for kind in ("QuantizeActivation", *FUSED)] == [2, 2, 4]
+
+
 @pytest.mark.parametrize("scale", ["tensor", "token"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("lorc_rank", [0, 12])
