@@ -58,7 +58,7 @@ class Form:
 
 
 def find_form(h: ir.Value) -> Form | None:
-    """Return what computes ``h``, when one other node alone reads h (its shape apart) or a value before it."""
+    """Return what computes ``h``, when one other node reads h (not its shape) or a value before it."""
     form = _silu_mul(h) or _rms_norm(h)
     if form is None or not _fits(form):
         return None
