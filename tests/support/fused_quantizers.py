@@ -11,6 +11,7 @@ import onnx_ir as ir
 from rewrite_models import NUMPY
 
 from zqfp_compile.formats.minifloat import E4M3FN
+from zqfp_compile.kernels.reference import rms_norm, silu_mul
 
 EPSILON = 0.25  # of a size that shows
 STATIC_SCALE = 0.011
@@ -152,26 +153,20 @@ def ort_value(x: np.ndarray) -> Any:
 
 def reference(case: Fused, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What zqfp.h says, in float64 but for the roundings to the type and those of the quantiser."""
-    exact = {name: x.astype(np.float64) for name, x in feeds.items()}
     outputs: dict[str, np.ndarray] = {}
-
-    def rounded(values: np.ndarray) -> np.ndarray:
-        return values.astype(np.float32).astype(NUMPY[case.dtype]).astype(np.float64)
-
     if case.norm:
-        s = rounded(exact["x"] + exact.get("skip", 0.0))
-        outputs |= {"sum": s} if case.skip else {}
-        h = rounded(s / np.sqrt(np.square(s).mean(-1, keepdims=True) + EPSILON) * exact["gamma"])
+        s, exact = rms_norm(feeds["x"], feeds.get("skip"), feeds["gamma"], EPSILON)
+        outputs |= {"sum": s.astype(np.float64)} if case.skip else {}
     else:
-        h = rounded(exact["x"] / (1 + np.exp(-exact["x"])) * exact["up"])
-    h32 = h.astype(np.float32)
+        exact = silu_mul(feeds["x"], feeds["up"])
+    h32 = exact.astype(np.float32).astype(NUMPY[case.dtype]).astype(np.float32)
     a = feeds.get("a")
     if a is None:
         a = np.maximum(np.abs(h32).max(-1, keepdims=True), np.float32(1e-30)) / np.float32(448)
         outputs["a.out"] = a.astype(np.float64)
     outputs["x8"] = E4M3FN.encode(h32 / a).view(np.uint8)
     if case.rank:
-        outputs["xv"] = h @ exact["v"]
+        outputs["xv"] = h32.astype(np.float64) @ feeds["v"].astype(np.float64)
     return outputs
 
 

@@ -54,7 +54,7 @@ def quantize_activation(x: FloatArray, scale: float | None) -> tuple[FloatArray,
 
 
 def silu_mul(gate: npt.NDArray[Any], up: npt.NDArray[Any]) -> DoubleArray:
-    """Return h = silu(gate) * up, unrounded: float64 [M, K] of two [M, K]."""
+    """Return h = silu(gate) * up, unrounded: float64 [..., K] of two [..., K]."""
     wide = gate.astype(np.float64)
     h: DoubleArray = wide / (1 + np.exp(-wide)) * up.astype(np.float64)
     return h
@@ -66,18 +66,18 @@ def rms_norm(
     """Return the sum s = x + skip and the norm h = s / sqrt(mean(s * s) + epsilon) * gamma.
 
     Args:
-        x: [M, K].
-        skip: [M, K] of the type of x, or ``None``: s is x.
+        x: [..., K].
+        skip: [..., K] of the type of x, or ``None``: s is x.
         gamma: [K].
         epsilon: Added to the mean square, as float32.
 
     Returns:
-        s rounded to the type of x, [M, K], and h, unrounded, float64 [M, K].
+        s rounded to the type of x, [..., K], and h, unrounded, float64 [..., K].
     """
     if skip is not None:
         x = (x.astype(np.float32) + skip.astype(np.float32)).astype(x.dtype)
     s = x.astype(np.float64)
-    norm = np.sqrt((s * s).mean(axis=1, keepdims=True) + np.float64(np.float32(epsilon)))
+    norm = np.sqrt((s * s).mean(axis=-1, keepdims=True) + np.float64(np.float32(epsilon)))
     return x, s / norm * gamma.astype(np.float64)
 
 
