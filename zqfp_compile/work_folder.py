@@ -20,17 +20,15 @@ from zqfp_compile.text_file import UnreadableError, read_text
 
 _KEY = "key"
 _MAX_KEY_BYTES = 1024
-# The same command would fail in the same way: nothing to go on from.
-_FINAL = (AccuracyError, ModelError, UsageError)
 
 
 class WorkFolder:
     """Context manager for the folder of finished work beside an output.
 
-    It belongs to one key, a digest of everything the work depends on. Left by an exception that another try
-    may not meet (a signal, a full disk, no memory, the engine builder), the folder stays when something in it
-    is finished, and the exception gets a note that says so; in every other case it is removed. Whoever uses
-    it holds the output's lock (:class:`zqfp_compile.output_folder.OutputFolder`).
+    It belongs to one key, a digest of everything the work depends on. Left by an exception, the folder stays
+    when something in it is finished, and the exception gets a note that says so: another try may do better,
+    or one with another limit, target or shape, which are not in the key. It is removed when nothing is
+    finished, at success, and when the model cannot be compiled. Whoever uses it holds the output's lock (:class:`zqfp_compile.output_folder.OutputFolder`).
     """
 
     def __init__(self, path: Path, key: str, *, fresh: bool = False) -> None:
@@ -74,12 +72,14 @@ class WorkFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Keep or remove the folder."""
-        if error is None or isinstance(error, _FINAL) or not self.finished:
+        if error is None or isinstance(error, ModelError) or not self.finished:
             self._remove()
             return
+        again = "the same command"
+        if isinstance(error, (AccuracyError, UsageError)):
+            again = "a command with another limit, target or shape"
         add_note(
-            error,
-            f"finished work is kept in {self.path}: the same command goes on from there, --fresh starts over",
+            error, f"finished work is kept in {self.path}: {again} goes on from there, --fresh starts over"
         )
 
     def _remove(self) -> None:

@@ -17,7 +17,7 @@ from compiled_models import check_valid, quick, run_artifact
 from zqfp_compile import compile_model
 from zqfp_compile.backends.ort import create_session
 from zqfp_compile.calibrate.samples import builtin_text, take_windows, tokenize
-from zqfp_compile.errors import AccuracyError, ModelError, UsageError
+from zqfp_compile.errors import AccuracyError, ModelError, UsageError, notes
 from zqfp_compile.model_io import load_model, save_model
 from zqfp_compile.progress import SilentReporter
 from zqfp_compile.recipe import Recipe
@@ -116,7 +116,7 @@ def test_compiling_again_replaces_the_folder(tiny_model, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_accuracy_gate(tiny_model, tmp_path: Path) -> None:
+def test_accuracy_gate(tiny_model, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "out"
     passed = quick(max_perplexity_increase=25, **COARSE)
     result = compile_model(tiny_model("llama"), passed, output=out)
@@ -128,8 +128,14 @@ def test_accuracy_gate(tiny_model, tmp_path: Path) -> None:
         with pytest.raises(AccuracyError, match=rf"perplexity rose by {increase:.2f}%.*allows 1%") as info:
             compile_model(tiny_model("llama"), failed, output=folder)
         assert info.value.exit_code == 4
+        assert "finished work is kept" in notes(info.value)[0]
     assert {name: (out / name).read_bytes() for name in _names(out)} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.work", ".new.work"}
+    told: list[str] = []
+    monkeypatch.setattr(SilentReporter, "info", lambda _, text: told.append(text))
+    compile_model(tiny_model("llama"), passed, output=tmp_path / "new")  # with another limit
+    assert any("going on from" in text for text in told)
+    assert (tmp_path / "new" / "model.zqfp.onnx").read_bytes() == before["model.zqfp.onnx"]
 
 
 def test_no_evaluation(tiny_model, tmp_path: Path) -> None:

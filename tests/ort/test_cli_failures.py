@@ -198,9 +198,8 @@ def test_gate(refused: Refused) -> None:
         "text.txt",
     )
     gate = ("--eval-length", "64", "--max-perplexity-increase", "0.01")
-    refused(
-        4, "m/model.onnx", *QUICK, *coarse, *gate, says=("perplexity rose by", "allows 0.01%", "--lorc-rank")
-    )
+    says = ("perplexity rose by", "allows 0.01%", "--lorc-rank", "another limit")
+    refused(4, "m/model.onnx", *QUICK, *coarse, *gate, says=says, keeps=True)
 
 
 def _slow_builder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

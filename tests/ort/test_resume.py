@@ -19,7 +19,7 @@ pytest.importorskip("onnxruntime")
 
 from zqfp_compile import Recipe, compile_model
 from zqfp_compile.calibrate.walk import _Walk
-from zqfp_compile.errors import MissingDependencyError, ModelError, UsageError, notes
+from zqfp_compile.errors import AccuracyError, MissingDependencyError, ModelError, UsageError, notes
 from zqfp_compile.progress import SilentReporter
 from zqfp_compile.work_folder import WorkFolder
 
@@ -224,7 +224,8 @@ def test_kept_only_when_another_try_may_do_better(tmp_path: Path) -> None:
         (MissingDependencyError("full"), True, True),
         (MissingDependencyError("full"), False, False),
         (ModelError("bad"), True, False),
-        (UsageError("wrong"), True, False),
+        (UsageError("wrong"), True, True),
+        (AccuracyError("too much"), True, True),
     ):
         with pytest.raises(type(error)) as caught, WorkFolder(path, "k", fresh=True) as work:
             if finished:
