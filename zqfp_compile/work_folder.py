@@ -28,7 +28,8 @@ class WorkFolder:
     It belongs to one key, a digest of everything the work depends on. Left by an exception, the folder stays
     when something in it is finished, and the exception gets a note that says so: another try may do better,
     or one with another limit, target or shape, which are not in the key. It is removed when nothing is
-    finished, at success, and when the model cannot be compiled. Whoever uses it holds the output's lock (:class:`zqfp_compile.output_folder.OutputFolder`).
+    finished, at success, and when the model cannot be compiled. Whoever uses it holds the output's lock
+    (:class:`zqfp_compile.output_folder.OutputFolder`).
     """
 
     def __init__(self, path: Path, key: str, *, fresh: bool = False) -> None:
