@@ -9,6 +9,8 @@ from zqfp_compile.backends.ort import import_onnxruntime
 from zqfp_compile.errors import MissingDependencyError
 
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
+# What the CUDA provider has no kernels for is the CPU's.
+CUDA_PROVIDERS = (CUDA_PROVIDER, CPU_PROVIDER)
 
 
 def torch_device(choice: str) -> str:
@@ -52,7 +54,7 @@ def torch_devices(choice: str, listed: Sequence[str] = ()) -> tuple[str, ...]:
 def providers_for(device: str) -> tuple[str, ...]:
     """Return ONNX Runtime's providers for a device; without its CUDA provider the CPU does the work."""
     if device.startswith("cuda") and CUDA_PROVIDER in import_onnxruntime().get_available_providers():
-        return (CUDA_PROVIDER, CPU_PROVIDER)
+        return CUDA_PROVIDERS
     return (CPU_PROVIDER,)
 
 

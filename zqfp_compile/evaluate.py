@@ -16,7 +16,7 @@ import torch
 from zqfp_compile.backends.model_session import open_model_session
 from zqfp_compile.backends.ort import check_memory, is_large, run_session
 from zqfp_compile.calibrate.causal_lm import CausalLm
-from zqfp_compile.device import CPU_PROVIDER, CUDA_PROVIDER
+from zqfp_compile.device import CPU_PROVIDER, CUDA_PROVIDERS
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.model_io import load_model
 from zqfp_compile.report.metrics import perplexity, ratio_db
@@ -224,7 +224,7 @@ def _sum(values: torch.Tensor) -> float:
 
 def _open(path: Path, device: str) -> Any:
     model = load_model(path)
-    providers = (CUDA_PROVIDER, CPU_PROVIDER) if device == "cuda" else (CPU_PROVIDER,)
+    providers = CUDA_PROVIDERS if device == "cuda" else (CPU_PROVIDER,)
     # Without the arena: two models are open at once. TF32 keeps 10 bits of the operands: enough to move a
     # perplexity in the third digit.
     options = {"arena": False, "low_memory": is_large(model), "tf32": False}

@@ -17,7 +17,7 @@ from zqfp_compile.backends.session import Session
 from zqfp_compile.backends.trt_session import TrtSession
 from zqfp_compile.calibrate.causal_lm import CausalLm, InputSpec
 from zqfp_compile.calibrate.samples import load_tokenizer, tokenizer_errors
-from zqfp_compile.device import CPU_PROVIDER, CUDA_PROVIDER, providers_for, torch_device
+from zqfp_compile.device import CUDA_PROVIDERS, providers_for, torch_device
 from zqfp_compile.errors import UsageError
 from zqfp_compile.output_folder import CONFIG, GENERATION_CONFIG, TOKENIZER
 from zqfp_compile.runtime.chat import chat_prompt
@@ -192,7 +192,7 @@ def _open(folder: ModelFolder, device: str) -> Session:
             return TrtSession(engine)
     model = folder.onnx_model()
     found = torch_device(device)  # a missing GPU is said here
-    return OrtSession(model, (CUDA_PROVIDER, CPU_PROVIDER) if device == "cuda" else providers_for(found))
+    return OrtSession(model, CUDA_PROVIDERS if device == "cuda" else providers_for(found))
 
 
 def _until_end(tokens: Iterator[int], end: frozenset[int]) -> Iterator[int]:
