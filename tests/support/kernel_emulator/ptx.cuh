@@ -226,6 +226,10 @@ inline void fence_barrier_init() {}
 inline uint32_t load_acquire(const uint32_t* from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
 inline uint32_t add_acq_rel(uint32_t* to, uint32_t value) { return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST); }
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) { block->mbarriers.at(barrier).arrive(bytes); }
+inline void barrier_open(uint32_t barrier, uint32_t bytes) {
+  barrier_init(barrier, 1);
+  barrier_expect(barrier, bytes);
+}
 inline void barrier_arrive(uint32_t barrier) { block->mbarriers.at(barrier).arrive(0); }
 inline void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
   block->cluster->blocks[rank]->mbarriers.at(barrier).arrive(0);

@@ -83,7 +83,7 @@ zqfpStatus launch_tiles(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, 
   p.arrivals = static_cast<uint32_t*>(workspace);
   p.partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + ZQFP_WORKSPACE_ZEROED_BYTES);
   p.schedule = plan.schedule;
-  p.lorc_steps = (desc.lorc_rank + kLorcStep - 1) / kLorcStep;
+  p.lorc_steps = int(divide_up(desc.lorc_rank, kLorcStep));
   return launch_gemm(*plan.kernel, plan.schedule.workers * plan.kernel->cluster, plan.kernel->shared_bytes, device, &p,
                      stream);
 }

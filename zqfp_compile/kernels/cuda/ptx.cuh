@@ -36,6 +36,12 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// A barrier that bytes alone complete.
+__device__ __forceinline__ void barrier_open(uint32_t barrier, uint32_t bytes) {
+  barrier_init(barrier, 1);
+  barrier_expect(barrier, bytes);
+}
+
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }

@@ -146,13 +146,11 @@ class LorcQuantizer {
 
   __device__ __forceinline__ void open_barriers() {
     if (threadIdx.x != 0) return;
-    open(shared_.sum_barrier, sizeof shared_.sum);
-    if constexpr (S::kPerToken) open(shared_.range_barrier, p_.share * sizeof shared_.range[0]);
+    ptx::barrier_open(ptx::shared_address(&shared_.sum_barrier), sizeof shared_.sum);
+    if constexpr (S::kPerToken) {
+      ptx::barrier_open(ptx::shared_address(&shared_.range_barrier), p_.share * sizeof shared_.range[0]);
+    }
     ptx::fence_barrier_init();
-  }
-  __device__ __forceinline__ static void open(uint64_t& barrier, uint32_t bytes) {
-    ptx::barrier_init(ptx::shared_address(&barrier), 1);
-    ptx::barrier_expect(ptx::shared_address(&barrier), bytes);
   }
 
   // A number to a place in a block of the cluster. A block that is its own cluster is launched without one.

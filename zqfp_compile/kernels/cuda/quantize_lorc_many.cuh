@@ -125,13 +125,9 @@ class StagedQuantizer {
 
   __device__ __forceinline__ void open_barriers() const {
     if (threadIdx.x != 0) return;
-    open(sum_barrier_, 16 * S::fours(p_.rank));
-    if constexpr (S::kPerToken) open(range_barrier_, p_.share * S::kTokens * 4);
+    ptx::barrier_open(sum_barrier_, 16 * S::fours(p_.rank));
+    if constexpr (S::kPerToken) ptx::barrier_open(range_barrier_, p_.share * S::kTokens * 4);
     ptx::fence_barrier_init();
-  }
-  __device__ __forceinline__ static void open(uint32_t barrier, uint32_t bytes) {
-    ptx::barrier_init(barrier, 1);
-    ptx::barrier_expect(barrier, bytes);
   }
 
   // What does not change from stage to stage, kept in registers: the compiler would find it anew each time. Places to

@@ -51,8 +51,7 @@ struct TokenShared {
 
 __device__ __forceinline__ void open_cluster(const QuantizeParams& p, TokenShared& shared) {
   if (threadIdx.x == 0) {
-    ptx::barrier_init(ptx::shared_address(&shared.barrier), 1);
-    ptx::barrier_expect(ptx::shared_address(&shared.barrier), p.share * sizeof(float));
+    ptx::barrier_open(ptx::shared_address(&shared.barrier), p.share * sizeof(float));
     ptx::fence_barrier_init();
   }
   ptx::cluster_arrive();
