@@ -64,6 +64,11 @@ class LayerOptions:
     damping: float = DAMPING
     importance: Literal["none", "energy", "conditional"] = "conditional"
 
+    @property
+    def rounds(self) -> int:
+        """How many times the compensation is computed."""
+        return self.repeats + 1 if self.lorc_rank else 0
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLayer:
@@ -97,11 +102,6 @@ class LayerTask:
     options: LayerOptions
     seed: int = 0
     name: str = "weight"
-
-    @property
-    def rounds(self) -> int:
-        """How many times the compensation is computed."""
-        return self.options.repeats + 1 if self.options.lorc_rank else 0
 
 
 def work_items(tasks: Sequence[LayerTask]) -> list[list[Piece]]:
@@ -218,8 +218,8 @@ class _Layers:
 
     def quantize(self) -> list[QuantizedLayer]:
         parts = list(self._threads.map(self._begin, work_items(self._tasks)))
-        for repeat in range(max(task.rounds for task in self._tasks)):
-            wanted = [index for index, task in enumerate(self._tasks) if repeat < task.rounds]
+        for repeat in range(max(task.options.rounds for task in self._tasks)):
+            wanted = [index for index, task in enumerate(self._tasks) if repeat < task.options.rounds]
             if repeat:
                 list(self._threads.map(self._again, [(part, repeat) for part in parts]))
             errors = [(repeat, index, [part for part in parts if index in part.places]) for index in wanted]
@@ -247,15 +247,13 @@ class _Layers:
         )
         moments, options = self._moments[place], tasks[0].options
         target = weight if moments is None else corrected(weight, moments, options)
-        part = _Part(
-            pieces, tasks[0].rounds, options, moments, target, ", ".join(task.name for task in tasks)
-        )
+        part = _Part(pieces, options, moments, target, ", ".join(task.name for task in tasks))
         part.round()
         return part
 
     def _again(self, _: int, item: tuple[_Part, int]) -> None:
         part, repeat = item
-        if repeat < part.rounds:
+        if repeat < part.options.rounds:
             part.round({index: self._low_rank[index] for index in part.places})
 
     def _compensate(self, place: int, item: tuple[int, int, list[_Part]]) -> LowRank:
@@ -277,7 +275,6 @@ class _Part:
 
     Attributes:
         pieces: Which.
-        rounds: How many times they are rounded, at least once.
         options: What to do.
         moments: On the device.
         target: The weight wanted there, float32.
@@ -286,7 +283,6 @@ class _Part:
     """
 
     pieces: Sequence[Piece]
-    rounds: int
     options: LayerOptions
     moments: InputMoments | None
     target: torch.Tensor
