@@ -21,7 +21,7 @@ import torch
 from zqfp_compile.errors import MissingDependencyError, ZqfpError
 
 NAME = "libzqfp.so"
-ABI_VERSION = 3
+ABI_VERSION = 4
 VARIABLE = "ZQFP_KERNELS"
 # ZQFP_WORKSPACE_ZEROED_BYTES: where a workspace must be zero before a call, and is zero after it.
 WORKSPACE_ZEROED_BYTES = 16384

@@ -73,18 +73,21 @@ zqfpStatus check_pointer(const void* pointer, const char* name) {
   return check_alignment(pointer, name);
 }
 
-zqfpStatus check_args(const zqfpLinearDesc& desc, const zqfpLinearArgs* args) {
+zqfpStatus check_layer_args(const zqfpLinearDesc& desc, const zqfpLinearArgs* args) {
   if (args == nullptr) return fail(ZQFP_INVALID_VALUE, "the arguments are null");
-  ZQFP_RETURN_IF_FAILED(check_pointer(args->x8, "x8"));
-  ZQFP_RETURN_IF_FAILED(check_pointer(args->a, "a"));
   ZQFP_RETURN_IF_FAILED(check_pointer(args->codes, "codes"));
   ZQFP_RETURN_IF_FAILED(check_pointer(args->group_scales, "group_scales"));
   ZQFP_RETURN_IF_FAILED(check_pointer(args->row_scales, "row_scales"));
   for (int i = 0; i < count_outputs(desc); ++i) ZQFP_RETURN_IF_FAILED(check_pointer(args->y[i], "y"));
   ZQFP_RETURN_IF_FAILED(check_alignment(args->bias, "bias"));
-  if (desc.lorc_rank == 0) return ZQFP_SUCCESS;
-  ZQFP_RETURN_IF_FAILED(check_pointer(args->xv, "xv"));
-  return check_pointer(args->u, "u");
+  return desc.lorc_rank == 0 ? ZQFP_SUCCESS : check_pointer(args->u, "u");
+}
+
+zqfpStatus check_args(const zqfpLinearDesc& desc, const zqfpLinearArgs* args) {
+  ZQFP_RETURN_IF_FAILED(check_layer_args(desc, args));
+  ZQFP_RETURN_IF_FAILED(check_pointer(args->x8, "x8"));
+  ZQFP_RETURN_IF_FAILED(check_pointer(args->a, "a"));
+  return desc.lorc_rank == 0 ? ZQFP_SUCCESS : check_pointer(args->xv, "xv");
 }
 
 }  // namespace zqfp

@@ -18,6 +18,8 @@ zqfpStatus check_tokens(int64_t m);
 // How many matrices the layer writes.
 int count_outputs(const zqfpLinearDesc& desc);
 
+// Without x8, a and xv.
+zqfpStatus check_layer_args(const zqfpLinearDesc& desc, const zqfpLinearArgs* args);
 zqfpStatus check_args(const zqfpLinearDesc& desc, const zqfpLinearArgs* args);
 
 // Device pointers: not null, aligned to 16 bytes.

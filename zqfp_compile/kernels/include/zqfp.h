@@ -20,7 +20,7 @@
 #define ZQFP_API
 #endif
 
-#define ZQFP_ABI_VERSION 3
+#define ZQFP_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -108,6 +108,29 @@ ZQFP_API zqfpStatus zqfpQuantizeSiluMul(const void* gate, const void* up, int32_
 ZQFP_API zqfpStatus zqfpQuantizeRmsNorm(const void* x, const void* skip, const void* gamma, float epsilon,
                                         int32_t x_dtype, int64_t m, int64_t k, const float* scale, void* x8, float* a,
                                         void* sum, const void* v, int32_t rank, void* xv, void* stream);
+
+/* What a quantizer computes h from: the operands of zqfpQuantizeActivation, ...SiluMul or ...RmsNorm. */
+typedef enum zqfpSource { ZQFP_PLAIN = 1, ZQFP_SILU_MUL = 2, ZQFP_RMS_NORM = 3 } zqfpSource;
+
+typedef struct zqfpActivation {
+  int32_t source;     /* zqfpSource */
+  int32_t x_dtype;    /* zqfpDataType of x, other, gamma, sum and v */
+  const void* x;      /* [m, k]: x or gate */
+  const void* other;  /* [m, k]: up; skip of a norm or null */
+  const void* gamma;  /* [k] of a norm, a weight: it is not made by a kernel shortly before on the stream */
+  float epsilon;      /* of a norm */
+  const float* scale; /* [1] of a layer that is not per token, else null */
+  void* sum;          /* [m, k], written, of a norm, or null; it may be x or skip */
+  const void* v;      /* [k, lorc_rank] with LoRC, where x_dtype is the layer's dtype, else null */
+} zqfpActivation;
+
+/* Quantizer and linear layer in one call, for tokens that no other layer needs quantized: zqfpLinear of what the
+ * quantizer makes. x8, a and xv of args are not read: these lie in the workspace, which is one of zqfpLinear and more.
+ * y is none of the activation's tensors. */
+ZQFP_API zqfpStatus zqfpGetQuantizedWorkspaceSize(const zqfpLinearDesc* desc, int64_t m, size_t* bytes);
+ZQFP_API zqfpStatus zqfpQuantizedLinear(const zqfpLinearDesc* desc, const zqfpActivation* activation,
+                                        const zqfpLinearArgs* args, int64_t m, void* workspace, size_t workspace_bytes,
+                                        void* stream);
 
 #ifdef __cplusplus
 }
