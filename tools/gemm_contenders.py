@@ -10,7 +10,7 @@ import torch
 
 from zqfp_compile.formats.codebook import E2M1
 from zqfp_compile.formats.scales import legal_scales
-from zqfp_compile.kernels.library import Layer, Library
+from zqfp_compile.kernels.library import Layer, Library, QuantizerTensors
 from zqfp_compile.kernels.packing import pack_group_scales, packed_sizes
 from zqfp_compile.kernels.torch_linear import PackedWeight, TorchLinear
 
@@ -78,11 +78,8 @@ class Zqfp:
 
     def quantize_call(self, x: torch.Tensor) -> Call:
         """The activation quantizer alone, with x @ V where there is LoRC."""
-        x8, a, xv = self.linear.quantize(x)
-        linear = self.linear
-        return lambda: linear.library.quantize_activation_into(
-            x, x8, a, scale=linear.scale, v=linear.v, xv=xv
-        )
+        made = QuantizerTensors.empty(x, self.linear.scale, self.linear.v)
+        return lambda: self.linear.library.quantize_activation_into(x, made)
 
     def decoded(self) -> torch.Tensor:
         """The weight w8 as the host decodes it, float32 [N, K]."""

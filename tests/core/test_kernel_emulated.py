@@ -111,8 +111,9 @@ def emulator(repo_root, tmp_path_factory):
         for path in source.iterdir():  # the emulator's files replace the kernel's of the same name
             shutil.copy(path, folder)
     command = ["nvcc", "-std=c++17", "-O2", "-I.", "-shared", "-Xcompiler", "-fPIC,-pthread,-Wno-attributes"]
+    include = repo_root / "zqfp_compile" / "kernels" / "include"
     done = subprocess.run(
-        [*command, "emulate.cpp", "-o", "libemulate.so"],
+        [*command, f"-I{include}", "emulate.cpp", "-o", "libemulate.so"],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -175,10 +176,14 @@ def new_workspace():
     return workspace
 
 
-def emulate(emulator, case, arrays, dtype, workspace):
-    """Run the kernel on a poisoned output; return y [M, N], checked for what any call leaves behind."""
+def emulate(emulator, case, arrays, dtype, workspace, source=None):
+    """Run the kernel on a poisoned output; return y [M, N], checked for what any call leaves behind.
+
+    ``source``: what x8 and a are made of by the kernel itself.
+    """
     memory = {name: aligned(array) for name, array in arrays.items() if array is not None}
-    memory["x8"] = aligned(E4M3FN.encode(arrays["x8"]).view(np.uint8))
+    if source is None:
+        memory["x8"] = aligned(E4M3FN.encode(arrays["x8"]).view(np.uint8))
     memory["codes"] = aligned(pack_codes(arrays["codes"]))
     memory["group_scales"] = aligned(pack_group_scales(arrays["group_scales"], GROUP_SIZE[case.kernel]))
     memory["y"] = aligned(np.full((case.m, case.n), np.nan, dtype))
@@ -188,7 +193,10 @@ def emulate(emulator, case, arrays, dtype, workspace):
         **{name: int(getattr(case, name)) for name in INTEGERS},
         outputs=(ctypes.c_int * 4)(*(case.outputs or (case.n,))),
     )
-    assert emulator.emulate(case.kernel, ctypes.byref(problem)) == GROUP_SIZE[case.kernel]
+    if source is None:
+        assert emulator.emulate(case.kernel, ctypes.byref(problem)) == GROUP_SIZE[case.kernel]
+    else:
+        emulator.emulate_quantized(case.kernel, ctypes.byref(problem), *source)
     y = written(case, memory["y"].view(dtype))
     assert np.isfinite(y.astype(np.float32)).all(), "part of the output was not written"
     assert not workspace[:ZEROED_BYTES].any(), "arrival counters were not left at zero"
@@ -453,3 +461,59 @@ def test_quantizer_divides_as_ieee_by_infinity_and_zero(emulator, scale, share, 
         quotient = x.astype(np.float32) / a
     wanted = np.where(np.isinf(quotient), np.copysign(448.0, quotient), quotient)
     assert np.array_equal(E4M3FN.decode(x8), wanted, equal_nan=True)
+
+
+PLAIN, SILU_MUL, RMS_NORM = 1, 2, 3  # zqfpSource
+
+
+@dataclass(frozen=True)
+class Joined(Case):
+    source: int = PLAIN
+    skip: bool = True
+    sum: bool = True
+
+
+JOINED = [
+    Joined(S8, m=1, n=72, k=1040, rank=0),
+    Joined(S8, m=1, n=8, k=16, per_token=False, workers=1),
+    Joined(S8, m=3, n=136, k=4240, source=SILU_MUL, workers=5),  # two rounds of the threads
+    Joined(S8_G32, m=8, n=40, k=528, source=SILU_MUL, bfloat=True, per_token=False),
+    Joined(S8, m=1, n=328, k=1040, source=RMS_NORM, workers=4, outputs=(128, 192, 8)),
+    Joined(S8_G32, m=5, n=40, k=2064, source=RMS_NORM, bfloat=True, per_token=False),
+    Joined(S8, m=8, n=24, k=272, source=RMS_NORM, skip=False, sum=False),
+    Joined(S8, m=2, n=24, k=4096, source=RMS_NORM, sum=False, per_token=False),
+]
+
+
+@pytest.mark.parametrize("case", JOINED, ids=str)
+def test_strips_that_quantize_give_what_quantizer_and_strips_give(emulator, case):
+    """Bit for bit, norms as well: up to 4096 columns their sums are added in one order."""
+    arrays, dtype = random_arrays(case)
+    quantizer = Quantizer(
+        "bfloat16" if case.bfloat else "float16",
+        case.m,
+        case.k,
+        None if case.per_token else 0.02,
+        share=0 if case.per_token else 1,
+        size=64,
+        threads=512,
+    )
+    x, other = (random_numbers(quantizer, case.m, case.k, seed=seed) for seed in (1, 2))
+    has_other = case.source == SILU_MUL or (case.source == RMS_NORM and case.skip)
+    held = {
+        "x": aligned(x),
+        "other": aligned(other) if has_other else None,
+        "gamma": aligned(random_numbers(quantizer, 1, case.k, seed=3)) if case.source == RMS_NORM else None,
+    }
+    sums = [aligned(np.full_like(x, np.nan)) for _ in range(2)]
+    summed = case.source == RMS_NORM and case.sum
+    codes, a, _ = quantized(emulator, quantizer, sum=sums[0] if summed else None, **held)
+    wanted = emulate(emulator, case, arrays | {"x8": E4M3FN.decode(codes), "a": a}, dtype, new_workspace())
+    pointers = {name: pointer(array) for name, array in held.items()}
+    given = Inputs(epsilon=EPSILON, **pointers, sum=pointer(sums[1]) if summed else None)
+    scale = None if case.per_token else a
+    source = (ctypes.byref(given), case.source, pointer(scale))
+    weights = {name: array for name, array in arrays.items() if name not in ("x8", "a")}
+    got = emulate(emulator, case, weights, dtype, new_workspace(), source)
+    assert got.tobytes() == wanted.tobytes()
+    assert sums[0].tobytes() == sums[1].tobytes()

@@ -8,6 +8,7 @@ need one then raise CudaError.
 from __future__ import annotations
 
 import ctypes
+import enum
 import functools
 import os
 from dataclasses import dataclass
@@ -109,36 +110,88 @@ class _Args(ctypes.Structure):
     _fields_ = (*((name, ctypes.c_void_p) for name in _ARGUMENTS), ("y", _Pointers))
 
 
-@dataclass(frozen=True)
-class LinearTensors:
-    """``zqfpLinearArgs``: CUDA tensors, contiguous and aligned to 16 bytes.
+@dataclass(frozen=True, kw_only=True)
+class LayerTensors:
+    """What of ``zqfpLinearArgs`` no quantizer makes: CUDA tensors, contiguous, aligned to 16 bytes.
 
     Attributes:
-        x8: float8_e4m3fn or uint8 [M, K].
-        a: float32 [M] or [1].
         codes: uint8, ``packing.pack_codes``.
         group_scales: uint8, ``packing.pack_group_scales``.
         row_scales: float32 [N].
         y: The layer's dtype [M, N], or one such tensor for each of its ``outputs``; written.
         bias: The layer's dtype [N], or ``None``.
-        xv: The layer's dtype [M, r], or ``None``.
         u: The layer's dtype [r, N], or ``None``.
     """
 
-    x8: torch.Tensor
-    a: torch.Tensor
     codes: torch.Tensor
     group_scales: torch.Tensor
     row_scales: torch.Tensor
     y: torch.Tensor | tuple[torch.Tensor, ...]
     bias: torch.Tensor | None = None
-    xv: torch.Tensor | None = None
     u: torch.Tensor | None = None
 
     @property
     def outputs(self) -> tuple[torch.Tensor, ...]:
         """All of y."""
         return self.y if isinstance(self.y, tuple) else (self.y,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearTensors(LayerTensors):
+    """``zqfpLinearArgs``.
+
+    Attributes:
+        x8: float8_e4m3fn or uint8 [M, K].
+        a: float32 [M] or [1].
+        xv: The layer's dtype [M, r], or ``None``.
+    """
+
+    x8: torch.Tensor
+    a: torch.Tensor
+    xv: torch.Tensor | None = None
+
+
+class Source(enum.IntEnum):
+    """``zqfpSource``: what a quantizer computes its input h from."""
+
+    PLAIN = 1
+    SILU_MUL = 2
+    RMS_NORM = 3
+
+
+@dataclass(frozen=True)
+class Activation:
+    """``zqfpActivation``: CUDA tensors of one type, contiguous, aligned to 16 bytes.
+
+    Attributes:
+        source: What h is.
+        x: float16, bfloat16 or float32 [M, K]; gate of SiLU times up.
+        other: Like x: up, or the skip of a norm; else ``None``.
+        gamma: The type of x [K], of a norm.
+        epsilon: Of a norm.
+        scale: float32 [1], static; ``None``: one scale per token.
+        sum_: Like x, receives a norm's x + skip, or ``None``. It may be x or skip.
+        v: The layer's dtype [K, r], or ``None``.
+    """
+
+    source: Source
+    x: torch.Tensor
+    other: torch.Tensor | None = None
+    gamma: torch.Tensor | None = None
+    epsilon: float = 0.0
+    scale: torch.Tensor | None = None
+    sum_: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+
+
+class _Activation(ctypes.Structure):
+    _fields_ = (
+        ("source", ctypes.c_int32),
+        ("x_dtype", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("x", "other", "gamma")),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("scale", "sum", "v")),
+    )
 
 
 @dataclass(frozen=True)
@@ -252,6 +305,50 @@ class Library:
         args = _Args(*(_pointer(getattr(tensors, name)) for name in _ARGUMENTS), y)
         status = self._c.zqfpLinear(
             _desc(layer),
+            ctypes.byref(args),
+            ctypes.c_int64(m),
+            ctypes.c_void_p(_pointer(workspace)),
+            ctypes.c_size_t(workspace.nbytes),
+            _stream(),
+        )
+        self._check(status)
+
+    def quantized_workspace_bytes(self, layer: Layer, m: int) -> int:
+        """Return the bytes of workspace that :meth:`quantized_linear` needs; else :meth:`workspace_bytes`.
+
+        Raises:
+            KernelError: When no kernel computes the layer.
+        """
+        size = ctypes.c_size_t()
+        self._check(
+            self._c.zqfpGetQuantizedWorkspaceSize(_desc(layer), ctypes.c_int64(m), ctypes.byref(size))
+        )
+        return size.value
+
+    def quantized_linear(
+        self, layer: Layer, activation: Activation, tensors: LayerTensors, workspace: torch.Tensor
+    ) -> None:
+        """Launch quantizer and linear layer on torch's current stream, in one kernel where tokens are few.
+
+        Raises:
+            ValueError: When a tensor is not what :class:`Activation` and :class:`LayerTensors` say.
+            KernelError: When libzqfp refuses the call.
+        """
+        m = activation.x.shape[0]
+        _check_activation(layer, activation)
+        _check_layer(layer, tensors, m, self.packed_sizes(layer))
+        given = _Activation(
+            activation.source,
+            _DTYPES[activation.x.dtype],
+            *map(_pointer, (activation.x, activation.other, activation.gamma)),
+            activation.epsilon,
+            *map(_pointer, (activation.scale, activation.sum_, activation.v)),
+        )
+        y = _Pointers(*map(_pointer, tensors.outputs))
+        args = _Args(*(_pointer(getattr(tensors, name, None)) for name in _ARGUMENTS), y)
+        status = self._c.zqfpQuantizedLinear(
+            _desc(layer),
+            ctypes.byref(given),
             ctypes.byref(args),
             ctypes.c_int64(m),
             ctypes.c_void_p(_pointer(workspace)),
@@ -431,18 +528,32 @@ def _require_optional(
         _require(tensor, name, shape, (dtype,))
 
 
-def _check_linear(layer: Layer, tensors: LinearTensors, packed: tuple[int, int]) -> None:
-    m, rank = tensors.x8.shape[0], layer.lorc_rank
-    _require(tensors.x8, "x8", (m, layer.k), (torch.float8_e4m3fn, torch.uint8))
-    _require(tensors.a, "a", (m if layer.per_token else 1,), (torch.float32,))
+def _check_layer(layer: Layer, tensors: LayerTensors, m: int, packed: tuple[int, int]) -> None:
     _require(tensors.codes, "codes", (packed[0],), (torch.uint8,))
     _require(tensors.group_scales, "group_scales", (packed[1],), (torch.uint8,))
     _require(tensors.row_scales, "row_scales", (layer.n,), (torch.float32,))
     for y, n in zip(tensors.outputs, layer.outputs or (layer.n,), strict=True):
         _require(y, "y", (m, n), (layer.dtype,))
     _require_optional(tensors.bias, "bias", (layer.n,), layer.dtype)
-    _require_optional(tensors.xv, "xv", (m, rank), layer.dtype)
-    _require_optional(tensors.u, "u", (rank, layer.n), layer.dtype)
+    _require_optional(tensors.u, "u", (layer.lorc_rank, layer.n), layer.dtype)
+
+
+def _check_linear(layer: Layer, tensors: LinearTensors, packed: tuple[int, int]) -> None:
+    m = tensors.x8.shape[0]
+    _require(tensors.x8, "x8", (m, layer.k), (torch.float8_e4m3fn, torch.uint8))
+    _require(tensors.a, "a", (m if layer.per_token else 1,), (torch.float32,))
+    _check_layer(layer, tensors, m, packed)
+    _require_optional(tensors.xv, "xv", (m, layer.lorc_rank), layer.dtype)
+
+
+def _check_activation(layer: Layer, activation: Activation) -> None:
+    m, dtype = activation.x.shape[0], activation.x.dtype
+    _require(activation.x, "x", (m, layer.k), _DTYPES)
+    for tensor, name in ((activation.other, "other"), (activation.sum_, "sum")):
+        _require_optional(tensor, name, (m, layer.k), dtype)
+    _require_optional(activation.gamma, "gamma", (layer.k,), dtype)
+    _require_optional(activation.scale, "scale", (1,), torch.float32)
+    _require_optional(activation.v, "v", (layer.k, layer.lorc_rank), dtype)
 
 
 def _quantizer_arguments(x: torch.Tensor, tensors: QuantizerTensors) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from zqfp_compile.kernels.library import Layer, Library, LinearTensors
+from zqfp_compile.kernels.library import Activation, Layer, LayerTensors, Library, LinearTensors
 from zqfp_compile.kernels.packing import pack_codes, pack_group_scales
 
 # Rounding y is at most 2^-11 or 2^-8 of each number; as a norm, and with a margin:
@@ -88,7 +89,7 @@ class TorchLinear:
             None if factor is None else factor.to("cuda", layer.dtype).contiguous() for factor in (bias, v, u)
         )
         self.scale = None if scale is None else torch.tensor([scale], device="cuda", dtype=torch.float32)
-        size = library.workspace_bytes(layer, max_rows)
+        size = library.quantized_workspace_bytes(layer, max_rows)
         self.workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
 
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -104,18 +105,22 @@ class TorchLinear:
         """
         if y is None:
             y = self.empty(x8.shape[0])
-        tensors = LinearTensors(
-            x8=x8,
-            a=a,
-            codes=self.weight.codes,
-            group_scales=self.weight.group_scales,
-            row_scales=self.weight.row_scales,
-            y=y,
-            bias=self.bias,
-            xv=xv,
-            u=self.u,
-        )
+        tensors = LinearTensors(x8=x8, a=a, xv=xv, **self._layer_tensors(y))
         self.library.linear(self.layer, tensors, self.workspace)
+        return y
+
+    def _layer_tensors(self, y: Output) -> dict[str, Any]:
+        weight = self.weight
+        stored = {"codes": weight.codes, "group_scales": weight.group_scales, "row_scales": weight.row_scales}
+        return {**stored, "y": y, "bias": self.bias, "u": self.u}
+
+    def quantized(self, activation: Activation, y: Output | None = None) -> Output:
+        """Return y of what is not quantized yet, like :meth:`multiply`; its v and scale are the layer's."""
+        if y is None:
+            y = self.empty(activation.x.shape[0])
+        activation = dataclasses.replace(activation, v=self.v, scale=self.scale)
+        tensors = LayerTensors(**self._layer_tensors(y))
+        self.library.quantized_linear(self.layer, activation, tensors, self.workspace)
         return y
 
     def empty(self, m: int) -> Output:

@@ -184,15 +184,10 @@ void run(const Problem& problem) {
   });
 }
 
-template <class C>
-void run_strip_kernel(const Problem& problem) {
-  StripParams p{};
+template <class C, class Params>
+void run_strip_kernel(const Problem& problem, Params p) {
   fill(problem, &p);
-  p.x8 = emulator::make_map(problem.x8, problem.m, problem.k, 1, 8);
-  p.xv = problem.xv;
-  p.u = problem.u;
   p.columns = slice_blocks(p.k_blocks);
-  p.rank = problem.rank;
   p.strips = divide_up(problem.n, kStripRows);
   p.blocks = std::min(problem.workers, p.strips);
   p.by_blocks = FastDivisor::of(p.blocks);
@@ -200,6 +195,27 @@ void run_strip_kernel(const Problem& problem) {
   run_workers(p.blocks * divide_up(problem.m, C::kTokens), problem.order, [&](int worker) {
     run_cluster(worker, 1, C::kThreads, bytes, [&](char* raw) { run_strips<C>(p, raw); });
   });
+}
+
+template <class C>
+void run_given_strips(const Problem& problem) {
+  StripParams p{};
+  p.x8 = emulator::make_map(problem.x8, problem.m, problem.k, 1, 8);
+  p.xv = problem.xv;
+  p.u = problem.u;
+  p.rank = problem.rank;
+  run_strip_kernel<C>(problem, p);
+}
+
+template <class C>
+void run_quantized_strips(const Problem& problem, const QuantizeInputs& inputs, int source, const float* scale) {
+  QuantizedStripParams p{};
+  static_cast<QuantizeInputs&>(p.from) = inputs;
+  p.from.scale = scale;
+  p.from.m = problem.m;
+  p.from.k = problem.k;
+  p.source = source;
+  run_strip_kernel<C>(problem, p);
 }
 
 }  // namespace
@@ -213,11 +229,18 @@ extern "C" int emulate(int config, const Problem* problem) {
     case 4: run<Config<256, 2, 1, 64, 2, 0>>(*problem); return 64;
     case 5: run<Config<256, 2, 1, 32, 1, 0>>(*problem); return 32;
     case 6: run<Config<128, 1, 2, 128, 1, 0>>(*problem); return 128;
-    case 7: run_strip_kernel<StripConfig<8, 64, 2>>(*problem); return 64;
-    case 8: run_strip_kernel<StripConfig<16, 128, 3>>(*problem); return 128;
-    case 9: run_strip_kernel<StripConfig<8, 32, 4>>(*problem); return 32;
+    case 7: run_given_strips<StripConfig<8, 64, 2>>(*problem); return 64;
+    case 8: run_given_strips<StripConfig<16, 128, 3>>(*problem); return 128;
+    case 9: run_given_strips<StripConfig<8, 32, 4>>(*problem); return 32;
     default: return -1;
   }
+}
+
+// A kernel of strips, by the number that it has above, that quantises its tokens; source as in zqfp.h.
+extern "C" void emulate_quantized(int config, const Problem* problem, const QuantizeInputs* inputs, int source,
+                                  const float* scale) {
+  config == 7 ? run_quantized_strips<StripConfig<8, 64, 2>>(*problem, *inputs, source, scale)
+              : run_quantized_strips<StripConfig<8, 32, 4>>(*problem, *inputs, source, scale);
 }
 
 // The inputs of a norm's quantizer; or x, and other null or SiLU's factor. dtype as in zqfp.h; v null: no LoRC.

@@ -256,6 +256,7 @@ inline void copy_box_to_cluster(uint32_t to, const CUtensorMap* map, int x, int 
   }
 }
 inline void prefetch_map(const CUtensorMap*) {}
+inline void prefetch(const void*) {}
 
 inline uint32_t cluster_block() { return block->rank; }
 inline void cluster_sync() { block->cluster->barrier.sync(block->cluster->threads); }

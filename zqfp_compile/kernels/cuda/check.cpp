@@ -1,5 +1,6 @@
 #include "check.h"
 
+#include <cmath>
 #include <cstdint>
 
 namespace zqfp {
@@ -88,6 +89,31 @@ zqfpStatus check_args(const zqfpLinearDesc& desc, const zqfpLinearArgs* args) {
   ZQFP_RETURN_IF_FAILED(check_pointer(args->x8, "x8"));
   ZQFP_RETURN_IF_FAILED(check_pointer(args->a, "a"));
   return desc.lorc_rank == 0 ? ZQFP_SUCCESS : check_pointer(args->xv, "xv");
+}
+
+zqfpStatus check_operands(const zqfpActivation& activation) {
+  const zqfpActivation& x = activation;
+  if (x.x_dtype < ZQFP_FLOAT16 || x.x_dtype > ZQFP_FLOAT32) {
+    return fail(ZQFP_INVALID_VALUE, "unknown dtype %d", x.x_dtype);
+  }
+  ZQFP_RETURN_IF_FAILED(check_alignment(x.scale, "scale"));
+  switch (x.source) {
+    case ZQFP_PLAIN:
+      return check_pointer(x.x, "x");
+    case ZQFP_SILU_MUL:
+      ZQFP_RETURN_IF_FAILED(check_pointer(x.x, "gate"));
+      return check_pointer(x.other, "up");
+    case ZQFP_RMS_NORM:
+      if (!(x.epsilon >= 0.f) || std::isinf(x.epsilon)) {
+        return fail(ZQFP_INVALID_VALUE, "epsilon = %g is not a number from 0 on", double(x.epsilon));
+      }
+      ZQFP_RETURN_IF_FAILED(check_pointer(x.x, "x"));
+      ZQFP_RETURN_IF_FAILED(check_alignment(x.other, "skip"));
+      ZQFP_RETURN_IF_FAILED(check_pointer(x.gamma, "gamma"));
+      return check_alignment(x.sum, "sum");
+    default:
+      return fail(ZQFP_INVALID_VALUE, "unknown source %d of an activation", x.source);
+  }
 }
 
 }  // namespace zqfp

@@ -26,4 +26,7 @@ zqfpStatus check_args(const zqfpLinearDesc& desc, const zqfpLinearArgs* args);
 zqfpStatus check_pointer(const void* pointer, const char* name);
 zqfpStatus check_alignment(const void* pointer, const char* name);
 
+// What a quantizer computes h from.
+zqfpStatus check_operands(const zqfpActivation& activation);
+
 }  // namespace zqfp

@@ -22,10 +22,11 @@ Kernel instance(const char* name) {
           C::kPartialFloats,
           reinterpret_cast<const void*>(&gemm_kernel<C>),
           &allowed,
+          false,
           false};
 }
 
-template <int kTokens, int kAhead>
+template <int kTokens, int kAhead, class Params = StripParams>
 Kernel strip_instance(const char* name) {
   using C = StripConfig<kTokens, ZQFP_GROUP, kAhead>;
   static std::atomic<uint64_t> allowed{0};
@@ -39,9 +40,10 @@ Kernel strip_instance(const char* name) {
           C::kThreads,
           C::kTokenOffset + C::kAlignment,
           0,
-          reinterpret_cast<const void*>(&strip_kernel<C>),
+          reinterpret_cast<const void*>(&strip_kernel<C, Params>),
           &allowed,
-          true};
+          true,
+          std::is_same_v<Params, QuantizedStripParams>};
 }
 
 }  // namespace
@@ -68,6 +70,7 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       instance<256, 2, 1, 2, 0>("t256r2s1c2"),
       strip_instance<8, 2>("t8w2"),
       strip_instance<16, 3>("t16w3"),
+      strip_instance<8, 2, QuantizedStripParams>("t8w2q"),
 #ifdef ZQFP_VARIANTS
       instance<128, 1, 2, 1, 4>("t128r1s2p4"),
       instance<128, 2, 1, 1, 4>("t128r2s1p4"),

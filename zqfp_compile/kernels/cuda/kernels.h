@@ -7,7 +7,8 @@
 namespace zqfp {
 
 struct Kernel {
-  // t<tokens>r<rows>s<slices>, then c<cluster> and p<promotion> if any (config.h); t<tokens>w<pieces ahead> (strip_kernel.cuh)
+  // t<tokens>r<rows>s<slices>, then c<cluster> and p<promotion> if any (config.h); t<tokens>w<pieces ahead> (strip_kernel.cuh),
+  // then q if it quantises its tokens
   const char* name;
   int tokens, rows, slices, cluster, promote;
   int stages;
@@ -16,7 +17,8 @@ struct Kernel {
   int partial_floats;
   const void* function;
   std::atomic<uint64_t>* allowed;  // devices, one bit each, on which it may use its shared memory
-  bool strips;  // strip_kernel.cuh
+  bool strips;     // strip_kernel.cuh
+  bool quantizes;  // its tokens, for zqfpQuantizedLinear alone
 };
 
 // The kernels that plans choose from, by number; those beyond are there to be tried (zqfpTune).
@@ -35,6 +37,7 @@ enum KernelId {
   kT256Pair,
   kT8Strips,
   kT16Strips,
+  kT8QuantizedStrips,
   kKernelCount
 };
 

@@ -3,6 +3,7 @@
 #include "config.h"
 #include "device.h"
 #include "launch.h"
+#include "launch_joined.h"
 #include "params.h"
 #include "plan.h"
 #include "strips.h"
@@ -59,20 +60,29 @@ zqfpStatus launch_gemm(const Kernel& kernel, int blocks, int shared_bytes, int d
   return launch_kernel(kernel.function, shape, params, stream, "launching the GEMM");
 }
 
-zqfpStatus launch_strips(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Plan& plan, int device,
-                         void* stream) {
+void fill_strip_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Schedule& schedule,
+                       StripParams* p) {
+  fill_params(desc, args, m, p);
+  p->columns = slice_blocks(p->k_blocks);
+  p->strips = schedule.row_tiles;
+  p->blocks = schedule.workers;
+  p->by_blocks = FastDivisor::of(p->blocks);
+}
+
+zqfpStatus launch_strips(const zqfpLinearDesc& desc, const Plan& plan, int device, StripParams* p, void* stream) {
+  return launch_gemm(*plan.kernel, p->blocks * plan.schedule.token_tiles, int(strip_shared_bytes(*plan.kernel, desc)),
+                     device, p, stream);
+}
+
+zqfpStatus launch_given_strips(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Plan& plan,
+                               int device, void* stream) {
   StripParams p{};
   ZQFP_RETURN_IF_FAILED(make_map(&p.x8, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, args.x8, m, desc.k, 8));
-  fill_params(desc, args, m, &p);
+  fill_strip_params(desc, args, m, plan.schedule, &p);
   p.xv = args.xv;
   p.u = args.u;
-  p.columns = slice_blocks(p.k_blocks);
   p.rank = desc.lorc_rank;
-  p.strips = plan.schedule.row_tiles;
-  p.blocks = plan.schedule.workers;
-  p.by_blocks = FastDivisor::of(p.blocks);
-  return launch_gemm(*plan.kernel, p.blocks * plan.schedule.token_tiles, strip_shared_bytes(*plan.kernel, desc),
-                     device, &p, stream);
+  return launch_strips(desc, plan, device, &p, stream);
 }
 
 zqfpStatus launch_tiles(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Plan& plan, int device,
@@ -98,7 +108,33 @@ zqfpStatus check_plan(const zqfpLinearDesc& desc, int64_t m) {
               (long long)desc.k, (long long)m);
 }
 
+// A norm's sum that takes the place of what other blocks are still reading must be another kernel's.
+bool can_join(const zqfpLinearDesc& desc, const zqfpActivation& x) {
+  const bool in_place = x.sum != nullptr && (x.sum == x.x || x.sum == x.other);
+  return desc.lorc_rank == 0 && x.x_dtype == desc.dtype && !in_place;
+}
+
 }  // namespace
+
+zqfpStatus launch_joined(const zqfpLinearDesc& desc, const zqfpActivation& x, const zqfpLinearArgs& args, int64_t m,
+                         void* stream, bool* launched) {
+  *launched = false;
+  if (!can_join(desc, x)) return ZQFP_SUCCESS;
+  int device = 0, processors = 0;
+  ZQFP_RETURN_IF_FAILED(find_device(&device, &processors));
+  const Plan plan = make_quantized_plan(desc, m, processors, tuning);
+  if (plan.kernel == nullptr) return ZQFP_SUCCESS;
+  *launched = true;
+  QuantizedStripParams p{};
+  fill_strip_params(desc, args, m, plan.schedule, &p);
+  static_cast<QuantizeInputs&>(p.from) = {x.x, x.other, x.gamma, x.epsilon, x.sum};
+  p.from.scale = x.scale;
+  p.from.m = int(m);
+  p.from.k = int(desc.k);
+  p.source = x.source;
+  return launch_strips(desc, plan, device, &p, stream);
+}
+
 }  // namespace zqfp
 
 using namespace zqfp;
@@ -128,7 +164,7 @@ zqfpStatus zqfpLinear(const zqfpLinearDesc* desc, const zqfpLinearArgs* args, in
   ZQFP_RETURN_IF_FAILED(find_device(&device, &processors));
   const Plan plan = make_plan(*desc, m, processors, tuning);
   if (plan.kernel == nullptr) return no_kernel(*desc);
-  return plan.kernel->strips ? launch_strips(*desc, *args, m, plan, device, stream)
+  return plan.kernel->strips ? launch_given_strips(*desc, *args, m, plan, device, stream)
                              : launch_tiles(*desc, *args, m, plan, device, workspace, stream);
 }
 

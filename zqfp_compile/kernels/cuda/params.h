@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "quantize_params.h"
 #include "schedule.h"
 
 namespace zqfp {
@@ -60,6 +61,12 @@ struct StripParams : LinearParams {
   int strips;   // of 16 rows
   int blocks;   // among which they are dealt out, for each tile of tokens
   FastDivisor by_blocks;
+};
+
+// Of the one that quantises its tokens as well (strip_tokens.cuh); x8, a and LoRC are not used.
+struct QuantizedStripParams : StripParams {
+  QuantizeParams from;
+  int source;  // zqfpSource
 };
 
 // The rank that one LoRC step multiplies: its part of u takes as much shared memory as the codes of a block.

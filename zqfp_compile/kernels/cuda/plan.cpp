@@ -44,9 +44,13 @@ struct StripCost {
 constexpr StripCost kStripCosts[] = {{100, 1900, 250, 4, 300}, {125, 2100, 250, 4, 300}};  // kT8Strips, kT16Strips
 
 // Strips whose x8 fits in shared memory, and its chunks among the barriers.
-bool can_compute(const Kernel& kernel, const zqfpLinearDesc& desc) {
+bool strips_fit(const Kernel& kernel, const zqfpLinearDesc& desc) {
   constexpr int64_t kMaxColumns = int64_t(kMaxStripChunks) * kStripChunk * kStripSlices * kBlockColumns;
-  return !kernel.strips || (desc.k <= kMaxColumns && strip_shared_bytes(kernel, desc) <= kMaxSharedBytes);
+  return desc.k <= kMaxColumns && strip_shared_bytes(kernel, desc) <= kMaxSharedBytes;
+}
+
+bool can_compute(const Kernel& kernel, const zqfpLinearDesc& desc) {
+  return !kernel.quantizes && (!kernel.strips || strips_fit(kernel, desc));
 }
 
 Schedule tiles_of(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel) {
@@ -155,6 +159,17 @@ Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuni
   }
   if (plan.kernel != nullptr) plan.schedule.prepare();
   return plan;
+}
+
+Plan make_quantized_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuning& tuning) {
+  // Each block quantises all tokens: of more numbers than these a kernel of its own is faster.
+  constexpr int64_t kFewSlots = 4;
+  const Kernel& kernel = kernels_of(desc.group_size).kernels[kT8QuantizedStrips];
+  const bool forced = tuning.kernel == kT8QuantizedStrips;
+  const int64_t slots = m * divide_up(desc.k, kStripRoundColumns);
+  const bool wanted = forced || (tuning.kernel < 0 && slots <= kFewSlots);
+  if (!wanted || m > kernel.tokens || slots > kMaxStripSlots || !strips_fit(kernel, desc)) return {};
+  return {&kernel, deal_strips(desc, m, kernel, std::min(processors, kMaxProcessors)).schedule};
 }
 
 bool plan_fits(const zqfpLinearDesc& desc, int64_t m) {

@@ -126,6 +126,9 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// Asks for the line at an address, so that it lies in L2 when it is read.
+__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 // ---- copies of a thread, for itself (cp.async) ---------------------------------------------------------------------
 
 // 16 bytes past L1, fewer through it.

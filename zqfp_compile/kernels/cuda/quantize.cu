@@ -6,6 +6,7 @@
 #include "config.h"
 #include "device.h"
 #include "launch.h"
+#include "quantize_activation.h"
 #include "quantize_lorc.cuh"
 #include "quantize_lorc_many.cuh"
 #include "quantize_norm.cuh"
@@ -201,61 +202,55 @@ zqfpStatus quantize_norm_of(QuantizeParams* p, int32_t dtype, void* stream) {
   return quantize_norm_half<__nv_bfloat16>(p, device, processors, stream);
 }
 
-// Checks all that is not an input. Where there are no tokens, pointers may be anything.
-zqfpStatus check_call(int32_t x_dtype, int64_t m, int64_t k, const float* scale, const void* x8, const float* a,
-                      const void* v, int32_t rank, const void* xv) {
-  ZQFP_RETURN_IF_FAILED(check_shape(x_dtype, m, k));
-  ZQFP_RETURN_IF_FAILED(check_lorc(x_dtype, v, rank, xv));
+// What all quantizers have: the operands, and the rest. Without tokens only the numbers are checked.
+zqfpStatus check_call(const zqfpActivation& x, int64_t m, int64_t k, const void* x8, const float* a, int32_t rank,
+                      const void* xv) {
+  ZQFP_RETURN_IF_FAILED(check_shape(x.x_dtype, m, k));
+  ZQFP_RETURN_IF_FAILED(check_lorc(x.x_dtype, x.v, rank, xv));
   if (m == 0) return ZQFP_SUCCESS;
+  ZQFP_RETURN_IF_FAILED(check_operands(x));
   ZQFP_RETURN_IF_FAILED(check_pointer(x8, "x8"));
-  if (scale == nullptr) ZQFP_RETURN_IF_FAILED(check_pointer(a, "a"));
-  ZQFP_RETURN_IF_FAILED(check_alignment(scale, "scale"));
+  if (x.scale == nullptr) ZQFP_RETURN_IF_FAILED(check_pointer(a, "a"));
   return check_alignment(a, "a");
 }
 
-QuantizeParams make_params(const QuantizeInputs& inputs, int64_t m, int64_t k, const float* scale, void* x8, float* a,
-                           const void* v, int32_t rank, void* xv) {
-  return {inputs, scale, static_cast<uint8_t*>(x8), a, v, xv, int(m), int(k), v == nullptr ? 0 : rank, 1};
+QuantizeParams make_params(const zqfpActivation& x, int64_t m, int64_t k, void* x8, float* a, int32_t rank, void* xv) {
+  const QuantizeInputs inputs{x.x, x.other, x.gamma, x.epsilon, x.sum};
+  return {inputs, x.scale, static_cast<uint8_t*>(x8), a, x.v, xv, int(m), int(k), x.v == nullptr ? 0 : rank, 1};
 }
 
 }  // namespace
+
+zqfpStatus quantize_activation(const zqfpActivation& x, int64_t m, int64_t k, void* x8, float* a, int32_t rank, void* xv,
+                               void* stream) {
+  ZQFP_RETURN_IF_FAILED(check_call(x, m, k, x8, a, rank, xv));
+  if (m == 0) return ZQFP_SUCCESS;
+  QuantizeParams p = make_params(x, m, k, x8, a, rank, xv);
+  switch (x.source) {
+    case ZQFP_SILU_MUL: return quantize_source<SiluMul>(&p, x.x_dtype, stream);
+    case ZQFP_RMS_NORM: return quantize_norm_of(&p, x.x_dtype, stream);
+    default: return quantize_source<Plain>(&p, x.x_dtype, stream);
+  }
+}
+
 }  // namespace zqfp
 
 zqfpStatus zqfpQuantizeActivation(const void* x, int32_t x_dtype, int64_t m, int64_t k, const float* scale, void* x8,
                                   float* a, const void* v, int32_t rank, void* xv, void* stream) {
-  using namespace zqfp;
-  ZQFP_RETURN_IF_FAILED(check_call(x_dtype, m, k, scale, x8, a, v, rank, xv));
-  if (m == 0) return ZQFP_SUCCESS;
-  ZQFP_RETURN_IF_FAILED(check_pointer(x, "x"));
-  QuantizeParams p = make_params({x}, m, k, scale, x8, a, v, rank, xv);
-  return quantize_source<Plain>(&p, x_dtype, stream);
+  const zqfpActivation activation{ZQFP_PLAIN, x_dtype, x, nullptr, nullptr, 0.f, scale, nullptr, v};
+  return zqfp::quantize_activation(activation, m, k, x8, a, rank, xv, stream);
 }
 
 zqfpStatus zqfpQuantizeSiluMul(const void* gate, const void* up, int32_t x_dtype, int64_t m, int64_t k,
                                const float* scale, void* x8, float* a, const void* v, int32_t rank, void* xv,
                                void* stream) {
-  using namespace zqfp;
-  ZQFP_RETURN_IF_FAILED(check_call(x_dtype, m, k, scale, x8, a, v, rank, xv));
-  if (m == 0) return ZQFP_SUCCESS;
-  ZQFP_RETURN_IF_FAILED(check_pointer(gate, "gate"));
-  ZQFP_RETURN_IF_FAILED(check_pointer(up, "up"));
-  QuantizeParams p = make_params({gate, up}, m, k, scale, x8, a, v, rank, xv);
-  return quantize_source<SiluMul>(&p, x_dtype, stream);
+  const zqfpActivation activation{ZQFP_SILU_MUL, x_dtype, gate, up, nullptr, 0.f, scale, nullptr, v};
+  return zqfp::quantize_activation(activation, m, k, x8, a, rank, xv, stream);
 }
 
 zqfpStatus zqfpQuantizeRmsNorm(const void* x, const void* skip, const void* gamma, float epsilon, int32_t x_dtype,
                                int64_t m, int64_t k, const float* scale, void* x8, float* a, void* sum, const void* v,
                                int32_t rank, void* xv, void* stream) {
-  using namespace zqfp;
-  ZQFP_RETURN_IF_FAILED(check_call(x_dtype, m, k, scale, x8, a, v, rank, xv));
-  if (!(epsilon >= 0.f) || std::isinf(epsilon)) {
-    return fail(ZQFP_INVALID_VALUE, "epsilon = %g is not a number from 0 on", double(epsilon));
-  }
-  if (m == 0) return ZQFP_SUCCESS;
-  ZQFP_RETURN_IF_FAILED(check_pointer(x, "x"));
-  ZQFP_RETURN_IF_FAILED(check_alignment(skip, "skip"));
-  ZQFP_RETURN_IF_FAILED(check_pointer(gamma, "gamma"));
-  ZQFP_RETURN_IF_FAILED(check_alignment(sum, "sum"));
-  QuantizeParams p = make_params({x, skip, gamma, epsilon, sum}, m, k, scale, x8, a, v, rank, xv);
-  return quantize_norm_of(&p, x_dtype, stream);
+  const zqfpActivation activation{ZQFP_RMS_NORM, x_dtype, x, skip, gamma, epsilon, scale, sum, v};
+  return zqfp::quantize_activation(activation, m, k, x8, a, rank, xv, stream);
 }

@@ -11,7 +11,7 @@ constexpr int kFactorRanks = 16;  // LoRC's smallest group of ranks (quantize_lo
 // What a block adds up.
 struct NormShared {
   float squares[kMaxNormThreads / 32];
-  uint32_t range[kMaxNormThreads / 32];
+  float range[kMaxNormThreads / 32];
 };
 
 // One thread's part. Of a token with more than kHeld eights for each thread it reads the rest twice.
@@ -42,7 +42,7 @@ class NormQuantizer {
       take(source_.add(source_.load(8 * at, true)), load_gamma(at), at);
     }
     add_threads();
-    const float scale = p_.scale != nullptr ? given : find_scale();
+    const float scale = p_.scale != nullptr ? given : Source::scale_of(range_, factor_);
     const Divisor divide(scale);
     for_held([&](int i, int at) {
       if (at < count_) write(held[i], divide, at);
@@ -90,13 +90,9 @@ class NormQuantizer {
   __device__ __forceinline__ Scaled take(const Eight<T>& s, const Eight<T>& gamma, int at) {
     if (sum_ != nullptr) store_eight(s, sum_ + 8 * at);
     const Scaled scaled = scale_eight(s, gamma);
+    squares_ = Source::add_squares(s, squares_);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 numbers = s.pair(i);
-      squares_ = fmaf(numbers.x, numbers.x, squares_);
-      squares_ = fmaf(numbers.y, numbers.y, squares_);
-      range_ = fmaxf(range_, fmaxf(fabsf(scaled.pair[i].x), fabsf(scaled.pair[i].y)));
-    }
+    for (const float2& pair : scaled.pair) range_ = fmaxf(range_, fmaxf(fabsf(pair.x), fabsf(pair.y)));
     return scaled;
   }
 
@@ -105,18 +101,10 @@ class NormQuantizer {
     return sum_ != nullptr ? load_eight(sum_ + 8 * at, true) : source_.add(source_.load(8 * at, true));
   }
 
-  // Always in the same order, so that the result is.
-  __device__ __forceinline__ static float add_lanes(float number) {
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) number += __shfl_xor_sync(~0u, number, mask);
-    return number;
-  }
-
   __device__ __forceinline__ void add_threads() {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const float squares = add_lanes(squares_);
-    // None is negative, so that their order is that of their bits.
-    const uint32_t range = __reduce_max_sync(~0u, __float_as_uint(range_));
+    const float range = largest_of_lanes(range_);
     if (lane == 0) {
       shared_.squares[warp] = squares;
       shared_.range[warp] = range;
@@ -124,15 +112,8 @@ class NormQuantizer {
     __syncthreads();
     const bool is_warp = lane < int(blockDim.x) / 32;
     squares_ = add_lanes(is_warp ? shared_.squares[lane] : 0.f);
-    range_ = __uint_as_float(__reduce_max_sync(~0u, is_warp ? shared_.range[lane] : 0u));
-    factor_ = __frsqrt_rn(__fdiv_rn(squares_, float(p_.k)) + p_.epsilon);
-  }
-
-  // Per token: rounding and the factor keep the order of numbers, so that the largest h is that of the range.
-  __device__ __forceinline__ float find_scale() const {
-    Eight<T> largest;
-    largest.set_pair(0, {range_ * factor_, 0.f});
-    return __fdiv_rn(fmaxf(kSmallestRange, largest.pair(0).x), kLargestE4m3);
+    range_ = largest_of_lanes(is_warp ? shared_.range[lane] : 0.f);
+    factor_ = Source::factor_of(squares_, p_.k, p_.epsilon);
   }
 
   __device__ __forceinline__ void write(const Scaled& scaled, const Divisor& divide, int at) const {

@@ -127,10 +127,41 @@ class Norm {
     return s;
   }
 
+  __device__ __forceinline__ static float add_squares(const Eight<T>& s, float squares) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 numbers = s.pair(i);
+      squares = fmaf(numbers.x, numbers.x, squares);
+      squares = fmaf(numbers.y, numbers.y, squares);
+    }
+    return squares;
+  }
+
+  __device__ __forceinline__ static float factor_of(float squares, int k, float epsilon) {
+    return __frsqrt_rn(__fdiv_rn(squares, float(k)) + epsilon);
+  }
+
+  // The scale of a token from its largest |s * gamma|: rounding and the factor keep the order of numbers.
+  __device__ __forceinline__ static float scale_of(float range, float factor) {
+    Eight<T> largest;
+    largest.set_pair(0, {range * factor, 0.f});
+    return scale_of_range(largest.pair(0).x);
+  }
+
   // s * gamma in float32. The factor comes last: then the largest h of a token is that of its largest s * gamma.
   __device__ __forceinline__ static float2 scale_pair(const Eight<T>& s, const Column& gamma, int i) {
     const float2 a = s.pair(i), b = gamma.pair(i);
     return {a.x * b.x, a.y * b.y};
+  }
+
+  // The largest |s * gamma|, or `range` if that is larger.
+  __device__ __forceinline__ static float widen(const Eight<T>& s, const Column& gamma, float range) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 scaled = scale_pair(s, gamma, i);
+      range = fmaxf(range, fmaxf(fabsf(scaled.x), fabsf(scaled.y)));
+    }
+    return range;
   }
 
   __device__ __forceinline__ Eight<T> compute(const Raw& raw, const Column& gamma, Row factor) const {

@@ -33,20 +33,20 @@ __device__ __forceinline__ void quantize_static(const QuantizeParams& p) {
   if (first == 0 && p.a != nullptr) p.a[0] = scale;
 }
 
-// The largest `range` of a block; none is negative, so that their order is that of their bits.
-__device__ __forceinline__ float largest_of_block(float range, uint32_t* warp_range) {
+// The largest `range` of a block.
+__device__ __forceinline__ float largest_of_block(float range, float* warp_range) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t largest = __reduce_max_sync(~0u, __float_as_uint(range));
+  const float largest = largest_of_lanes(range);
   if (lane == 0) warp_range[warp] = largest;
   __syncthreads();
-  return __uint_as_float(__reduce_max_sync(~0u, lane < int(blockDim.x) / 32 ? warp_range[lane] : 0u));
+  return largest_of_lanes(lane < int(blockDim.x) / 32 ? warp_range[lane] : 0.f);
 }
 
 // Of a block with a token, or a part of one: the blocks of a cluster share a token and write to each other's `range`.
 struct TokenShared {
   uint64_t barrier;
   float range[kMaxClusterBlocks];
-  uint32_t warp_range[kMaxRowThreads / 32];
+  float warp_range[kMaxRowThreads / 32];
 };
 
 __device__ __forceinline__ void open_cluster(const QuantizeParams& p, TokenShared& shared) {

@@ -9,31 +9,13 @@
 #include <type_traits>
 
 #include "ptx.cuh"
+#include "quantize_params.h"
 
 namespace zqfp {
 
 constexpr float kLargestE4m3 = 448.f;
 constexpr float kSmallestRange = 1e-30f;
 constexpr int kMaxClusterBlocks = 8;
-
-struct QuantizeInputs {
-  const void* x;                // or gate
-  const void* other = nullptr;  // up of SiLU x up; skip of a norm, or null
-  // Of a norm alone.
-  const void* gamma = nullptr;
-  float epsilon = 0.f;
-  void* sum = nullptr;  // written, or null
-};
-
-struct QuantizeParams : QuantizeInputs {
-  const float* scale;  // or null: per token
-  uint8_t* x8;
-  float* a;  // or null
-  const void* v;
-  void* xv;
-  int m, k, rank;
-  int share;  // without LoRC, static scale: eights of a thread; else blocks of a cluster
-};
 
 // Divides by one number many times. power * x / divisor, where power brings the divisor near 1, so that nothing on the
 // way over- or underflows that matters to E4M3; then the product with the correctly rounded reciprocal, and one
@@ -154,6 +136,22 @@ __device__ __forceinline__ void store_eight(const Eight<T>& eight, T* to) {
   }
 }
 
+// Of a warp, always in the same order, so that the result is.
+__device__ __forceinline__ float add_lanes(float number) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) number += __shfl_xor_sync(~0u, number, mask);
+  return number;
+}
+
+// Of a warp. None is negative, so that their order is that of their bits.
+__device__ __forceinline__ float largest_of_lanes(float range) {
+  return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(range)));
+}
+
+__device__ __forceinline__ float scale_of_range(float range) {
+  return __fdiv_rn(fmaxf(kSmallestRange, range), kLargestE4m3);
+}
+
 // Rounds to nearest even, as the reference does.
 __device__ __forceinline__ uint32_t quantize_four(float2 low, float2 high, const Divisor& divide) {
   const float2 quotient[2] = {{divide(low.x), divide(low.y)}, {divide(high.x), divide(high.y)}};
@@ -162,9 +160,13 @@ __device__ __forceinline__ uint32_t quantize_four(float2 low, float2 high, const
 }
 
 template <typename T>
+__device__ __forceinline__ uint2 quantize_eight(const Eight<T>& eight, const Divisor& divide) {
+  return {quantize_four(eight.pair(0), eight.pair(1), divide), quantize_four(eight.pair(2), eight.pair(3), divide)};
+}
+
+template <typename T>
 __device__ __forceinline__ void store_quantized(const Eight<T>& eight, const Divisor& divide, uint8_t* to) {
-  *reinterpret_cast<uint2*>(to) = {quantize_four(eight.pair(0), eight.pair(1), divide),
-                                   quantize_four(eight.pair(2), eight.pair(3), divide)};
+  *reinterpret_cast<uint2*>(to) = quantize_eight(eight, divide);
 }
 
 }  // namespace zqfp

@@ -1,7 +1,9 @@
-// zqfpQuantizedLinear: the quantizer and the linear layer, one after the other through the workspace.
+// zqfpQuantizedLinear: the quantizer and the linear layer in one kernel, or one after the other through the workspace.
 #include "check.h"
 #include "launch.h"
+#include "launch_joined.h"
 #include "plan.h"
+#include "quantize_activation.h"
 
 namespace zqfp {
 namespace {
@@ -28,9 +30,6 @@ zqfpStatus lay_out(const zqfpLinearDesc* desc, int64_t m, Layout* layout) {
 zqfpStatus check_activation(const zqfpLinearDesc& desc, const zqfpActivation* activation) {
   if (activation == nullptr) return fail(ZQFP_INVALID_VALUE, "the activation is null");
   const zqfpActivation& x = *activation;
-  if (x.source < ZQFP_PLAIN || x.source > ZQFP_RMS_NORM) {
-    return fail(ZQFP_INVALID_VALUE, "unknown source %d of an activation", x.source);
-  }
   if ((x.scale == nullptr) != (desc.per_token == 1)) {
     return fail(ZQFP_INVALID_VALUE, "a layer has a static scale or is per token: per_token = %d, scale at %p",
                 desc.per_token, (const void*)x.scale);
@@ -42,20 +41,6 @@ zqfpStatus check_activation(const zqfpLinearDesc& desc, const zqfpActivation* ac
     return fail(ZQFP_NOT_SUPPORTED, "x @ v has the type %d of x, the layer has %d", x.x_dtype, desc.dtype);
   }
   return ZQFP_SUCCESS;
-}
-
-zqfpStatus quantize(const zqfpLinearDesc& desc, const zqfpActivation& x, int64_t m, void* x8, float* a, void* xv,
-                    void* stream) {
-  xv = desc.lorc_rank == 0 ? nullptr : xv;
-  switch (x.source) {
-    case ZQFP_SILU_MUL:
-      return zqfpQuantizeSiluMul(x.x, x.other, x.x_dtype, m, desc.k, x.scale, x8, a, x.v, desc.lorc_rank, xv, stream);
-    case ZQFP_RMS_NORM:
-      return zqfpQuantizeRmsNorm(x.x, x.other, x.gamma, x.epsilon, x.x_dtype, m, desc.k, x.scale, x8, a, x.sum, x.v,
-                                 desc.lorc_rank, xv, stream);
-    default:
-      return zqfpQuantizeActivation(x.x, x.x_dtype, m, desc.k, x.scale, x8, a, x.v, desc.lorc_rank, xv, stream);
-  }
 }
 
 }  // namespace
@@ -77,16 +62,21 @@ zqfpStatus zqfpQuantizedLinear(const zqfpLinearDesc* desc, const zqfpActivation*
   ZQFP_RETURN_IF_FAILED(lay_out(desc, m, &layout));
   ZQFP_RETURN_IF_FAILED(check_activation(*desc, activation));
   if (m == 0) return ZQFP_SUCCESS;
+  ZQFP_RETURN_IF_FAILED(check_operands(*activation));
   ZQFP_RETURN_IF_FAILED(check_layer_args(*desc, args));
   ZQFP_RETURN_IF_FAILED(check_pointer(workspace, "the workspace"));
   if (workspace_bytes < layout.end) {
     return fail(ZQFP_WORKSPACE_TOO_SMALL, "the workspace has %zu bytes, %zu are needed", workspace_bytes, layout.end);
   }
+  bool launched = false;
+  ZQFP_RETURN_IF_FAILED(launch_joined(*desc, *activation, *args, m, stream, &launched));
+  if (launched) return ZQFP_SUCCESS;
   char* const start = static_cast<char*>(workspace);
   zqfpLinearArgs linear = *args;
   float* const a = desc->per_token ? reinterpret_cast<float*>(start + layout.a) : nullptr;
   void* const xv = start + layout.xv;
-  ZQFP_RETURN_IF_FAILED(quantize(*desc, *activation, m, start + layout.x8, a, xv, stream));
+  ZQFP_RETURN_IF_FAILED(quantize_activation(*activation, m, desc->k, start + layout.x8, a, desc->lorc_rank,
+                                            desc->lorc_rank == 0 ? nullptr : xv, stream));
   linear.x8 = start + layout.x8;
   linear.a = desc->per_token ? a : activation->scale;
   linear.xv = xv;

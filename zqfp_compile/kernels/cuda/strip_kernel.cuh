@@ -16,60 +16,9 @@
 #include "multiply.cuh"
 #include "params.h"
 #include "ptx.cuh"
-#include "strips.h"
+#include "strip_tokens.cuh"
 
 namespace zqfp {
-
-constexpr int kBarriersReady = 1;  // named barrier
-
-template <int Tokens, int Group, int Ahead>
-struct StripConfig {
-  static constexpr int kTokens = Tokens, kGroup = Group, kAhead = Ahead;
-  static constexpr int kOctets = Tokens / 8;
-  static constexpr int kColumns = kStripSlices * Tokens;  // of wgmma's B
-  static constexpr int kWarpgroups = 4, kWarps = kWarpgroups * 4;
-  static constexpr int kThreads = (kWarps + 1) * 32;
-  static constexpr int kRing = Tokens == 8 ? 2 : 1;  // strips whose sums have room
-  static constexpr int kRankSteps = 4;               // of 16 ranks
-  static constexpr int kRanks = 16 * kRankSteps;
-
-  // Shared memory: barriers, u of a strip, sums, pieces and x8 (octet_bytes for each octet).
-  static constexpr int kBarrierBytes = 256;
-  static_assert((kMaxStripChunks + 2 * kRing) * 8 <= kBarrierBytes);
-  static constexpr int kFactorOffset = kBarrierBytes;
-  static constexpr int kFactorPitch = kStripRows * 2;  // from rank to rank
-  static constexpr int kSumOffset = kFactorOffset + kRanks * kFactorPitch;
-  static constexpr int kStripBytes = kWarps * kOctets * 32 * 16;
-  static constexpr int kPieceOffset = kSumOffset + kRing * kStripBytes;
-  // Group scales of a thread's two rows: at least the 4 bytes that can be copied.
-  static constexpr int kScaleBytes = scale_block_bytes(Group) / 32;
-  static constexpr int kScaleCopy = kScaleBytes < 4 ? 4 : kScaleBytes;
-  static constexpr int kCodeBytes = kStripRows * kBlockColumns / 2;
-  static constexpr int kPieceBytes = kCodeBytes + 32 * kScaleCopy;
-  static constexpr int kTokenOffset = (kPieceOffset + kWarps * Ahead * kPieceBytes + 1023) / 1024 * 1024;
-  static constexpr int kAlignment = 1024;
-};
-
-template <class C>
-struct StripShared {
-  uint32_t base;
-
-  __device__ __forceinline__ uint32_t chunk(int index) const { return base + index * 8; }
-  __device__ __forceinline__ uint32_t full(int stage) const { return base + (kMaxStripChunks + stage) * 8; }
-  __device__ __forceinline__ uint32_t empty(int stage) const { return full(C::kRing + stage); }
-  __device__ __forceinline__ uint32_t factor(int rank) const {
-    return base + C::kFactorOffset + rank * C::kFactorPitch;
-  }
-  // A warp's sums of eight tokens: 16 bytes of each lane.
-  __device__ __forceinline__ float4* sums(int stage, int slot, int octet) const {
-    return ptx::shared_pointer<float4>(base + C::kSumOffset + stage * C::kStripBytes) +
-           (slot * C::kOctets + octet) * 32;
-  }
-  __device__ __forceinline__ uint32_t piece(int warp, int stage) const {
-    return base + C::kPieceOffset + (warp * C::kAhead + stage) * C::kPieceBytes;
-  }
-  __device__ __forceinline__ uint32_t tokens() const { return base + C::kTokenOffset; }
-};
 
 // What a block computes: strips, the same number as any other block or one more, and its first token.
 struct StripTile {
@@ -105,7 +54,9 @@ class StripWorker {
     for (int stage = 0; stage < C::kAhead; ++stage) fetch(stage);
   }
 
-  __device__ __forceinline__ void run() {
+  // `tokens_there`: no chunk of x8 is still on its way.
+  __device__ __forceinline__ void run(bool tokens_there) {
+    tokens_there_ = tokens_there;
     leave_strips_before(use_);
     while (use_.strip < tile_.end) {
       const int strip = use_.strip, slot = use_.column * kStripSlices + slice_;
@@ -136,7 +87,7 @@ class StripWorker {
   Position load_, use_;
   int left_;  // the strip that this warp leaves next
   int stage_ = 0;
-  bool tokens_there_ = false;
+  bool tokens_there_;
   const uint8_t *codes_, *scales_;
 
   __device__ __forceinline__ void normalize(Position& at) const {
@@ -239,7 +190,7 @@ class StripWorker {
   }
 };
 
-// The last warp: asks for x8, and finishes strips. T: type of y, bias, xv and u. Thread 4q + c holds, of eight tokens, rows
+// The last warp: asks for x8, unless the others make it, and finishes strips. T: type of y, bias, xv and u. Thread 4q + c holds, of eight tokens, rows
 // q and q + 8 of tokens 2c and 2c + 1: sums[2h + i].
 template <class C, typename T>
 class StripFinisher {
@@ -247,11 +198,12 @@ class StripFinisher {
   __device__ __forceinline__ StripFinisher(const StripParams& p, StripShared<C> shared)
       : p_(p), shared_(shared), tile_(strip_tile<C>(p)), lane_(threadIdx.x % 32), q_(lane_ / 4), c_(lane_ % 4) {}
 
-  __device__ __forceinline__ void run() {
-    if (lane_ == 0) ptx::prefetch_map(&p_.x8);
+  __device__ __forceinline__ void run(bool makes_tokens) {
+    if (lane_ == 0 && !makes_tokens) ptx::prefetch_map(&p_.x8);
     ptx::wait_for_kernel_before();
-    bring_tokens();
-    load_token_side();
+    if (!makes_tokens) bring_tokens();
+    if (makes_tokens) ptx::sync_threads(kBarriersReady, C::kThreads);
+    load_token_side(makes_tokens);
     clear_factor();
     for (int strip = tile_.first; strip < tile_.end; ++strip) {
       const int stage = (strip - tile_.first) % C::kRing, round = (strip - tile_.first) / C::kRing;
@@ -299,13 +251,14 @@ class StripFinisher {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void load_token_side() {
+  __device__ __forceinline__ void load_token_side(bool made) {
 #pragma unroll
     for (int octet = 0; octet < C::kOctets; ++octet) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int token = tile_.token + 8 * octet + 2 * c_ + i;
-        a_[octet][i] = token < p_.m ? p_.a[p_.per_token ? token : 0] : 0.f;  // not __ldg: see load_eight
+        const float* a = made ? shared_.token_scale(token) : p_.a + (p_.per_token ? token : 0);
+        a_[octet][i] = token < p_.m ? *a : 0.f;  // not __ldg: see load_eight
       }
 #pragma unroll
       for (int step = 0; step < C::kRankSteps; ++step) {
@@ -419,29 +372,33 @@ __device__ __forceinline__ void init_strip_barriers(StripShared<C> shared) {
   ptx::fence_barrier_init();
 }
 
-template <class C>
-__device__ __forceinline__ void run_strips(const StripParams& p, char* raw) {
+// StripParams, or QuantizedStripParams, whose tokens the block quantises itself.
+template <class C, class Params>
+__device__ __forceinline__ void run_strips(const Params& p, char* raw) {
+  constexpr bool kMakesTokens = std::is_same_v<Params, QuantizedStripParams>;
   const StripShared<C> shared{(ptx::shared_address(raw) + 1023u) & ~1023u};
   ptx::release_kernel_after();
   if (threadIdx.x / 32 < C::kWarps) {
     StripWorker<C> worker(p, shared);
     worker.start();
+    if constexpr (kMakesTokens) make_tokens(p, shared);
     ptx::sync_threads(kBarriersReady, C::kThreads);
-    worker.run();
+    worker.run(kMakesTokens);
     return;
   }
   if (threadIdx.x % 32 == 0) init_strip_barriers<C>(shared);
   __syncwarp();
-  ptx::arrive_threads(kBarriersReady, C::kThreads);  // and on to x8: the others are still asking for weights
+  // And on to x8: the others are still asking for weights.
+  if constexpr (!kMakesTokens) ptx::arrive_threads(kBarriersReady, C::kThreads);
   if (p.bfloat) {
-    StripFinisher<C, __nv_bfloat16>(p, shared).run();
+    StripFinisher<C, __nv_bfloat16>(p, shared).run(kMakesTokens);
   } else {
-    StripFinisher<C, __half>(p, shared).run();
+    StripFinisher<C, __half>(p, shared).run(kMakesTokens);
   }
 }
 
-template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1) strip_kernel(const __grid_constant__ StripParams p) {
+template <class C, class Params>
+__global__ void __launch_bounds__(C::kThreads, 1) strip_kernel(const __grid_constant__ Params p) {
   extern __shared__ char raw[];
   run_strips<C>(p, raw);
 }

@@ -14,6 +14,10 @@ constexpr int kStripSlices = 4;
 constexpr int kStripChunk = 4;
 constexpr int kMaxStripChunks = 8;
 
+// A kernel that quantises its tokens has a slot for each round of its threads, an eight each, and each token.
+constexpr int kStripRoundColumns = 16 * 32 * 8;
+constexpr int kMaxStripSlots = 8;
+
 // Blocks of K in a quarter of it.
 ZQFP_HOST_DEVICE int slice_blocks(int k_blocks) { return (k_blocks + kStripSlices - 1) / kStripSlices; }
 

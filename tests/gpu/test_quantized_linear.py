@@ -1,0 +1,210 @@
+"""Quantizer and linear layer in one call on an H100, against the two calls.
+
+make kernels && python -m pytest -q tests/gpu/test_quantized_linear.py
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from zqfp_compile.kernels.library import Activation, Layer, QuantizerTensors, Source
+from zqfp_compile.kernels.packing import packed_sizes
+from zqfp_compile.kernels.torch_linear import PackedWeight, TorchLinear
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+if torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("needs an H100 (sm_90)", allow_module_level=True)
+
+STRIPS, QUANTIZED = "t8w2", "t8w2q"
+EPSILON = 1e-5
+SOURCES = [*Source]
+# Above so many a norm's sum is added in another order, and h may be rounded the other way here and there.
+COLUMNS_IN_ORDER = 4096
+ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
+
+
+def random_weight(n, k, group_size):
+    """Any bytes are codes; scales of 0.5, 1 and 2 are packed as they are."""
+    codes, scales = packed_sizes(n, k, group_size)
+    powers = torch.tensor([0x30, 0x38, 0x40], dtype=torch.uint8, device="cuda")
+    return PackedWeight(
+        codes=torch.randint(0, 256, (codes,), dtype=torch.uint8, device="cuda"),
+        group_scales=powers[torch.randint(0, 3, (scales,), device="cuda")],
+        row_scales=torch.exp2(torch.empty(n, device="cuda").uniform_(-12, -8)),
+    )
+
+
+def random_activation(source, m, k, dtype, *, skip=True):
+    """A norm's sum is poisoned."""
+    x, other = (torch.randn(m, k, device="cuda").to(dtype) for _ in range(2))
+    if source == Source.PLAIN:
+        return Activation(source, x)
+    if source == Source.SILU_MUL:
+        return Activation(source, x, other)
+    gamma = torch.randn(k, device="cuda").to(dtype)
+    total = torch.full_like(x, float("nan")) if skip else None
+    return Activation(source, x, other if skip else None, gamma, EPSILON, sum_=total)
+
+
+def empty(linear, m):
+    """Poisoned."""
+    y = linear.empty(m)
+    for output in y if isinstance(y, tuple) else (y,):
+        output.fill_(float("nan"))
+    return y
+
+
+def apart(linear, activation):
+    """y, and the sum, of the two calls."""
+    made = QuantizerTensors.empty(activation.x, linear.scale, linear.v)
+    total = None if activation.sum_ is None else torch.empty_like(activation.sum_)
+    if activation.source == Source.SILU_MUL:
+        linear.library.quantize_silu_mul_into(activation.x, activation.other, made)
+    elif activation.source == Source.RMS_NORM:
+        linear.library.quantize_rms_norm_into(
+            activation.x, activation.gamma, EPSILON, made, skip=activation.other, sum_=total
+        )
+    else:
+        linear.library.quantize_activation_into(activation.x, made)
+    return linear.multiply(made.x8, made.a, made.xv, empty(linear, len(activation.x))), total
+
+
+def side_by_side(y):
+    return torch.cat(y, dim=1) if isinstance(y, tuple) else y
+
+
+def check(linear, activation, *, exact):
+    """The kernels of ``exact`` calls add in the same order."""
+    wanted, total = apart(linear, activation)
+    got = linear.quantized(activation, empty(linear, len(activation.x)))
+    wanted, got = side_by_side(wanted), side_by_side(got)
+    if exact:
+        assert torch.equal(got, wanted)
+    else:
+        error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
+        assert error < ROUNDING[got.dtype]
+    assert total is None or torch.equal(activation.sum_, total)
+
+
+@pytest.fixture
+def tuned(kernel_library):
+    """Makes the plans of one layer and of quantized ones use a kernel each."""
+
+    def tune(name):
+        kernel_library.tune(kernel=kernel_library.kernel_names().index(name))
+
+    yield tune
+    kernel_library.tune()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size"),
+    [
+        (1, 4096, 4096, 64),
+        (1, 72, 1040, 32),
+        (3, 200, 4096, 128),
+        (8, 1000, 400, 64),
+        (1, 8, 16, 32),
+        (1, 4096, 11008, 64),
+        (2, 136, 14336, 64),
+        (4, 520, 4240, 32),
+    ],
+)
+def test_one_kernel_gives_what_two_give(kernel_library, tuned, m, n, k, group_size, source, per_token, dtype):
+    layer = Layer(n, k, group_size, dtype=dtype, per_token=per_token)
+    weight = random_weight(n, k, group_size)
+    scale = None if per_token else 0.03
+    bias = torch.randn(n)
+    linear = TorchLinear(kernel_library, layer, weight, max_rows=m, scale=scale, bias=bias)
+    activation = random_activation(source, m, k, dtype)
+    tuned(STRIPS)
+    wanted, total = apart(linear, activation)
+    tuned(QUANTIZED)
+    got = linear.quantized(activation, empty(linear, m))
+    if source != Source.RMS_NORM or k <= COLUMNS_IN_ORDER:
+        assert torch.equal(got, wanted)
+    else:
+        error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
+        assert error < ROUNDING[dtype]
+    assert total is None or torch.equal(activation.sum_, total)
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("m", [1, 2, 5, 16, 40, 600])
+def test_the_plans_choice(kernel_library, m, source, per_token, rank):
+    """One launch or two, with several outputs; where two, the same kernels run as in two calls."""
+    layer = Layer(456, 1040, 64, lorc_rank=rank, per_token=per_token, outputs=(64, 320, 72))
+    v, u = (torch.randn(1040, rank) / 32, torch.randn(rank, 456)) if rank else (None, None)
+    scale = None if per_token else 0.03
+    weight = random_weight(456, 1040, 64)
+    linear = TorchLinear(kernel_library, layer, weight, max_rows=m, scale=scale, v=v, u=u)
+    for skip in (True, False):
+        activation = random_activation(source, m, 1040, torch.float16, skip=skip)
+        check(linear, activation, exact=m > 8 or rank > 0)
+
+
+def test_a_sum_in_place(kernel_library):
+    """Other blocks would still read what the sum replaces: that is two launches."""
+    layer = Layer(256, 1040, 64)
+    linear = TorchLinear(kernel_library, layer, random_weight(256, 1040, 64), max_rows=1)
+    activation = random_activation(Source.RMS_NORM, 1, 1040, torch.float16)
+    wanted, total = apart(linear, activation)
+    in_place = Activation(
+        Source.RMS_NORM, activation.x, activation.other, activation.gamma, EPSILON, sum_=activation.x
+    )
+    got = linear.quantized(in_place, empty(linear, 1))
+    torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3)
+    assert torch.equal(activation.x, total)
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_a_chain_in_a_graph_without_waiting(kernel_library, m):
+    """Each layer reads what the one before wrote: what a missing wait between kernels would spoil."""
+    width, inner, layers = 4096, 2048, 8
+    gammas = torch.randn(layers, width, device="cuda").half()
+    start = torch.randn(m, width, device="cuda").half()
+    wide = Layer(2 * inner, width, 64, outputs=(inner, inner))
+    narrow = Layer(width, inner, 64)
+    up, down = (
+        [TorchLinear(kernel_library, layer, random_weight(layer.n, layer.k, 64), max_rows=m) for _ in gammas]
+        for layer in (wide, narrow)
+    )
+    sums = [torch.empty_like(start) for _ in gammas]
+    middles = [linear.empty(m) for linear in up]
+    outputs = [linear.empty(m) for linear in down]
+
+    def run():
+        x, skip = start, start
+        for i, gamma in enumerate(gammas):
+            norm = Activation(Source.RMS_NORM, x, skip, gamma, EPSILON, sum_=sums[i])
+            gate, factor = up[i].quantized(norm, middles[i])
+            skip = down[i].quantized(Activation(Source.SILU_MUL, gate, factor), outputs[i])
+            x = sums[i]
+
+    def results():
+        torch.cuda.synchronize()
+        return [one.clone() for one in itertools.chain(sums, *middles, outputs)]
+
+    try:
+        kernel_library.tune(overlap=0)
+        run()
+        wanted = results()
+        kernel_library.tune(overlap=1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        for _ in range(20):
+            for one in itertools.chain(sums, *middles, outputs):
+                one.fill_(float("nan"))
+            graph.replay()
+            for got, one in zip(results(), wanted, strict=True):
+                assert torch.equal(got, one)
+    finally:
+        kernel_library.tune()

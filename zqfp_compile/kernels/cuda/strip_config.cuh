@@ -1,0 +1,65 @@
+// The shape of a kernel of strips, and where its shared memory goes.
+#pragma once
+
+#include "ptx.cuh"
+#include "strips.h"
+
+namespace zqfp {
+
+constexpr int kBarriersReady = 1;  // named barrier
+
+template <int Tokens, int Group, int Ahead>
+struct StripConfig {
+  static constexpr int kTokens = Tokens, kGroup = Group, kAhead = Ahead;
+  static constexpr int kOctets = Tokens / 8;
+  static constexpr int kColumns = kStripSlices * Tokens;  // of wgmma's B
+  static constexpr int kWarpgroups = 4, kWarps = kWarpgroups * 4;
+  static constexpr int kThreads = (kWarps + 1) * 32;
+  static constexpr int kRing = Tokens == 8 ? 2 : 1;  // strips whose sums have room
+  static constexpr int kRankSteps = 4;               // of 16 ranks
+  static constexpr int kRanks = 16 * kRankSteps;
+
+  // Shared memory: barriers, scales of tokens, u of a strip, sums, pieces and x8 (octet_bytes for each octet).
+  static constexpr int kBarrierBytes = 256;
+  static constexpr int kTokenScaleOffset = kBarrierBytes - Tokens * 4;
+  static_assert((kMaxStripChunks + 2 * kRing) * 8 <= kTokenScaleOffset);
+  static constexpr int kFactorOffset = kBarrierBytes;
+  static constexpr int kFactorPitch = kStripRows * 2;  // from rank to rank
+  static constexpr int kSumOffset = kFactorOffset + kRanks * kFactorPitch;
+  static constexpr int kStripBytes = kWarps * kOctets * 32 * 16;
+  static constexpr int kPieceOffset = kSumOffset + kRing * kStripBytes;
+  // Group scales of a thread's two rows: at least the 4 bytes that can be copied.
+  static constexpr int kScaleBytes = scale_block_bytes(Group) / 32;
+  static constexpr int kScaleCopy = kScaleBytes < 4 ? 4 : kScaleBytes;
+  static constexpr int kCodeBytes = kStripRows * kBlockColumns / 2;
+  static constexpr int kPieceBytes = kCodeBytes + 32 * kScaleCopy;
+  static constexpr int kTokenOffset = (kPieceOffset + kWarps * Ahead * kPieceBytes + 1023) / 1024 * 1024;
+  static constexpr int kAlignment = 1024;
+};
+
+template <class C>
+struct StripShared {
+  uint32_t base;
+
+  __device__ __forceinline__ uint32_t chunk(int index) const { return base + index * 8; }
+  __device__ __forceinline__ uint32_t full(int stage) const { return base + (kMaxStripChunks + stage) * 8; }
+  __device__ __forceinline__ uint32_t empty(int stage) const { return full(C::kRing + stage); }
+  // Of a kernel that quantises its tokens.
+  __device__ __forceinline__ float* token_scale(int token) const {
+    return ptx::shared_pointer<float>(base + C::kTokenScaleOffset) + token;
+  }
+  __device__ __forceinline__ uint32_t factor(int rank) const {
+    return base + C::kFactorOffset + rank * C::kFactorPitch;
+  }
+  // A warp's sums of eight tokens: 16 bytes of each lane.
+  __device__ __forceinline__ float4* sums(int stage, int slot, int octet) const {
+    return ptx::shared_pointer<float4>(base + C::kSumOffset + stage * C::kStripBytes) +
+           (slot * C::kOctets + octet) * 32;
+  }
+  __device__ __forceinline__ uint32_t piece(int warp, int stage) const {
+    return base + C::kPieceOffset + (warp * C::kAhead + stage) * C::kPieceBytes;
+  }
+  __device__ __forceinline__ uint32_t tokens() const { return base + C::kTokenOffset; }
+};
+
+}  // namespace zqfp
