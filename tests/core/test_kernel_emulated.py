@@ -28,8 +28,11 @@ ZEROED_BYTES = 16384
 
 # emulate.cpp's kernels by number: tokens, rows, slices, cluster, promotion; and their group size.
 T8, T32, T64, T128_PAIR, T256_PAIR, T256, T128_NARROW, S8, S16, S8_G32 = range(10)
+# Those that quantize their tokens are numbered apart.
+QUANTIZED = 100
+Q2, Q2_G32 = QUANTIZED, QUANTIZED + 1
 GROUP_SIZE = {T8: 64, T32: 32, T64: 128, T128_PAIR: 64, T256_PAIR: 64, T256: 32, T128_NARROW: 128}
-GROUP_SIZE |= {S8: 64, S16: 128, S8_G32: 32}
+GROUP_SIZE |= {S8: 64, S16: 128, S8_G32: 32, Q2: 64, Q2_G32: 32}
 
 
 class Problem(ctypes.Structure):
@@ -194,9 +197,10 @@ def emulate(emulator, case, arrays, dtype, workspace, source=None):
         outputs=(ctypes.c_int * 4)(*(case.outputs or (case.n,))),
     )
     if source is None:
-        assert emulator.emulate(case.kernel, ctypes.byref(problem)) == GROUP_SIZE[case.kernel]
+        group_size = emulator.emulate(case.kernel, ctypes.byref(problem))
     else:
-        emulator.emulate_quantized(case.kernel, ctypes.byref(problem), *source)
+        group_size = emulator.emulate_quantized(case.kernel - QUANTIZED, ctypes.byref(problem), *source)
+    assert group_size == GROUP_SIZE[case.kernel]
     y = written(case, memory["y"].view(dtype))
     assert np.isfinite(y.astype(np.float32)).all(), "part of the output was not written"
     assert not workspace[:ZEROED_BYTES].any(), "arrival counters were not left at zero"
@@ -474,20 +478,20 @@ class Joined(Case):
 
 
 JOINED = [
-    Joined(S8, m=1, n=72, k=1040, rank=0),
-    Joined(S8, m=1, n=8, k=16, per_token=False, workers=1),
-    Joined(S8, m=3, n=136, k=4240, source=SILU_MUL, workers=5),  # two rounds of the threads
-    Joined(S8_G32, m=8, n=40, k=528, source=SILU_MUL, bfloat=True, per_token=False),
-    Joined(S8, m=1, n=328, k=1040, source=RMS_NORM, workers=4, outputs=(128, 192, 8)),
-    Joined(S8_G32, m=5, n=40, k=2064, source=RMS_NORM, bfloat=True, per_token=False),
-    Joined(S8, m=8, n=24, k=272, source=RMS_NORM, skip=False, sum=False),
-    Joined(S8, m=2, n=24, k=4096, source=RMS_NORM, sum=False, per_token=False),
+    Joined(Q2, m=1, n=72, k=1040),
+    Joined(Q2, m=1, n=8, k=16, per_token=False, workers=1),
+    Joined(Q2, m=2, n=136, k=4240, source=SILU_MUL, workers=5),  # three rounds of the threads
+    Joined(Q2_G32, m=2, n=40, k=528, source=SILU_MUL, bfloat=True, per_token=False),
+    Joined(Q2, m=1, n=328, k=1040, source=RMS_NORM, workers=4, outputs=(128, 192, 8)),
+    Joined(Q2_G32, m=2, n=40, k=6160, source=RMS_NORM, bfloat=True, per_token=False),  # rounds in two batches
+    Joined(Q2, m=2, n=24, k=272, source=RMS_NORM, skip=False, sum=False),
+    Joined(Q2, m=2, n=24, k=4096, source=RMS_NORM, sum=False, bias=False),
 ]
 
 
 @pytest.mark.parametrize("case", JOINED, ids=str)
-def test_strips_that_quantize_give_what_quantizer_and_strips_give(emulator, case):
-    """Bit for bit, norms as well: up to 4096 columns their sums are added in one order."""
+def test_strips_that_quantize_compute_the_reference(emulator, case):
+    """Of what the quantizer makes, which the tests above compare with its own."""
     arrays, dtype = random_arrays(case)
     quantizer = Quantizer(
         "bfloat16" if case.bfloat else "float16",
@@ -507,13 +511,12 @@ def test_strips_that_quantize_give_what_quantizer_and_strips_give(emulator, case
     }
     sums = [aligned(np.full_like(x, np.nan)) for _ in range(2)]
     summed = case.source == RMS_NORM and case.sum
-    codes, a, _ = quantized(emulator, quantizer, sum=sums[0] if summed else None, **held)
-    wanted = emulate(emulator, case, arrays | {"x8": E4M3FN.decode(codes), "a": a}, dtype, new_workspace())
+    codes, arrays["a"], _ = quantized(emulator, quantizer, sum=sums[0] if summed else None, **held)
+    arrays["x8"] = E4M3FN.decode(codes)
     pointers = {name: pointer(array) for name, array in held.items()}
     given = Inputs(epsilon=EPSILON, **pointers, sum=pointer(sums[1]) if summed else None)
-    scale = None if case.per_token else a
+    scale = None if case.per_token else arrays["a"]
     source = (ctypes.byref(given), case.source, pointer(scale))
     weights = {name: array for name, array in arrays.items() if name not in ("x8", "a")}
-    got = emulate(emulator, case, weights, dtype, new_workspace(), source)
-    assert got.tobytes() == wanted.tobytes()
+    check(case, arrays, emulate(emulator, case, weights, dtype, new_workspace(), source))
     assert sums[0].tobytes() == sums[1].tobytes()

@@ -17,12 +17,11 @@ if not torch.cuda.is_available():
 if torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs an H100 (sm_90)", allow_module_level=True)
 
-STRIPS, QUANTIZED = "t8w2", "t8w2q"
 EPSILON = 1e-5
 SOURCES = [*Source]
-# Above so many a norm's sum is added in another order, and h may be rounded the other way here and there.
-COLUMNS_IN_ORDER = 4096
-ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
+# y is rounded once to its type; its sums are added in another order, and those of a norm as well, so that h may
+# be rounded the other way here and there. A lost block of K would give 0.05 or more.
+DIFFERENCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
 
 def random_weight(n, k, group_size):
@@ -84,19 +83,8 @@ def check(linear, activation, *, exact):
         assert torch.equal(got, wanted)
     else:
         error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
-        assert error < ROUNDING[got.dtype]
+        assert error < DIFFERENCE[got.dtype]
     assert total is None or torch.equal(activation.sum_, total)
-
-
-@pytest.fixture
-def tuned(kernel_library):
-    """Makes the plans of one layer and of quantized ones use a kernel each."""
-
-    def tune(name):
-        kernel_library.tune(kernel=kernel_library.kernel_names().index(name))
-
-    yield tune
-    kernel_library.tune()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -107,31 +95,21 @@ def tuned(kernel_library):
     [
         (1, 4096, 4096, 64),
         (1, 72, 1040, 32),
-        (3, 200, 4096, 128),
-        (8, 1000, 400, 64),
+        (2, 200, 4096, 128),
+        (2, 1000, 400, 64),
         (1, 8, 16, 32),
         (1, 4096, 11008, 64),
-        (2, 136, 14336, 64),
-        (4, 520, 4240, 32),
+        (2, 136, 16384, 64),
+        (2, 520, 4240, 32),
+        (1, 28672, 8192, 64),
     ],
 )
-def test_one_kernel_gives_what_two_give(kernel_library, tuned, m, n, k, group_size, source, per_token, dtype):
+def test_one_kernel_gives_what_two_give(kernel_library, m, n, k, group_size, source, per_token, dtype):
     layer = Layer(n, k, group_size, dtype=dtype, per_token=per_token)
     weight = random_weight(n, k, group_size)
     scale = None if per_token else 0.03
-    bias = torch.randn(n)
-    linear = TorchLinear(kernel_library, layer, weight, max_rows=m, scale=scale, bias=bias)
-    activation = random_activation(source, m, k, dtype)
-    tuned(STRIPS)
-    wanted, total = apart(linear, activation)
-    tuned(QUANTIZED)
-    got = linear.quantized(activation, empty(linear, m))
-    if source != Source.RMS_NORM or k <= COLUMNS_IN_ORDER:
-        assert torch.equal(got, wanted)
-    else:
-        error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
-        assert error < ROUNDING[dtype]
-    assert total is None or torch.equal(activation.sum_, total)
+    linear = TorchLinear(kernel_library, layer, weight, max_rows=m, scale=scale, bias=torch.randn(n))
+    check(linear, random_activation(source, m, k, dtype), exact=False)
 
 
 @pytest.mark.parametrize("rank", [0, 16])
@@ -147,7 +125,7 @@ def test_the_plans_choice(kernel_library, m, source, per_token, rank):
     linear = TorchLinear(kernel_library, layer, weight, max_rows=m, scale=scale, v=v, u=u)
     for skip in (True, False):
         activation = random_activation(source, m, 1040, torch.float16, skip=skip)
-        check(linear, activation, exact=m > 8 or rank > 0)
+        check(linear, activation, exact=m > 2 or rank > 0)
 
 
 def test_a_sum_in_place(kernel_library):
@@ -160,7 +138,7 @@ def test_a_sum_in_place(kernel_library):
         Source.RMS_NORM, activation.x, activation.other, activation.gamma, EPSILON, sum_=activation.x
     )
     got = linear.quantized(in_place, empty(linear, 1))
-    torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3)
+    assert torch.equal(got, wanted)
     assert torch.equal(activation.x, total)
 
 

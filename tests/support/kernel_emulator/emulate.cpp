@@ -191,7 +191,7 @@ void run_strip_kernel(const Problem& problem, Params p) {
   p.strips = divide_up(problem.n, kStripRows);
   p.blocks = std::min(problem.workers, p.strips);
   p.by_blocks = FastDivisor::of(p.blocks);
-  const int bytes = C::kTokenOffset + C::kAlignment + C::kOctets * octet_bytes(p.k_blocks);
+  const int bytes = C::kTokenOffset + C::kAlignment + token_bytes(C::kTokens, p.k_blocks);
   run_workers(p.blocks * divide_up(problem.m, C::kTokens), problem.order, [&](int worker) {
     run_cluster(worker, 1, C::kThreads, bytes, [&](char* raw) { run_strips<C>(p, raw); });
   });
@@ -236,11 +236,14 @@ extern "C" int emulate(int config, const Problem* problem) {
   }
 }
 
-// A kernel of strips, by the number that it has above, that quantises its tokens; source as in zqfp.h.
-extern "C" void emulate_quantized(int config, const Problem* problem, const QuantizeInputs* inputs, int source,
-                                  const float* scale) {
-  config == 7 ? run_quantized_strips<StripConfig<8, 64, 2>>(*problem, *inputs, source, scale)
-              : run_quantized_strips<StripConfig<8, 32, 4>>(*problem, *inputs, source, scale);
+// A kernel of strips that quantises its tokens; source as in zqfp.h.
+extern "C" int emulate_quantized(int config, const Problem* problem, const QuantizeInputs* inputs, int source,
+                                 const float* scale) {
+  switch (config) {
+    case 0: run_quantized_strips<StripConfig<2, 64, 6, 2, 2>>(*problem, *inputs, source, scale); return 64;
+    case 1: run_quantized_strips<StripConfig<2, 32, 3, 3, 2>>(*problem, *inputs, source, scale); return 32;
+    default: return -1;
+  }
 }
 
 // The inputs of a norm's quantizer; or x, and other null or SiLU's factor. dtype as in zqfp.h; v null: no LoRC.

@@ -26,12 +26,11 @@ Kernel instance(const char* name) {
           false};
 }
 
-template <int kTokens, int kAhead, class Params = StripParams>
+template <class C, class Params = StripParams>
 Kernel strip_instance(const char* name) {
-  using C = StripConfig<kTokens, ZQFP_GROUP, kAhead>;
   static std::atomic<uint64_t> allowed{0};
   return {name,
-          kTokens,
+          C::kTokens,
           1,
           C::kWarps,
           1,
@@ -44,6 +43,15 @@ Kernel strip_instance(const char* name) {
           &allowed,
           true,
           std::is_same_v<Params, QuantizedStripParams>};
+}
+
+template <int kTokens, int kAhead>
+using Strips = StripConfig<kTokens, ZQFP_GROUP, kAhead>;
+
+// Two blocks in a multiprocessor: one's weights are on their way while the one before still computes.
+template <int kAhead, int kWarpgroups>
+Kernel quantized_instance(const char* name) {
+  return strip_instance<StripConfig<2, ZQFP_GROUP, kAhead, kWarpgroups, 2>, QuantizedStripParams>(name);
 }
 
 }  // namespace
@@ -68,18 +76,24 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       instance<128, 2, 1, 1, 0>("t128r2s1"),
       instance<256, 2, 1, 1, 0>("t256r2s1"),
       instance<256, 2, 1, 2, 0>("t256r2s1c2"),
-      strip_instance<8, 2>("t8w2"),
-      strip_instance<16, 3>("t16w3"),
-      strip_instance<8, 2, QuantizedStripParams>("t8w2q"),
+      strip_instance<Strips<8, 2>>("t8w2"),
+      strip_instance<Strips<16, 3>>("t16w3"),
+      quantized_instance<6, 2>("t2w6g2q"),
 #ifdef ZQFP_VARIANTS
       instance<128, 1, 2, 1, 4>("t128r1s2p4"),
       instance<128, 2, 1, 1, 4>("t128r2s1p4"),
       instance<128, 2, 1, 2, 0>("t128r2s1c2"),
       instance<64, 1, 2, 1, 4>("t64r1s2p4"),
       instance<8, 1, 4, 1, 0>("t8r1s4"),
-      strip_instance<8, 3>("t8w3"),
-      strip_instance<8, 4>("t8w4"),
-      strip_instance<16, 2>("t16w2"),
+      strip_instance<Strips<8, 3>>("t8w3"),
+      strip_instance<Strips<8, 4>>("t8w4"),
+      strip_instance<Strips<16, 2>>("t16w2"),
+      quantized_instance<3, 2>("t2w3g2q"),
+      quantized_instance<4, 2>("t2w4g2q"),
+      quantized_instance<8, 2>("t2w8g2q"),
+      quantized_instance<3, 3>("t2w3g3q"),
+      quantized_instance<4, 3>("t2w4g3q"),
+      quantized_instance<5, 3>("t2w5g3q"),
 #endif
   };
   return {kernels, int(sizeof kernels / sizeof kernels[0])};

@@ -7,8 +7,8 @@
 namespace zqfp {
 
 struct Kernel {
-  // t<tokens>r<rows>s<slices>, then c<cluster> and p<promotion> if any (config.h); t<tokens>w<pieces ahead> (strip_kernel.cuh),
-  // then q if it quantises its tokens
+  // t<tokens>r<rows>s<slices>, then c<cluster> and p<promotion> if any (config.h); t<tokens>w<pieces ahead>g<warpgroups>
+  // (strip_kernel.cuh; without g: four), then q if it quantises its tokens
   const char* name;
   int tokens, rows, slices, cluster, promote;
   int stages;
@@ -37,7 +37,7 @@ enum KernelId {
   kT256Pair,
   kT8Strips,
   kT16Strips,
-  kT8QuantizedStrips,
+  kT2QuantizedStrips,
   kKernelCount
 };
 

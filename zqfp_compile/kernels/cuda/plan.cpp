@@ -45,8 +45,7 @@ constexpr StripCost kStripCosts[] = {{100, 1900, 250, 4, 300}, {125, 2100, 250, 
 
 // Strips whose x8 fits in shared memory, and its chunks among the barriers.
 bool strips_fit(const Kernel& kernel, const zqfpLinearDesc& desc) {
-  constexpr int64_t kMaxColumns = int64_t(kMaxStripChunks) * kStripChunk * kStripSlices * kBlockColumns;
-  return desc.k <= kMaxColumns && strip_shared_bytes(kernel, desc) <= kMaxSharedBytes;
+  return desc.k <= kMaxStripColumns && strip_shared_bytes(kernel, desc) <= kMaxSharedBytes;
 }
 
 bool can_compute(const Kernel& kernel, const zqfpLinearDesc& desc) {
@@ -138,7 +137,7 @@ bool is_candidate(const Kernel& kernel, const zqfpLinearDesc& desc, int64_t m) {
 }  // namespace
 
 int64_t strip_shared_bytes(const Kernel& kernel, const zqfpLinearDesc& desc) {
-  return kernel.shared_bytes + int64_t(kernel.tokens / 8) * octet_bytes(int(divide_up(desc.k, kBlockColumns)));
+  return kernel.shared_bytes + token_bytes(kernel.tokens, int(divide_up(desc.k, kBlockColumns)));
 }
 
 Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuning& tuning) {
@@ -162,13 +161,9 @@ Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuni
 }
 
 Plan make_quantized_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuning& tuning) {
-  // Each block quantises all tokens: of more numbers than these a kernel of its own is faster.
-  constexpr int64_t kFewSlots = 4;
-  const Kernel& kernel = kernels_of(desc.group_size).kernels[kT8QuantizedStrips];
-  const bool forced = tuning.kernel == kT8QuantizedStrips;
-  const int64_t slots = m * divide_up(desc.k, kStripRoundColumns);
-  const bool wanted = forced || (tuning.kernel < 0 && slots <= kFewSlots);
-  if (!wanted || m > kernel.tokens || slots > kMaxStripSlots || !strips_fit(kernel, desc)) return {};
+  const KernelTable table = kernels_of(desc.group_size);
+  const Kernel& kernel = table.kernels[tuning.kernel < 0 ? int(kT2QuantizedStrips) : tuning.kernel];
+  if (!kernel.quantizes || m > kernel.tokens || !strips_fit(kernel, desc)) return {};
   return {&kernel, deal_strips(desc, m, kernel, std::min(processors, kMaxProcessors)).schedule};
 }
 

@@ -8,25 +8,28 @@ namespace zqfp {
 
 constexpr int kBarriersReady = 1;  // named barrier
 
-template <int Tokens, int Group, int Ahead>
+// 2, 8 or 16 tokens. Blocks: that a multiprocessor has room for, of this kernel and of the next one.
+template <int Tokens, int Group, int Ahead, int Warpgroups = 4, int Blocks = 1>
 struct StripConfig {
-  static constexpr int kTokens = Tokens, kGroup = Group, kAhead = Ahead;
-  static constexpr int kOctets = Tokens / 8;
+  static constexpr int kTokens = Tokens, kGroup = Group, kAhead = Ahead, kBlocks = Blocks;
+  static constexpr int kOctets = (Tokens + 7) / 8;
   static constexpr int kColumns = kStripSlices * Tokens;  // of wgmma's B
-  static constexpr int kWarpgroups = 4, kWarps = kWarpgroups * 4;
+  static constexpr int kWarpgroups = Warpgroups, kWarps = kWarpgroups * 4;
   static constexpr int kThreads = (kWarps + 1) * 32;
-  static constexpr int kRing = Tokens == 8 ? 2 : 1;  // strips whose sums have room
+  static constexpr int kRing = Tokens <= 8 ? 2 : 1;  // strips whose sums have room
   static constexpr int kRankSteps = 4;               // of 16 ranks
   static constexpr int kRanks = 16 * kRankSteps;
 
-  // Shared memory: barriers, scales of tokens, u of a strip, sums, pieces and x8 (octet_bytes for each octet).
+  // Shared memory: barriers, scales of tokens, u of a strip, sums, pieces and x8 (token_bytes).
   static constexpr int kBarrierBytes = 256;
   static constexpr int kTokenScaleOffset = kBarrierBytes - Tokens * 4;
   static_assert((kMaxStripChunks + 2 * kRing) * 8 <= kTokenScaleOffset);
   static constexpr int kFactorOffset = kBarrierBytes;
   static constexpr int kFactorPitch = kStripRows * 2;  // from rank to rank
   static constexpr int kSumOffset = kFactorOffset + kRanks * kFactorPitch;
-  static constexpr int kStripBytes = kWarps * kOctets * 32 * 16;
+  // Of a warp's lanes those that have sums of its quarter: 2c and 2c + 1 of eight tokens, or of two the ones with c = 0.
+  static constexpr int kSumLanes = Tokens < 8 ? 8 : 32;
+  static constexpr int kStripBytes = kWarps * kOctets * kSumLanes * 16;
   static constexpr int kPieceOffset = kSumOffset + kRing * kStripBytes;
   // Group scales of a thread's two rows: at least the 4 bytes that can be copied.
   static constexpr int kScaleBytes = scale_block_bytes(Group) / 32;
@@ -51,15 +54,26 @@ struct StripShared {
   __device__ __forceinline__ uint32_t factor(int rank) const {
     return base + C::kFactorOffset + rank * C::kFactorPitch;
   }
-  // A warp's sums of eight tokens: 16 bytes of each lane.
-  __device__ __forceinline__ float4* sums(int stage, int slot, int octet) const {
+  // A lane's part of a warp's sums of eight tokens, or of two.
+  __device__ __forceinline__ float4* sums(int stage, int slot, int octet, int lane) const {
     return ptx::shared_pointer<float4>(base + C::kSumOffset + stage * C::kStripBytes) +
-           (slot * C::kOctets + octet) * 32;
+           (slot * C::kOctets + octet) * C::kSumLanes + lane / (32 / C::kSumLanes);
   }
   __device__ __forceinline__ uint32_t piece(int warp, int stage) const {
     return base + C::kPieceOffset + (warp * C::kAhead + stage) * C::kPieceBytes;
   }
   __device__ __forceinline__ uint32_t tokens() const { return base + C::kTokenOffset; }
+  // Where 16 bytes of x8 lie that begin at a column: in tiles of eight rows of a block of K, in the swizzle of 128 bytes. A
+  // tile's rows are eight tokens, the tiles in the order of K; or both tokens of the four quarters, a tile for each column.
+  __device__ __forceinline__ uint32_t token_place(int token, int column, int columns) const {
+    int tile = column / kBlockColumns, row = token;
+    if constexpr (C::kTokens < 8) {
+      const int slice = (tile >= columns) + (tile >= 2 * columns) + (tile >= 3 * columns);
+      tile -= slice * columns;
+      row = slice * C::kTokens + token;
+    }
+    return tokens() + tile * 1024 + row * 128 + ((column / 16 % 8) ^ row) * 16;
+  }
 };
 
 }  // namespace zqfp

@@ -1,4 +1,4 @@
-// The kernel for at most 16 tokens, whose time is that of reading the weight once. It deals out strips of 16 rows and all
+// The kernels for at most 16 tokens, whose time is that of reading the weight once. It deals out strips of 16 rows and all
 // of K: no block leaves anything to another, and x8 stays in shared memory.
 //
 // A wgmma has 64 rows, 16 of each warp. Here the four warps of a warpgroup have the same 16 rows of four quarters of K,
@@ -6,7 +6,7 @@
 // the others. A piece, what a warp multiplies at a time, is 16 rows by 128 columns: a quarter of a packed block. It is
 // copied by the warp that uses it, kAhead pieces ahead, so that no warp waits for another.
 //
-// Four warpgroups go round the columns of a strip's quarters, one strip after the other. Their sums meet in shared
+// The warpgroups, two to four, go round the columns of a strip's quarters, one strip after the other. Their sums meet in shared
 // memory, where one more warp adds them in the order of K, scales, adds LoRC and bias, and stores.
 #pragma once
 
@@ -162,11 +162,11 @@ class StripWorker {
     for (int octet = 0; octet < C::kOctets; ++octet) {
       float4 mine;
 #pragma unroll
-      for (int slice = 0; slice < kStripSlices; ++slice) {
+      for (int slice = 0; slice < (C::kTokens < 8 ? 1 : kStripSlices); ++slice) {
         const float* d = sums + 4 * (octet * kStripSlices + slice);
         if (slice == 0 || slice == slice_) mine = {d[0], d[1], d[2], d[3]};
       }
-      shared_.sums(stage, slot, octet)[lane_] = mine;
+      if (C::kTokens >= 8 || lane_ % 4 == slice_) *shared_.sums(stage, slot, octet, lane_) = mine;
     }
     arrive();
   }
@@ -192,18 +192,21 @@ class StripWorker {
 
 // The last warp: asks for x8, unless the others make it, and finishes strips. T: type of y, bias, xv and u. Thread 4q + c holds, of eight tokens, rows
 // q and q + 8 of tokens 2c and 2c + 1: sums[2h + i].
-template <class C, typename T>
+template <class C, typename T, bool kTokensMade>
 class StripFinisher {
  public:
   __device__ __forceinline__ StripFinisher(const StripParams& p, StripShared<C> shared)
       : p_(p), shared_(shared), tile_(strip_tile<C>(p)), lane_(threadIdx.x % 32), q_(lane_ / 4), c_(lane_ % 4) {}
 
-  __device__ __forceinline__ void run(bool makes_tokens) {
-    if (lane_ == 0 && !makes_tokens) ptx::prefetch_map(&p_.x8);
+  __device__ __forceinline__ void run() {
+    if (lane_ == 0 && !kTokensMade) ptx::prefetch_map(&p_.x8);
     ptx::wait_for_kernel_before();
-    if (!makes_tokens) bring_tokens();
-    if (makes_tokens) ptx::sync_threads(kBarriersReady, C::kThreads);
-    load_token_side(makes_tokens);
+    if constexpr (kTokensMade) {
+      ptx::sync_threads(kBarriersReady, C::kThreads);
+    } else {
+      bring_tokens();
+    }
+    load_token_side();
     clear_factor();
     for (int strip = tile_.first; strip < tile_.end; ++strip) {
       const int stage = (strip - tile_.first) % C::kRing, round = (strip - tile_.first) / C::kRing;
@@ -234,7 +237,7 @@ class StripFinisher {
 
   // Chunk by chunk, a tile of eight tokens and a block of K by each lane. What lies beyond x8 arrives as zeros.
   __device__ __forceinline__ void bring_tokens() const {
-    static_assert(C::kOctets * kStripSlices * kStripChunk <= 32, "a tile for each lane");
+    static_assert(C::kTokens >= 8 && C::kOctets * kStripSlices * kStripChunk <= 32, "a tile for each lane");
     const int part = lane_ / kStripChunk;  // kStripSlices * octet + slice
     for (int chunk = 0; chunk * kStripChunk < p_.columns; ++chunk) {
       const int first = chunk * kStripChunk, left = p_.columns - first;
@@ -251,13 +254,13 @@ class StripFinisher {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void load_token_side(bool made) {
+  __device__ __forceinline__ void load_token_side() {
 #pragma unroll
     for (int octet = 0; octet < C::kOctets; ++octet) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int token = tile_.token + 8 * octet + 2 * c_ + i;
-        const float* a = made ? shared_.token_scale(token) : p_.a + (p_.per_token ? token : 0);
+        const float* a = kTokensMade ? shared_.token_scale(token) : p_.a + (p_.per_token ? token : 0);
         a_[octet][i] = token < p_.m ? *a : 0.f;  // not __ldg: see load_eight
       }
 #pragma unroll
@@ -309,7 +312,7 @@ class StripFinisher {
       float4 sum{0.f, 0.f, 0.f, 0.f};
 #pragma unroll 4
       for (int slot = 0; slot < slots; ++slot) {
-        const float4 more = shared_.sums(stage, slot, octet)[lane_];
+        const float4 more = *shared_.sums(stage, slot, octet, lane_);
         sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
       }
       sums_[octet][0] = sum.x;
@@ -391,14 +394,14 @@ __device__ __forceinline__ void run_strips(const Params& p, char* raw) {
   // And on to x8: the others are still asking for weights.
   if constexpr (!kMakesTokens) ptx::arrive_threads(kBarriersReady, C::kThreads);
   if (p.bfloat) {
-    StripFinisher<C, __nv_bfloat16>(p, shared).run(kMakesTokens);
+    StripFinisher<C, __nv_bfloat16, kMakesTokens>(p, shared).run();
   } else {
-    StripFinisher<C, __half>(p, shared).run(kMakesTokens);
+    StripFinisher<C, __half, kMakesTokens>(p, shared).run();
   }
 }
 
 template <class C, class Params>
-__global__ void __launch_bounds__(C::kThreads, 1) strip_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks) strip_kernel(const __grid_constant__ Params p) {
   extern __shared__ char raw[];
   run_strips<C>(p, raw);
 }

@@ -23,14 +23,14 @@ class TokenMaker {
  public:
   using T = typename Source::T;
   static constexpr int kMakers = C::kWarps * 32;
-  static_assert(kStripRoundColumns == 8 * kMakers);
-  static constexpr int kHeld = 4;  // eights whose loads are under way together
+  static constexpr int kHeld = C::kWarpgroups > 2 ? 2 : 4;  // eights whose loads are under way together
   static constexpr bool kNorm = std::is_same_v<Source, Norm<T>>;
-  static_assert(kMaxStripSlots * C::kWarps * sizeof(TokenStatistics) <= C::kStripBytes, "room among the sums");
+  static_assert(C::kTokens * (kMaxStripColumns / 8 / kMakers) * C::kWarps * sizeof(TokenStatistics) <=
+                C::kRing * C::kStripBytes, "room among the sums");
 
   __device__ __forceinline__ TokenMaker(const QuantizedStripParams& p, StripShared<C> shared)
-      : p_(p.from), by_blocks_(p.by_blocks), blocks_(p.blocks), shared_(shared), count_(p_.k / 8),
-        rounds_((count_ + kMakers - 1) / kMakers), source_(p_) {}
+      : p_(p.from), by_blocks_(p.by_blocks), blocks_(p.blocks), columns_(p.columns), shared_(shared),
+        count_(p_.k / 8), rounds_((count_ + kMakers - 1) / kMakers), source_(p_) {}
 
   __device__ __forceinline__ void run() {
     clear();
@@ -58,7 +58,7 @@ class TokenMaker {
 
   const QuantizeParams& p_;
   const FastDivisor by_blocks_;
-  const int blocks_;
+  const int blocks_, columns_;
   StripShared<C> shared_;
   const int count_, rounds_;  // of a token: eights, and how often they go round the threads
   const Source source_;
@@ -91,16 +91,14 @@ class TokenMaker {
     }
   }
 
-  // Where 16 bytes of x8 lie: column `column` of a token, a multiple of 16, in its tile's swizzle (128 bytes).
   __device__ __forceinline__ uint32_t shared_place(int token, int column) const {
-    const int chunk = column / 16 % 8 ^ token;
-    return shared_.tokens() + column / kBlockColumns * 1024 + token * 128 + chunk * 16;
+    return shared_.token_place(token, column, columns_);
   }
 
   // What there is beyond the tokens, and beyond their columns.
   __device__ __forceinline__ void clear() const {
-    const int columns = octet_bytes((p_.k + kBlockColumns - 1) / kBlockColumns) / C::kTokens;
-    for (int i = threadIdx.x; i < columns / 16 * C::kTokens; i += kMakers) {
+    const int width = kStripSlices * columns_ * kBlockColumns;
+    for (int i = threadIdx.x; i < width / 16 * C::kTokens; i += kMakers) {
       const int token = i % C::kTokens, column = i / C::kTokens * 16;
       if (token >= p_.m || column >= p_.k) *ptx::shared_pointer<uint4>(shared_place(token, column)) = {};
     }
@@ -128,7 +126,7 @@ class TokenMaker {
   }
 
   __device__ __forceinline__ TokenStatistics* statistics(const Slot& slot) const {
-    return reinterpret_cast<TokenStatistics*>(shared_.sums(0, 0, 0)) +
+    return reinterpret_cast<TokenStatistics*>(shared_.sums(0, 0, 0, 0)) +
            (slot.token * rounds_ + slot.round) * C::kWarps;
   }
 
