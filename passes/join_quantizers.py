@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,13 +43,13 @@ class JoinQuantizers(Pass):
 
     ``QuantizeTokens``, and the others per token, likewise without a. ``source`` says which quantiser it was.
 
-    One call, which is one launch for few tokens without LoRC: a decoder at one token is bound by launches and by
-    what they wait for each other. Every number is that of the two nodes. Others that read the sum s read the
-    new node's. It keeps the name of the layer.
+    One call, in which libzqfp may do both at once: a decoder at one token is bound by launches, and by what
+    they wait for each other. On the CPU every number is that of the two nodes. Others that read the sum s
+    read the new node's. It stands where the quantiser was, and has the name of the layer.
 
-    Left alone: a quantiser whose x8, a or xv have another reader, or are outputs of the graph; layers with a
-    stored input that is computed, which may be made behind the quantiser, where the new node stands; layers in a
-    branch of an If; layers whose LoRC product is not the quantiser's.
+    Left alone: a quantiser whose x8, a or xv have another reader, or are outputs of the graph; a layer whose
+    weight, bias or U is computed, which may be behind the quantiser; one in a branch of an If; one whose
+    scale or xv is not the quantiser's.
 
     For ONNX Runtime only, as ``fuse-quantizers``, behind which it runs: what that fuses is joined as well.
     """
@@ -82,7 +83,8 @@ def _linear_of(quantizer: ir.Node) -> ir.Node | None:
     xv = stored.pop(-2) if lorc else None
     scale = quantizer.outputs[1] if _is_per_token(quantizer) else quantizer.inputs[_operands(quantizer)]
     fits = x8 is made[0] and a is scale and xv is (made[-1] if _rank(quantizer) > 0 else None)
-    return linear if fits and all(value is not None and value.producer() is None for value in stored) else None
+    constant = all(value is not None and value.producer() is None for value in stored)
+    return linear if fits and constant else None
 
 
 def _rank(node: ir.Node) -> int:
@@ -102,7 +104,7 @@ def _operands(quantizer: ir.Node) -> int:
     return 1 if SOURCES[quantizer.op_type] == 1 else 2 + _skip(quantizer)
 
 
-def _quantized(quantizer: ir.Node) -> tuple[ir.Value, ...]:
+def _quantized(quantizer: ir.Node) -> Sequence[ir.Value]:
     """x8, a and xv, those that there are: all outputs but a norm's sum."""
     return quantizer.outputs[: len(quantizer.outputs) - _skip(quantizer)]
 

@@ -129,7 +129,7 @@ def branch(graph: ir.Graph) -> None:
     ]
     condition = ir.Value(name="condition", const_value=ir.tensor(np.array(True)))
     graph.register_initializer(condition)
-    attributes = [ir.AttrGraph(name, g) for name, g in zip(("then_branch", "else_branch"), inner, strict=True)]
+    attributes = [ir.AttrGraph(f"{each.name}_branch", each) for each in inner]
     graph.append(ir.Node("", "If", [condition], attributes, name="if"))
 
 

@@ -16,7 +16,7 @@ SHAPE = "--layers 2 --hidden 128 --intermediate 192 --heads 2 --kv-heads 1 --voc
 STEPS = "--batches 1 3 --prefill 8 --context 16 --repeats 1"
 
 
-def test_only_our_contenders_have_fused_and_joined_quantizers(repo_root: Path, tmp_path: Path, monkeypatch) -> None:
+def test_only_ours_have_fused_and_joined_quantizers(repo_root: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(repo_root / "tools")
     from decode_model import Float16Linears, Shape, W4A8Linears, write_model
 

@@ -1,4 +1,4 @@
-"""zqfp::QuantizedW4A8Linear on the CPU: bit for bit what its two parts compute, by the pass join-quantizers."""
+"""zqfp::QuantizedW4A8Linear on the CPU, made by join-quantizers: bit for bit what the two nodes compute."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from fused_quantizers import Fused, inputs, run
-from quantized_layers import LAYERS, Layer, joined, layers, model
+from fused_quantizers import Fused, run
+from quantized_layers import LAYERS, Layer, activations, joined, layers, model
 
 from zqfp_compile.backends.ort import create_session
 
 pytest.importorskip("onnxruntime")
 
 F32, F16, BF16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
-ACTIVATIONS = ("x", "up", "skip")
 CASES = [layer for dtype in (F32, F16, BF16) for layer in layers(dtype=dtype)]
 NORM = Layer(Fused(norm=True, skip=True, rank=16, k=80), (64, 72), bias=True)
 
@@ -28,11 +27,6 @@ def library(make) -> Path:
 
 def session_of(graph: ir.Model, library: Path, **options: Any) -> Any:
     return create_session(ir.to_proto(graph).SerializeToString(), custom_ops=library, **options)
-
-
-def activations(layer: Layer, *shape: int) -> dict[str, np.ndarray]:
-    feeds = inputs(layer.quantizer, *shape)
-    return {name: feeds[name] for name in ACTIVATIONS if name in feeds}
 
 
 @pytest.mark.parametrize("layer", CASES, ids=str)

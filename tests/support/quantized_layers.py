@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from fused_quantizers import E4M3, F32, FUSED, Fused, variants, with_constants
+from fused_quantizers import E4M3, F32, FUSED, Fused, inputs, variants, with_constants
 from rewrite_models import NUMPY
 
 from passes._emit import initializer_value
@@ -67,8 +67,8 @@ def model(layer: Layer) -> ir.Model:
     attributes |= {"per_token": int(case.tokens), "bias": int(layer.bias), "dtype": int(case.dtype)}
     if len(layer.sizes) > 1:
         attributes["output_n"] = layer.sizes
-    inputs = [quantizer.outputs[0], scale, *values.values(), *low]
-    linear = plugin_node(LINEAR, inputs, attributes, len(layer.sizes), dict(METADATA))
+    operands = [quantizer.outputs[0], scale, *values.values(), *low]
+    linear = plugin_node(LINEAR, operands, attributes, len(layer.sizes), dict(METADATA))
     linear.name = NAME
     for number, (value, size) in enumerate(zip(linear.outputs, layer.sizes, strict=True)):
         value.name, value.dtype, value.shape = f"y.{number}", case.dtype, ir.Shape(["batch", size])
@@ -83,6 +83,12 @@ def joined(layer: Layer) -> ir.Model:
     made = model(layer)
     assert JoinQuantizers().call(made).modified
     return made
+
+
+def activations(layer: Layer, *shape: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random inputs of the graph."""
+    feeds = inputs(layer.quantizer, *shape, seed=seed)
+    return {name: feeds[name] for name in ("x", "up", "skip") if name in feeds}
 
 
 def _tensors(layer: Layer) -> dict[str, ir.TensorProtocol]:
