@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -29,16 +30,20 @@ def kinds(graph: ir.Graph) -> list[str]:
     return [node.op_type for node in graph]
 
 
+def described(values: Sequence[ir.Value]) -> list[tuple[object, ...]]:
+    return [(value.name, value.dtype, value.shape, dict(value.metadata_props)) for value in values]
+
+
 @pytest.mark.parametrize("layer", [*LAYERS, *layers(dtype=ir.DataType.FLOAT, k=80)], ids=str)
 def test_every_quantiser_and_its_layer_become_one_node(layer, run_pass):
     case, wanted = layer.quantizer, model(layer).graph
-    outputs = [(value.name, value.dtype, value.shape) for value in wanted.outputs]
+    outputs = described(wanted.outputs)
     quantizer, linear = wanted
     graph = joined(layer, run_pass)
     (node,) = graph
     stored = ["codes", "group_scales", "row_scales", *["bias"] * layer.bias, *["u"] * (case.rank > 0)]
     assert [value.name for value in node.inputs] == [*(value.name for value in quantizer.inputs), *stored]
-    assert [(value.name, value.dtype, value.shape) for value in node.outputs] == outputs
+    assert described(node.outputs) == outputs
     assert list(graph.outputs) == list(node.outputs)
     source = 3 if case.norm else 1 if case.plain else 2
     norm = {"skip": int(case.skip), "epsilon": pytest.approx(EPSILON)} if case.norm else {}
@@ -118,6 +123,13 @@ def computed(graph: ir.Graph) -> None:
     linear.replace_input_with(4, node.outputs[0])
 
 
+def another_x8(graph: ir.Graph) -> None:
+    """The layer reads the scales only."""
+    other = ir.Value(name="other", type=ir.TensorType(ir.DataType.FLOAT8E4M3FN))
+    graph.inputs.append(other)
+    graph.node(1).replace_input_with(0, other)
+
+
 def branch(graph: ir.Graph) -> None:
     """The layer is in a branch of an If."""
     linear = graph.node(1)
@@ -143,6 +155,8 @@ LEFT_ALONE = {
     "another LoRC product": projection,
     "row scales are computed": computed,
     "in a branch": branch,
+    "another x8": another_x8,
+    "no quantiser of ours": lambda graph: setattr(graph.node(0), "domain", "com.example"),
     "no layer of ours": lambda graph: setattr(graph.node(1), "op_type", "W4A8Linear"),
 }
 

@@ -72,6 +72,7 @@ def model(layer: Layer) -> ir.Model:
     linear.name = NAME
     for number, (value, size) in enumerate(zip(linear.outputs, layer.sizes, strict=True)):
         value.name, value.dtype, value.shape = f"y.{number}", case.dtype, ir.Shape(["batch", size])
+        value.metadata_props.update(METADATA)
     graph.append(linear)
     sums = [quantizer.outputs[-1]] * case.skip
     graph.outputs[:] = [*linear.outputs, *sums]

@@ -100,7 +100,9 @@ template <typename T>
 void rmsNormRow(const QuantizeCall& call, int64_t row, const float* gamma, float* h, const T* tag) {
   const zqfpActivation& from = call.activation;
   plainRow(call, row, h, tag);
-  if (from.sum != nullptr) addSkip(h, rowOf<T>(from.other, row, call.k), call.k, static_cast<T*>(from.sum) + row * call.k);
+  if (from.sum != nullptr) {
+    addSkip(h, rowOf<T>(from.other, row, call.k), call.k, static_cast<T*>(from.sum) + row * call.k);
+  }
   normalize<T>(h, gamma, call.k, from.epsilon);
 }
 
