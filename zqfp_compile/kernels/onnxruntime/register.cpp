@@ -107,23 +107,31 @@ struct QuantizeOp : OpBase<QuantizeOp<Implementation, cuda, tokens>, Implementat
   }
 };
 
-// An op whose quantiser computes x first, from two operands or, a norm, three. Which inputs and outputs there are is
-// said by attributes, so only the first ones have a place of their own.
-template <typename Implementation, bool cuda, zqfpSource source>
-struct FusedOp : OpBase<FusedOp<Implementation, cuda, source>, Implementation, cuda, source> {
-  static constexpr bool norm = source == ZQFP_RMS_NORM;
-
-  const char* GetName() const { return norm ? "QuantizeRmsNorm" : "QuantizeSiluMul"; }
-  size_t GetInputTypeCount() const { return norm ? 5 : 4; }
+// Which inputs and outputs there are is said by attributes, so they have no place of their own; `needed` inputs and one
+// output there always are.
+template <typename Op, typename Implementation, bool cuda, size_t inputs, size_t needed, auto... arguments>
+struct UntypedOp : OpBase<Op, Implementation, cuda, arguments...> {
+  size_t GetInputTypeCount() const { return inputs; }
   ONNXTensorElementDataType GetInputType(size_t) const { return kAny; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
-    return requiredIf(index < 2);
+    return requiredIf(index < needed);
   }
-  size_t GetOutputTypeCount() const { return norm ? 4 : 3; }
-  ONNXTensorElementDataType GetOutputType(size_t index) const { return index == 0 ? kE4m3 : kAny; }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
     return requiredIf(index == 0);
   }
+};
+
+constexpr bool isNorm(zqfpSource source) { return source == ZQFP_RMS_NORM; }
+
+// An op whose quantiser computes x first, from two operands or, a norm, three.
+template <typename Implementation, bool cuda, zqfpSource source>
+struct FusedOp
+    : UntypedOp<FusedOp<Implementation, cuda, source>, Implementation, cuda, isNorm(source) ? 5 : 4, 2, source> {
+  static constexpr bool norm = isNorm(source);
+
+  const char* GetName() const { return norm ? "QuantizeRmsNorm" : "QuantizeSiluMul"; }
+  size_t GetOutputTypeCount() const { return norm ? 4 : 3; }
+  ONNXTensorElementDataType GetOutputType(size_t index) const { return index == 0 ? kE4m3 : kAny; }
 
   FusedOp() {
     OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
@@ -140,20 +148,12 @@ struct FusedOp : OpBase<FusedOp<Implementation, cuda, source>, Implementation, c
   }
 };
 
-// Only the four inputs of the smallest one, per token, always are there.
+// At least x, codes and both scales of the weight; at most three operands, a, v, the weight, bias and u.
 template <typename Implementation, bool cuda>
-struct QuantizedLinearOp : OpBase<QuantizedLinearOp<Implementation, cuda>, Implementation, cuda> {
+struct QuantizedLinearOp : UntypedOp<QuantizedLinearOp<Implementation, cuda>, Implementation, cuda, 10, 4> {
   const char* GetName() const { return QuantizedLinearNode::kName; }
-  size_t GetInputTypeCount() const { return 10; }
-  ONNXTensorElementDataType GetInputType(size_t) const { return kAny; }
-  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
-    return requiredIf(index < 4);
-  }
   size_t GetOutputTypeCount() const { return ZQFP_MAX_OUTPUTS + 1; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return kAny; }
-  OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
-    return requiredIf(index == 0);
-  }
 
   QuantizedLinearOp() {
     OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
