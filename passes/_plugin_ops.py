@@ -3,8 +3,11 @@
 ``zqfp::QuantizeActivation(x, a, v?) -> x8, xv?``             static scale
 ``zqfp::QuantizeTokens(x, v?) -> x8, a, xv?``                 one scale per token
 ``zqfp::PackedW4A8Linear(x8, a, codes, group_scales, row_scales, [bias], [xv, u]) -> y, ...``
-``zqfp::QuantizeSiluMul(gate, up, a?, v?) -> x8, a?, xv?``            ONNX Runtime only, as the next
+``zqfp::QuantizeSiluMul(gate, up, a?, v?) -> x8, a?, xv?``            ONNX Runtime only, as the others
 ``zqfp::QuantizeRmsNorm(x, gamma, skip?, a?, v?) -> x8, a?, xv?, sum?``
+``zqfp::QuantizedW4A8Linear(operands, a?, v?, codes, group_scales, row_scales, bias?, u?) -> y, ..., sum?``
+
+The last is a quantiser, whose operands it has, and the only linear that reads it.
 
 The linear is no ``W4A8Linear``: a custom op beats a model-local function of its name, so a session that has
 the library could not run the artifact, whose codes are in another order. Optional inputs are left out, never
@@ -27,6 +30,7 @@ QUANTIZE_STATIC = "QuantizeActivation"
 QUANTIZE_TOKENS = "QuantizeTokens"
 QUANTIZE_SILU = "QuantizeSiluMul"
 QUANTIZE_NORM = "QuantizeRmsNorm"
+QUANTIZED_LINEAR = "QuantizedW4A8Linear"
 # TensorRT's parser takes a plugin only for nodes that name its namespace.
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "zqfp", "1"
 

@@ -5,6 +5,7 @@ On a GPU, after ``make kernels hosts`` (and with onnxruntime-gpu installed):
     python tools/bench_decode.py --check                        # GPU against CPU on a small model, first
     python tools/bench_decode.py --publish docs/results/decode.json
     python tools/bench_decode.py --preset qwen2.5-1.5b --publish docs/results/decode.json
+    python tools/bench_decode.py --contenders fp16 zqfp zqfp_two_launches    # what join-quantizers saves
 
 Without one, to see that it works:
 
@@ -47,8 +48,10 @@ CONTENDERS: dict[str, Linears] = {
         W4A8Linears(),
         W4A8Linears(16),
         W4A8Linears(16, per_token=True),
+        W4A8Linears(two_launches=True),
     )
 }
+PUBLISHED = [name for name in CONTENDERS if not name.endswith("_two_launches")]
 KEY = ("model", "contender", "phase", "batch", "context", "hardware")
 CHECK_SHAPE = Shape(layers=2, hidden=256, intermediate=640, heads=2, kv_heads=2, vocab=1000)
 CHECK_SQNR_DB = 20.0
@@ -90,7 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="llama-7b")
     for spec in dataclasses.fields(Shape):
         parser.add_argument(f"--{spec.name.replace('_', '-')}", type=int, help="instead of the preset's")
-    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), default=PUBLISHED)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=512, help="cached tokens when decoding")
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prompt; 0: none")

@@ -3,7 +3,7 @@
 The graph is the one ONNX Runtime's own LLM exports have: fused norms, q, k and v in one linear layer,
 GroupQueryAttention with rotary embedding and a cache that is written in place. Only the linear layers of the
 decoder differ between contenders: embedding and lm_head are float16 in all of them. Ours goes through the
-pass fuse-quantizers, as a compiled model does.
+passes fuse-quantizers and join-quantizers, as a compiled model does.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
 from passes.fuse_quantizers import FuseQuantizers
+from passes.join_quantizers import JoinQuantizers
 from zqfp_compile.kernels.packing import pack_group_scales, packed_sizes, padded_shape
 
 F16, F32, U8, INT4 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT4
@@ -153,17 +154,25 @@ class NBitsLinears:
 
 @dataclass(frozen=True)
 class W4A8Linears:
-    """Our ops, with the nodes that the pass lower-weights-plugin makes."""
+    """Our ops, with the nodes that the pass lower-weights-plugin makes.
+
+    Attributes:
+        lorc_rank: Rank of every layer.
+        per_token: Whether every token has a scale.
+        group_size: Weights to a scale.
+        two_launches: Whether quantisers stay nodes of their own: what join-quantizers saves.
+    """
 
     lorc_rank: int = 0
     per_token: bool = False
     group_size: int = 64
+    two_launches: bool = False
 
     @property
     def name(self) -> str:
         """The contender's name in the results."""
         rank = f"_lorc{self.lorc_rank}" if self.lorc_rank else ""
-        return f"zqfp{rank}" + ("_token" if self.per_token else "")
+        return f"zqfp{rank}" + "_token" * self.per_token + "_two_launches" * self.two_launches
 
     def emit(self, writer: Writer, x: str, k: int, outputs: dict[str, int]) -> None:
         """Add the linears ``outputs`` (name -> N) of one input, as one product."""
@@ -223,7 +232,8 @@ def write_model(folder: Path, shape: Shape, linears: Linears, max_length: int) -
     model = helper.make_model(graph, opset_imports=OPSETS, ir_version=10)
     if isinstance(linears, W4A8Linears):
         fused = ir.from_proto(model)
-        FuseQuantizers().call(fused)
+        for made in (FuseQuantizers(), *([] if linears.two_launches else [JoinQuantizers()])):
+            made.call(fused)
         model = ir.to_proto(fused)
     path.write_bytes(model.SerializeToString())
     return path, writer.linear_bytes

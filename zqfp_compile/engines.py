@@ -35,7 +35,8 @@ _FP4_ONNX = "model.fp4.onnx"
 # --weight-lowering -> the pass that makes the engine-ready model.
 _FP8, PLUGIN = "lower-weights-fp8", "lower-weights-plugin"
 _CASTS, _INLINE = "qdq-to-casts", "inline-functions"
-_SHAPES, _UNUSED, _FUSE = "infer-shapes", "remove-unused", "fuse-quantizers"
+_SHAPES, _UNUSED = "infer-shapes", "remove-unused"
+_FUSE, _JOIN = "fuse-quantizers", "join-quantizers"
 # What a graph is behind a pass; an engine's by default.
 _PHASES: dict[str, Phase] = {_SHAPES: "quantized", _CASTS: "onnxruntime"}
 _LOWERINGS = {"auto": _FP8, "fp8": _FP8, "int4": _INLINE, "plugin": PLUGIN}
@@ -131,7 +132,7 @@ def runnable_model(place: Workplace, recipe: Recipe, choice: TargetChoice) -> Pa
     hosted = deployed and recipe.weight_lowering == "plugin"
     lowering = _fp8_lowering(place)
     if hosted and lowering:
-        lowering = [_SHAPES, PLUGIN, _UNUSED, _FUSE]
+        lowering = [_SHAPES, PLUGIN, _UNUSED, _FUSE, _JOIN]
     if not (lowering or deployed):
         return place.artifact
     path = (place.folder.path if deployed else place.folder.scratch) / ORT_MODEL

@@ -28,6 +28,7 @@ PASSES: dict[str, str] = {
     "infer-shapes": "passes.infer_shapes:InferShapes",
     "lower-weights-plugin": "passes.lower_weights_plugin:LowerWeightsPlugin",
     "fuse-quantizers": "passes.fuse_quantizers:FuseQuantizers",
+    "join-quantizers": "passes.join_quantizers:JoinQuantizers",
     "inline-functions": "passes.inline_functions:InlineFunctions",
     "qdq-to-casts": "passes.qdq_to_casts:QdqToCasts",
 }

@@ -29,6 +29,7 @@ _HOSTED = {
     "QuantizeTokens": (1, 2),
     "QuantizeSiluMul": range(2, 5),
     "QuantizeRmsNorm": range(2, 6),
+    "QuantizedW4A8Linear": range(4, 11),
 }
 # Operators that pass a dequantised tensor on to the MatMul without a new quantisation.
 _TRANSPARENT = frozenset({"Cast", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})

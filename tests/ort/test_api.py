@@ -272,7 +272,8 @@ def test_engine_onnx_with_fp8_weights(tiny_model, tmp_path: Path) -> None:
 def test_dump_after_every_pass(tiny_model, tmp_path: Path) -> None:
     options = {"kv_cache_dtype": "fp8", "attention": "fp8", "quantize_embedding": True}
     recipe = quick(emit=["fp4", "engine-onnx"], weight_lowering="int4", target="onnxruntime", **options)
-    others = {"infer-shapes", "lower-weights-plugin", "fuse-quantizers"}  # in the place of inline-functions
+    # In the place of inline-functions.
+    others = {"infer-shapes", "lower-weights-plugin", "fuse-quantizers", "join-quantizers"}
     passes = tuple(name for name in PASSES if name not in others)
     result = compile_model(tiny_model("llama"), recipe, output=tmp_path / "out", dump_after=passes)
     dumps = sorted((result.folder / "dump").glob("*.onnx"))

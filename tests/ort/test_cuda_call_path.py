@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from fused_quantizers import Fused, variants
-from fused_quantizers import inputs as fused_inputs
-from fused_quantizers import model as fused_model
+from fused_quantizers import Fused, variants, with_constants
+from quantized_layers import LAYERS, joined
 from rewrite_models import HOST_CASES, Case, artifact
 
 from passes.lower_weights_plugin import LowerWeightsPlugin
@@ -108,14 +107,9 @@ def same(got: dict[str, Any], wanted: dict[str, Any], tolerance: float) -> None:
                 assert np.abs(np.array(y) - np.array(exact)).max() <= tolerance * np.abs(exact).max()
 
 
-def with_constants(case: Fused) -> ir.Model:
-    """The operator with all but its activations stored, and x8 as FLOAT."""
-    graph = fused_model(case).graph
-    feeds = fused_inputs(case, 0)
-    for value in [value for value in graph.inputs if value.name in ("gamma", "a", "v")]:
-        graph.inputs.remove(value)
-        value.const_value = ir.tensor(feeds[value.name])
-        graph.register_initializer(value)
+def readable(case: Fused) -> ir.Model:
+    """The operator with x8 as FLOAT."""
+    graph = with_constants(case).graph
     cast = ir.Node("", "Cast", [graph.outputs[0]], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], name="codes")
     cast.outputs[0].name, cast.outputs[0].dtype = "codes", ir.DataType.FLOAT
     graph.append(cast)
@@ -126,10 +120,18 @@ def with_constants(case: Fused) -> ir.Model:
 @pytest.mark.parametrize("case", variants(dtype=ir.DataType.FLOAT16, k=80), ids=str)
 def test_arguments_of_fused_quantizers_arrive(case, fakes, make, tmp_path):
     """Codes may be a step apart, 1/14 of the largest, where h lay at a boundary."""
-    model, cpu = with_constants(case), make("onnxruntime-ops") / "libzqfp_onnxruntime.so"
+    model, cpu = readable(case), make("onnxruntime-ops") / "libzqfp_onnxruntime.so"
     got = run(fakes / "ops.so", model, case.k, tmp_path, LD_LIBRARY_PATH=str(fakes))
     assert "error" not in got, got
     same(got, run(cpu, model, case.k, tmp_path), 1 / 14)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_arguments_of_layers_that_quantize_arrive(layer, fakes, make, tmp_path):
+    model, cpu = joined(layer), make("onnxruntime-ops") / "libzqfp_onnxruntime.so"
+    got = run(fakes / "ops.so", model, layer.quantizer.k, tmp_path, LD_LIBRARY_PATH=str(fakes))
+    assert "error" not in got, got
+    same(got, run(cpu, model, layer.quantizer.k, tmp_path), 2**-10)
 
 
 def refused(says: str, *arguments: Any, **environment: str) -> None:
@@ -175,7 +177,8 @@ def test_streams_that_may_run_at_once_share_no_workspace(fakes, repo_root, tmp_p
 
 def test_what_libzqfp_refuses_is_said_in_its_words(fakes, tmp_path):
     environment = {"LD_LIBRARY_PATH": str(fakes), "FAKE_REFUSAL": "not today"}
-    fused = [with_constants(Fused(norm=norm, dtype=ir.DataType.FLOAT16, k=80)) for norm in (False, True)]
-    operators = ("PackedW4A8Linear", "QuantizeSiluMul", "QuantizeRmsNorm")
-    for operator, model in zip(operators, (lowered(HOST_CASES[0]), *fused), strict=True):
+    fused = [readable(Fused(norm=norm, dtype=ir.DataType.FLOAT16, k=80)) for norm in (False, True)]
+    operators = ("PackedW4A8Linear", "QuantizeSiluMul", "QuantizeRmsNorm", "QuantizedW4A8Linear")
+    models = (lowered(HOST_CASES[0]), *fused, joined(LAYERS[0]))
+    for operator, model in zip(operators, models, strict=True):
         refused(f"zqfp: {operator}: not today", fakes / "ops.so", model, 80, tmp_path, **environment)

@@ -236,7 +236,11 @@ BAD = [
     ("bias", lambda nodes, _: set_attribute(nodes["attn.v/MatMul"], "bias", 0), "has 8 inputs"),
     ("rank", lambda nodes, _: set_attribute(nodes["attn.q/MatMul"], "lorc_rank", 8), "xv has shape"),
     ("token", lambda nodes, _: set_attribute(nodes["attn.q/MatMul"], "per_token", 1), "a has shape"),
-    ("quantizer", lambda nodes, _: set_attribute(nodes["x.quantize"], "lorc_rank", 0), "a quantiser has 3"),
+    (
+        "quantizer",
+        lambda nodes, _: set_attribute(nodes["x.quantize"], "lorc_rank", 0),
+        "QuantizeActivation has 3",
+    ),
     ("v", lambda nodes, _: set_attribute(nodes["x.quantize"], "lorc_rank", 24), "Mismatch between the sum"),
     ("outputs", lambda nodes, _: set_outputs(nodes["attn.q/MatMul"], 32, 24), "does not divide n = 56"),
     ("missing", lambda nodes, _: set_outputs(nodes["attn.q/MatMul"], 56, 0), "does not divide n = 56"),

@@ -82,10 +82,10 @@ def changed(case: Fused, **attributes: int) -> ir.Model:
 @pytest.mark.parametrize(
     ("case", "attributes", "says"),
     [
-        (Fused(), {"tokens": 1}, "a quantiser has 3 inputs and 1 outputs"),
-        (Fused(rank=8), {"lorc_rank": 0}, "a quantiser has 4 inputs and 2 outputs"),
+        (Fused(), {"tokens": 1}, "QuantizeSiluMul has 3 inputs and 1 outputs, its attributes say 2 and 2"),
+        (Fused(rank=8), {"lorc_rank": 0}, "QuantizeSiluMul has 4 inputs and 2 outputs"),
         (Fused(rank=8), {"lorc_rank": 16}, r"lorc_v has shape \[208, 8\]"),
-        (Fused(norm=True, skip=True), {"skip": 0}, "a quantiser has 4 inputs and 2 outputs"),
+        (Fused(norm=True, skip=True), {"skip": 0}, "QuantizeRmsNorm has 4 inputs and 2 outputs"),
     ],
     ids=["scale", "rank", "v", "skip"],
 )

@@ -10,10 +10,11 @@ ZQFP_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options
   return zqfp::guarded([&] {
     static Ort::CustomOpDomain domain{"zqfp"};
     zqfp::add<zqfp::LinearOp<zqfp::CudaLinear, false>>(domain);
-    zqfp::add<zqfp::QuantizeOp<zqfp::CudaQuantizer<zqfp::QuantizeNode>, false, false>>(domain);
-    zqfp::add<zqfp::QuantizeOp<zqfp::CudaQuantizer<zqfp::QuantizeNode>, false, true>>(domain);
-    zqfp::add<zqfp::FusedOp<zqfp::CudaQuantizer<zqfp::SiluMulNode>, false, false>>(domain);
-    zqfp::add<zqfp::FusedOp<zqfp::CudaQuantizer<zqfp::RmsNormNode>, false, true>>(domain);
+    zqfp::add<zqfp::QuantizeOp<zqfp::CudaQuantizer, false, false>>(domain);
+    zqfp::add<zqfp::QuantizeOp<zqfp::CudaQuantizer, false, true>>(domain);
+    zqfp::add<zqfp::FusedOp<zqfp::CudaQuantizer, false, ZQFP_SILU_MUL>>(domain);
+    zqfp::add<zqfp::FusedOp<zqfp::CudaQuantizer, false, ZQFP_RMS_NORM>>(domain);
+    zqfp::add<zqfp::QuantizedLinearOp<zqfp::CudaQuantizedLinear, false>>(domain);
     Ort::UnownedSessionOptions session(options);
     session.Add(domain);
   });

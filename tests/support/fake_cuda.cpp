@@ -129,6 +129,40 @@ zqfpStatus zqfpQuantizeRmsNorm(const void* x, const void* skip, const void* gamm
   return zqfpQuantizeActivation(h.data(), type, m, k, scale, x8, a, v, rank, xv, stream);
 }
 
+zqfpStatus zqfpGetQuantizedWorkspaceSize(const zqfpLinearDesc* desc, int64_t m, size_t* bytes) {
+  zqfpGetWorkspaceSize(desc, m, bytes);
+  *bytes += 1;
+  return ZQFP_SUCCESS;
+}
+
+zqfpStatus zqfpQuantizedLinear(const zqfpLinearDesc* desc, const zqfpActivation* from, const zqfpLinearArgs* args,
+                               int64_t m, void* workspace, size_t bytes, void* stream) {
+  if (bytes < size_t(64 + 16 * m + 1)) return fail("the workspace is too small for a quantizer as well");
+  if ((from->scale == nullptr) != (desc->per_token != 0)) return fail("the scale does not fit");
+  const int64_t k = desc->k;
+  const int32_t rank = desc->lorc_rank, type = from->x_dtype;
+  std::vector<uint8_t> x8(m * k);
+  std::vector<float> a(m);
+  std::vector<Half> low(m * rank);
+  void* xv = rank > 0 ? low.data() : nullptr;
+  zqfpStatus status = ZQFP_INVALID_VALUE;
+  if (from->source == ZQFP_PLAIN) {
+    status = zqfpQuantizeActivation(from->x, type, m, k, from->scale, x8.data(), a.data(), from->v, rank, xv, stream);
+  } else if (from->source == ZQFP_SILU_MUL) {
+    status = zqfpQuantizeSiluMul(from->x, from->other, type, m, k, from->scale, x8.data(), a.data(), from->v, rank, xv,
+                                 stream);
+  } else if (from->source == ZQFP_RMS_NORM) {
+    status = zqfpQuantizeRmsNorm(from->x, from->other, from->gamma, from->epsilon, type, m, k, from->scale, x8.data(),
+                                 a.data(), from->sum, from->v, rank, xv, stream);
+  }
+  if (status != ZQFP_SUCCESS) return status;
+  zqfpLinearArgs quantized = *args;
+  quantized.x8 = x8.data();
+  quantized.a = from->scale == nullptr ? a.data() : from->scale;
+  quantized.xv = xv;
+  return zqfpLinear(desc, &quantized, m, workspace, bytes, stream);
+}
+
 // The driver. A context is any pointer that is not null.
 
 int cuCtxGetCurrent(void** context) {

@@ -1,8 +1,9 @@
-"""One zqfp::QuantizeSiluMul or QuantizeRmsNorm as a model, its inputs, and what it computes in float64."""
+"""One zqfp::QuantizeSiluMul, QuantizeRmsNorm, ... as a model, its inputs, and what it computes in float64."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ class Fused:
 
     Attributes:
         norm: Whether it is the norm; else SiLU times up.
+        plain: Whether it is neither: QuantizeActivation or QuantizeTokens.
         skip: Whether the norm's x is a sum.
         tokens: Whether each token has a scale of its own.
         dtype: Type of everything but x8 and a.
@@ -34,6 +36,7 @@ class Fused:
     """
 
     norm: bool = False
+    plain: bool = False
     skip: bool = False
     tokens: bool = False
     dtype: ir.DataType = F32
@@ -41,14 +44,16 @@ class Fused:
     k: int = 208
 
     def __str__(self) -> str:
-        kind = "norm" + "+skip" * self.skip if self.norm else "silu"
+        kind = "norm" + "+skip" * self.skip if self.norm else "plain" if self.plain else "silu"
         scale = "token" if self.tokens else "tensor"
         return f"{kind}-{scale}-{self.dtype.name.lower()}-r{self.rank}-k{self.k}"
 
 
-def variants(**fixed: Any) -> list[Fused]:
+FUSED = ({}, {"norm": True}, {"norm": True, "skip": True})
+
+
+def variants(kinds: Sequence[dict[str, bool]] = FUSED, **fixed: Any) -> list[Fused]:
     """Every operator with both scales, with and without LoRC."""
-    kinds = ({}, {"norm": True}, {"norm": True, "skip": True})
     scales = ({"tokens": False}, {"tokens": True})
     return [
         Fused(**{**kind, **scale, "rank": rank, **fixed})
@@ -66,7 +71,10 @@ def inputs(case: Fused, *shape: int, seed: int = 0) -> dict[str, np.ndarray]:
         return (rng.standard_normal(dims) * scale).astype(NUMPY[case.dtype])
 
     feeds = {"x": random(*shape, case.k, scale=3)}
-    feeds |= {"gamma": random(case.k)} if case.norm else {"up": random(*shape, case.k)}
+    if case.norm:
+        feeds["gamma"] = random(case.k)
+    elif not case.plain:
+        feeds["up"] = random(*shape, case.k)
     if case.skip:
         feeds["skip"] = random(*shape, case.k, scale=20)
     if not case.tokens:
@@ -90,13 +98,27 @@ def model(case: Fused) -> ir.Model:
     outputs += [_value("a.out", F32, ir.Shape(["batch", 1]))] * case.tokens
     outputs += [_value("xv", case.dtype, ir.Shape(["batch", case.rank]))] * (case.rank > 0)
     outputs += [_value("sum", case.dtype, activation)] * case.skip
-    attributes = [ir.AttrInt64("tokens", int(case.tokens)), ir.AttrInt64("lorc_rank", case.rank)]
+    attributes = [ir.AttrInt64("lorc_rank", case.rank)]
+    if not case.plain:
+        attributes.append(ir.AttrInt64("tokens", int(case.tokens)))
     if case.norm:
         attributes += [ir.AttrInt64("skip", int(case.skip)), ir.AttrFloat32("epsilon", EPSILON)]
     op_type = "QuantizeRmsNorm" if case.norm else "QuantizeSiluMul"
+    if case.plain:
+        op_type = "QuantizeTokens" if case.tokens else "QuantizeActivation"
     node = ir.Node("zqfp", op_type, values, attributes, outputs=outputs, name="node")
     graph = ir.Graph(values, outputs, nodes=[node], opset_imports={"": 21, "zqfp": 1}, name="g")
     return ir.Model(graph, ir_version=10)
+
+
+def with_constants(case: Fused) -> ir.Model:
+    """The model with all but its activations stored."""
+    made, feeds = model(case), inputs(case, 0)
+    for value in [value for value in made.graph.inputs if value.name in ("gamma", "a", "v")]:
+        made.graph.inputs.remove(value)
+        value.const_value = ir.tensor(feeds[str(value.name)])
+        made.graph.register_initializer(value)
+    return made
 
 
 def _value(name: str, dtype: ir.DataType, shape: ir.Shape) -> ir.Value:

@@ -54,6 +54,8 @@ Library load() {
   resolve(handle, "zqfpQuantizeActivation", found.quantizeActivation);
   resolve(handle, "zqfpQuantizeSiluMul", found.quantizeSiluMul);
   resolve(handle, "zqfpQuantizeRmsNorm", found.quantizeRmsNorm);
+  resolve(handle, "zqfpGetQuantizedWorkspaceSize", found.quantizedWorkspaceSize);
+  resolve(handle, "zqfpQuantizedLinear", found.quantizedLinear);
   return found;
 }
 

@@ -17,6 +17,8 @@ struct Library {
   decltype(&zqfpQuantizeActivation) quantizeActivation = nullptr;
   decltype(&zqfpQuantizeSiluMul) quantizeSiluMul = nullptr;
   decltype(&zqfpQuantizeRmsNorm) quantizeRmsNorm = nullptr;
+  decltype(&zqfpGetQuantizedWorkspaceSize) quantizedWorkspaceSize = nullptr;
+  decltype(&zqfpQuantizedLinear) quantizedLinear = nullptr;
 };
 
 // Opens libzqfp.so once: $ZQFP_LIBRARY, else the file beside this host, else where the loader looks.

@@ -36,6 +36,16 @@ inline void require(bool holds, const std::string& message) {
   if (!holds) throw Ort::Exception("zqfp: " + message, ORT_INVALID_ARGUMENT);
 }
 
+// A node must have as many inputs and outputs as its attributes ask for.
+inline void checkCounts(const Ort::ConstKernelInfo& info, const char* name, size_t inputs, size_t outputs) {
+  const size_t givenInputs = info.GetInputCount(), givenOutputs = info.GetOutputCount();
+  require(givenInputs == inputs && givenOutputs == outputs,
+          std::string(name) + " has " + std::to_string(givenInputs) + " inputs and " + std::to_string(givenOutputs) +
+              " outputs, its attributes say " + std::to_string(inputs) + " and " + std::to_string(outputs));
+}
+
+inline bool flag(const Ort::ConstKernelInfo& info, const char* name) { return info.GetAttribute<int64_t>(name) != 0; }
+
 inline std::string text(const Shape& shape) {
   std::string result = "[";
   for (const int64_t dim : shape) result += (result.size() > 1 ? ", " : "") + std::to_string(dim);

@@ -52,8 +52,9 @@ void writePanel(const LinearNode& node, const LinearCall& call, int64_t panel, c
 
 }  // namespace
 
-CpuLinear::CpuLinear(const Ort::ConstKernelInfo& info) : node_(info) {
-  const Ort::ConstValue codes = constantInput(info, 2, "codes"), scales = constantInput(info, 3, "group_scales");
+CpuLinear::CpuLinear(const Ort::ConstKernelInfo& info, const LinearNode& node) : node_(node) {
+  const Ort::ConstValue codes = constantInput(info, node_.codes, "codes");
+  const Ort::ConstValue scales = constantInput(info, node_.codes + 1, "group_scales");
   const PackedSizes sizes = packedSizes(node_.desc);
   const int64_t given = elements(codes.GetTensorTypeAndShapeInfo().GetShape());
   require(given == 2 * sizes.codes && elements(scales.GetTensorTypeAndShapeInfo().GetShape()) == sizes.scales,
@@ -64,8 +65,9 @@ CpuLinear::CpuLinear(const Ort::ConstKernelInfo& info) : node_(info) {
   weight_ = std::make_unique<Fp8Matrix>(w8.data(), node_.desc.n, node_.desc.k);
 }
 
-void CpuLinear::compute(Ort::KernelContext& context) const {
-  const LinearCall call(node_, context);
+void CpuLinear::compute(Ort::KernelContext& context) const { multiply(LinearCall(node_, context), context); }
+
+void CpuLinear::multiply(const LinearCall& call, Ort::KernelContext& context) const {
   const zqfpLinearDesc& desc = node_.desc;
   const auto type = static_cast<zqfpDataType>(desc.dtype);
   if (call.m == 0) return;

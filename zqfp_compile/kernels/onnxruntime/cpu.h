@@ -6,33 +6,46 @@
 
 #include <memory>
 
-#include "fused.h"
 #include "linear.h"
 #include "matrix.h"
 #include "quantize.h"
+#include "quantized_linear.h"
 
 namespace zqfp {
 
 class CpuLinear {
  public:
-  explicit CpuLinear(const Ort::ConstKernelInfo& info);
+  explicit CpuLinear(const Ort::ConstKernelInfo& info) : CpuLinear(info, LinearNode(info)) {}
+  CpuLinear(const Ort::ConstKernelInfo& info, const LinearNode& node);
   void compute(Ort::KernelContext& context) const;
+  void multiply(const LinearCall& call, Ort::KernelContext& context) const;
 
  private:
   LinearNode node_;
   std::unique_ptr<Fp8Matrix> weight_;
 };
 
-// A quantiser whose node is a QuantizeNode, SiluMulNode or RmsNormNode; `arguments` go to the node.
-template <typename Node>
+// A quantiser; `arguments` go to its node.
 class CpuQuantizer {
  public:
   template <typename... Arguments>
-  explicit CpuQuantizer(const Ort::ConstKernelInfo& info, Arguments... arguments) : node_(info, arguments...) {}
+  explicit CpuQuantizer(const Ort::ConstKernelInfo& info, Arguments... arguments) : node_(info, arguments...) {
+    checkCounts(info, node_.name(), node_.inputs(), node_.outputs());
+  }
   void compute(Ort::KernelContext& context) const;
 
  private:
-  Node node_;
+  QuantizeNode node_;
+};
+
+class CpuQuantizedLinear {
+ public:
+  explicit CpuQuantizedLinear(const Ort::ConstKernelInfo& info) : node_(info), linear_(info, node_.linear) {}
+  void compute(Ort::KernelContext& context) const;
+
+ private:
+  QuantizedLinearNode node_;
+  CpuLinear linear_;
 };
 
 }  // namespace zqfp

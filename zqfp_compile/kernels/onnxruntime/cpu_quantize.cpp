@@ -41,17 +41,17 @@ float rounded(float value) {
 
 // The outputs of every row, which `make(row, h, tag)` writes as floats to h; they are numbers of tag's type.
 template <typename Make>
-void quantizeRows(Ort::KernelContext& context, const QuantizeNode& node, const QuantizeCall& call, Make make) {
-  const auto v = asFloats(call.v, call.type, call.k * node.rank);
+void quantizeRows(Ort::KernelContext& context, const QuantizeCall& call, int64_t rank, const Quantized& to, Make make) {
+  const auto v = asFloats(call.activation.v, call.type(), call.k * rank);
   parallelFor(context, call.m, [&](int64_t row) {
-    withType(call.type, [&](auto* tag) {
+    withType(call.type(), [&](auto* tag) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(tag)>>;
       std::vector<float> h(static_cast<size_t>(call.k));
       make(row, h.data(), tag);
-      const float a = quantizeRow(h.data(), call.k, call.scale, static_cast<uint8_t*>(call.x8) + row * call.k);
-      if (call.a != nullptr) call.a[row] = a;
-      if (node.rank == 0) return;
-      projectRow(h.data(), v.data(), call.k, node.rank, static_cast<T*>(call.xv) + row * node.rank);
+      const float* scale = call.activation.scale;
+      const float a = quantizeRow(h.data(), call.k, scale, static_cast<uint8_t*>(to.x8) + row * call.k);
+      if (to.a != nullptr) to.a[row] = a;
+      if (rank > 0) projectRow(h.data(), v.data(), call.k, rank, static_cast<T*>(to.xv) + row * rank);
     });
   });
 }
@@ -82,39 +82,62 @@ void normalize(float* s, const float* gamma, int64_t k, float epsilon) {
   for (int64_t i = 0; i < k; ++i) s[i] = rounded<T>(s[i] * scale * gamma[i]);
 }
 
+// Writes one row of h; `tag` points to the type of its operands.
+template <typename T>
+void plainRow(const QuantizeCall& call, int64_t row, float* h, const T*) {
+  toFloat(rowOf<T>(call.activation.x, row, call.k), call.k, h);
+}
+
+template <typename T>
+void siluMulRow(const QuantizeCall& call, int64_t row, float* h, const T* tag) {
+  std::vector<float> up(static_cast<size_t>(call.k));
+  plainRow(call, row, h, tag);
+  toFloat(rowOf<T>(call.activation.other, row, call.k), call.k, up.data());
+  for (int64_t i = 0; i < call.k; ++i) h[i] = rounded<T>(h[i] / (1.0f + std::exp(-h[i])) * up[i]);
+}
+
+template <typename T>
+void rmsNormRow(const QuantizeCall& call, int64_t row, const float* gamma, float* h, const T* tag) {
+  const zqfpActivation& from = call.activation;
+  plainRow(call, row, h, tag);
+  if (from.sum != nullptr) {
+    addSkip(h, rowOf<T>(from.other, row, call.k), call.k, static_cast<T*>(from.sum) + row * call.k);
+  }
+  normalize<T>(h, gamma, call.k, from.epsilon);
+}
+
+void quantize(Ort::KernelContext& context, const QuantizeNode& node, const QuantizeCall& call, const Quantized& to) {
+  const auto run = [&](auto make) { quantizeRows(context, call, node.rank, to, make); };
+  if (node.source == ZQFP_PLAIN) {
+    return run([&](int64_t row, float* h, auto* tag) { plainRow(call, row, h, tag); });
+  }
+  if (node.source == ZQFP_SILU_MUL) {
+    return run([&](int64_t row, float* h, auto* tag) { siluMulRow(call, row, h, tag); });
+  }
+  const auto gamma = asFloats(call.activation.gamma, call.type(), call.k);
+  run([&](int64_t row, float* h, auto* tag) { rmsNormRow(call, row, gamma.data(), h, tag); });
+}
+
 }  // namespace
 
-template <>
-void CpuQuantizer<QuantizeNode>::compute(Ort::KernelContext& context) const {
-  const QuantizeCall call(node_, context);
-  quantizeRows(context, node_, call, [&](int64_t row, float* h, auto* tag) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(tag)>>;
-    toFloat(rowOf<T>(call.x, row, call.k), call.k, h);
-  });
+void CpuQuantizer::compute(Ort::KernelContext& context) const {
+  const QuantizeCall call(node_, context, node_.outputs() - 1);
+  quantize(context, node_, call, makeOutputs(node_, call, context));
 }
 
-template <>
-void CpuQuantizer<SiluMulNode>::compute(Ort::KernelContext& context) const {
-  const SiluMulCall call(node_, context);
-  quantizeRows(context, node_, call, [&](int64_t row, float* h, auto* tag) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(tag)>>;
-    std::vector<float> up(static_cast<size_t>(call.k));
-    toFloat(rowOf<T>(call.x, row, call.k), call.k, h);
-    toFloat(rowOf<T>(call.up, row, call.k), call.k, up.data());
-    for (int64_t i = 0; i < call.k; ++i) h[i] = rounded<T>(h[i] / (1.0f + std::exp(-h[i])) * up[i]);
-  });
-}
-
-template <>
-void CpuQuantizer<RmsNormNode>::compute(Ort::KernelContext& context) const {
-  const RmsNormCall call(node_, context);
-  const auto gamma = asFloats(call.gamma, call.type, call.k);
-  quantizeRows(context, node_, call, [&](int64_t row, float* h, auto* tag) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(tag)>>;
-    toFloat(rowOf<T>(call.x, row, call.k), call.k, h);
-    if (node_.skip) addSkip(h, rowOf<T>(call.skip, row, call.k), call.k, static_cast<T*>(call.sum) + row * call.k);
-    normalize<T>(h, gamma.data(), call.k, node_.epsilon);
-  });
+void CpuQuantizedLinear::compute(Ort::KernelContext& context) const {
+  QuantizedLinearCall call(node_, context);
+  const int64_t m = call.linear.m, k = call.quantizer.k, rank = node_.quantizer.rank;
+  std::vector<uint8_t> x8(static_cast<size_t>(m * k));
+  std::vector<float> a(static_cast<size_t>(m));
+  std::vector<float> xv(static_cast<size_t>(m * rank));  // room for any type
+  const Quantized to{x8.data(), node_.quantizer.tokens ? a.data() : nullptr, xv.data()};
+  quantize(context, node_.quantizer, call.quantizer, to);
+  zqfpLinearArgs& args = call.linear.args;
+  args.x8 = x8.data();
+  args.a = node_.quantizer.tokens ? a.data() : call.quantizer.activation.scale;
+  args.xv = xv.data();
+  linear_.multiply(call.linear, context);
 }
 
 }  // namespace zqfp

@@ -4,9 +4,10 @@
 
 #include <memory>
 
-#include "fused.h"
 #include "library.h"
 #include "linear.h"
+#include "quantize.h"
+#include "quantized_linear.h"
 #include "workspaces.h"
 
 namespace zqfp {
@@ -21,18 +22,28 @@ class CudaLinear {
   std::shared_ptr<Workspaces> workspaces_;
 };
 
-// A quantiser whose node is a QuantizeNode, SiluMulNode or RmsNormNode; `arguments` go to the node.
-template <typename Node>
+// A quantiser; `arguments` go to its node.
 class CudaQuantizer {
  public:
   template <typename... Arguments>
   explicit CudaQuantizer(const Ort::ConstKernelInfo& info, Arguments... arguments) : node_(info, arguments...) {
+    checkCounts(info, node_.name(), node_.inputs(), node_.outputs());
     library();  // a missing library shows when the session opens
   }
   void compute(Ort::KernelContext& context) const;
 
  private:
-  Node node_;
+  QuantizeNode node_;
+};
+
+class CudaQuantizedLinear {
+ public:
+  explicit CudaQuantizedLinear(const Ort::ConstKernelInfo& info);
+  void compute(Ort::KernelContext& context) const;
+
+ private:
+  QuantizedLinearNode node_;
+  std::shared_ptr<Workspaces> workspaces_;
 };
 
 }  // namespace zqfp

@@ -5,7 +5,7 @@
 namespace zqfp {
 namespace {
 
-constexpr size_t kX8 = 0, kScale = 1, kCodes = 2, kGroupScales = 3, kRowScales = 4, kOptional = 5;
+constexpr size_t kX8 = 0, kScale = 1, kCodes = 2;  // of PackedW4A8Linear
 
 int32_t attribute(const Ort::ConstKernelInfo& info, const char* name) {
   return static_cast<int32_t>(info.GetAttribute<int64_t>(name));
@@ -41,40 +41,56 @@ const void* own(Ort::KernelContext& context, size_t index, int64_t count, int32_
 
 }  // namespace
 
-LinearNode::LinearNode(const Ort::ConstKernelInfo& info) {
+LinearNode::LinearNode(const Ort::ConstKernelInfo& info) : LinearNode(info, kCodes) {
+  checkCounts(info, kName, kCodes + 3 + bias + (desc.lorc_rank > 0 ? 2 : 0), outputs());
+}
+
+LinearNode::LinearNode(const Ort::ConstKernelInfo& info, size_t codesInput) : codes(codesInput) {
   desc.n = info.GetAttribute<int64_t>("n");
   desc.k = info.GetAttribute<int64_t>("k");
   desc.group_size = attribute(info, "group_size");
   desc.lorc_rank = attribute(info, "lorc_rank");
   desc.per_token = attribute(info, "per_token");
   desc.dtype = dataType(static_cast<ONNXTensorElementDataType>(attribute(info, "dtype")), "attribute dtype");
-  bias = attribute(info, "bias") != 0;
+  bias = flag(info, "bias");
   require(desc.n > 0 && desc.k > 0, "attributes n and k must be positive");
   setOutputs(desc, outputsAttribute(info));
-  const size_t outputs = outputSizes(desc).size();
-  require(info.GetOutputCount() == outputs, "PackedW4A8Linear has " + std::to_string(info.GetOutputCount()) +
-                                                " outputs, its attributes say " + std::to_string(outputs));
-  require(info.GetInputCount() == inputCount(), "PackedW4A8Linear has " + std::to_string(info.GetInputCount()) +
-                                                    " inputs, its attributes say " + std::to_string(inputCount()));
 }
+
+size_t LinearNode::outputs() const { return outputSizes(desc).size(); }
 
 LinearCall::LinearCall(const LinearNode& node, Ort::KernelContext& context) {
   const zqfpLinearDesc& desc = node.desc;
   const Ort::ConstValue x8 = context.GetInput(kX8);
-  Shape shape = shapeOf(x8);
+  const Shape shape = shapeOf(x8);
   m = rowCount(shape, desc.k, "x8");
   args.x8 = x8.GetTensorRawData();
   args.a = static_cast<const float*>(fixed(context, kScale, desc.per_token ? m : 1, "a"));
-  args.codes = context.GetInput(kCodes).GetTensorRawData();
-  args.group_scales = context.GetInput(kGroupScales).GetTensorRawData();
-  args.row_scales = static_cast<const float*>(fixed(context, kRowScales, desc.n, "row_scales"));
-  size_t next = kOptional;
-  if (node.bias) args.bias = own(context, next++, desc.n, desc.dtype, "bias");
   if (desc.lorc_rank > 0) {
-    args.xv = own(context, next++, m * desc.lorc_rank, desc.dtype, "xv");
-    args.u = own(context, next++, desc.lorc_rank * desc.n, desc.dtype, "lorc_u");
+    args.xv = own(context, context.GetInputCount() - 2, m * desc.lorc_rank, desc.dtype, "xv");
   }
-  const std::vector<int64_t> sizes = outputSizes(desc);
+  takeWeight(node, context);
+  makeOutputs(node, context, shape);
+}
+
+LinearCall::LinearCall(const LinearNode& node, Ort::KernelContext& context, const Shape& x)
+    : m(rowCount(x, node.desc.k, "x")) {
+  takeWeight(node, context);
+  makeOutputs(node, context, x);
+}
+
+void LinearCall::takeWeight(const LinearNode& node, Ort::KernelContext& context) {
+  const zqfpLinearDesc& desc = node.desc;
+  args.codes = context.GetInput(node.codes).GetTensorRawData();
+  args.group_scales = context.GetInput(node.codes + 1).GetTensorRawData();
+  args.row_scales = static_cast<const float*>(fixed(context, node.codes + 2, desc.n, "row_scales"));
+  if (node.bias) args.bias = own(context, node.codes + 3, desc.n, desc.dtype, "bias");
+  if (desc.lorc_rank == 0) return;
+  args.u = own(context, context.GetInputCount() - 1, desc.lorc_rank * desc.n, desc.dtype, "lorc_u");
+}
+
+void LinearCall::makeOutputs(const LinearNode& node, Ort::KernelContext& context, Shape shape) {
+  const std::vector<int64_t> sizes = outputSizes(node.desc);
   for (size_t i = 0; i < sizes.size(); ++i) {
     shape.back() = sizes[i];
     args.y[i] = context.GetOutput(i, shape).GetTensorMutableRawData();

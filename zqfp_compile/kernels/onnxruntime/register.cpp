@@ -46,11 +46,20 @@ struct OpBase : Ort::CustomOpBase<Op, Kernel<Implementation>, true> {
   const char* GetExecutionProviderType() const { return cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider"; }
 };
 
+// Types and shapes of a layer's outputs; returns how many there are.
+size_t inferLinear(const Inference& inference) {
+  const auto type = static_cast<ONNXTensorElementDataType>(inference.attribute("dtype"));
+  std::vector<int64_t> sizes = inference.attributes("output_n", ZQFP_MAX_OUTPUTS);
+  if (sizes.empty()) sizes = {inference.attribute("n")};
+  for (size_t i = 0; i < sizes.size(); ++i) inference.setOutput(i, sizes[i], type);
+  return sizes.size();
+}
+
 template <typename Implementation, bool cuda>
 struct LinearOp : OpBase<LinearOp<Implementation, cuda>, Implementation, cuda> {
   static constexpr ONNXTensorElementDataType kInputs[] = {kE4m3, kFloat, kInt4, kE4m3, kFloat, kAny, kAny, kAny};
 
-  const char* GetName() const { return "PackedW4A8Linear"; }
+  const char* GetName() const { return LinearNode::kName; }
   size_t GetInputTypeCount() const { return 8; }
   ONNXTensorElementDataType GetInputType(size_t index) const { return kInputs[index]; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
@@ -64,19 +73,13 @@ struct LinearOp : OpBase<LinearOp<Implementation, cuda>, Implementation, cuda> {
 
   LinearOp() {
     OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-      return guarded([&] {
-        const Inference inference(context);
-        const auto type = static_cast<ONNXTensorElementDataType>(inference.attribute("dtype"));
-        std::vector<int64_t> sizes = inference.attributes("output_n", ZQFP_MAX_OUTPUTS);
-        if (sizes.empty()) sizes = {inference.attribute("n")};
-        for (size_t i = 0; i < sizes.size(); ++i) inference.setOutput(i, sizes[i], type);
-      });
+      return guarded([&] { inferLinear(Inference(context)); });
     };
   }
 };
 
 template <typename Implementation, bool cuda, bool tokens>
-struct QuantizeOp : OpBase<QuantizeOp<Implementation, cuda, tokens>, Implementation, cuda, tokens> {
+struct QuantizeOp : OpBase<QuantizeOp<Implementation, cuda, tokens>, Implementation, cuda, ZQFP_PLAIN, tokens> {
   const char* GetName() const { return tokens ? "QuantizeTokens" : "QuantizeActivation"; }
   size_t GetInputTypeCount() const { return tokens ? 2 : 3; }
   ONNXTensorElementDataType GetInputType(size_t index) const { return !tokens && index == 1 ? kFloat : kAny; }
@@ -104,21 +107,31 @@ struct QuantizeOp : OpBase<QuantizeOp<Implementation, cuda, tokens>, Implementat
   }
 };
 
-// An op whose quantiser computes x first, from two operands or, a norm, three. Which inputs and outputs there are is
-// said by attributes, so only the first ones have a place of their own.
-template <typename Implementation, bool cuda, bool norm>
-struct FusedOp : OpBase<FusedOp<Implementation, cuda, norm>, Implementation, cuda> {
-  const char* GetName() const { return norm ? RmsNormNode::kName : SiluMulNode::kName; }
-  size_t GetInputTypeCount() const { return norm ? 5 : 4; }
+// Which inputs and outputs there are is said by attributes, so they have no place of their own; `needed` inputs and one
+// output there always are.
+template <typename Op, typename Implementation, bool cuda, size_t inputs, size_t needed, auto... arguments>
+struct UntypedOp : OpBase<Op, Implementation, cuda, arguments...> {
+  size_t GetInputTypeCount() const { return inputs; }
   ONNXTensorElementDataType GetInputType(size_t) const { return kAny; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
-    return requiredIf(index < 2);
+    return requiredIf(index < needed);
   }
-  size_t GetOutputTypeCount() const { return norm ? 4 : 3; }
-  ONNXTensorElementDataType GetOutputType(size_t index) const { return index == 0 ? kE4m3 : kAny; }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
     return requiredIf(index == 0);
   }
+};
+
+constexpr bool isNorm(zqfpSource source) { return source == ZQFP_RMS_NORM; }
+
+// An op whose quantiser computes x first, from two operands or, a norm, three.
+template <typename Implementation, bool cuda, zqfpSource source>
+struct FusedOp
+    : UntypedOp<FusedOp<Implementation, cuda, source>, Implementation, cuda, isNorm(source) ? 5 : 4, 2, source> {
+  static constexpr bool norm = isNorm(source);
+
+  const char* GetName() const { return norm ? "QuantizeRmsNorm" : "QuantizeSiluMul"; }
+  size_t GetOutputTypeCount() const { return norm ? 4 : 3; }
+  ONNXTensorElementDataType GetOutputType(size_t index) const { return index == 0 ? kE4m3 : kAny; }
 
   FusedOp() {
     OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
@@ -135,6 +148,25 @@ struct FusedOp : OpBase<FusedOp<Implementation, cuda, norm>, Implementation, cud
   }
 };
 
+// At least x, codes and both scales of the weight; at most three operands, a, v, the weight, bias and u.
+template <typename Implementation, bool cuda>
+struct QuantizedLinearOp : UntypedOp<QuantizedLinearOp<Implementation, cuda>, Implementation, cuda, 10, 4> {
+  const char* GetName() const { return QuantizedLinearNode::kName; }
+  size_t GetOutputTypeCount() const { return ZQFP_MAX_OUTPUTS + 1; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return kAny; }
+
+  QuantizedLinearOp() {
+    OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
+      return guarded([&] {
+        const Inference inference(context);
+        const size_t outputs = inferLinear(inference);
+        const bool norm = inference.attribute("source") == ZQFP_RMS_NORM;
+        if (norm && inference.attribute("skip") != 0) inference.setOutput(outputs, -1, inference.type());
+      });
+    };
+  }
+};
+
 template <typename Op>
 void add(Ort::CustomOpDomain& domain) {
   static const Op op;
@@ -144,14 +176,16 @@ void add(Ort::CustomOpDomain& domain) {
 void addOps(Ort::CustomOpDomain& domain) {
   add<LinearOp<CpuLinear, false>>(domain);
   add<LinearOp<CudaLinear, true>>(domain);
-  add<QuantizeOp<CpuQuantizer<QuantizeNode>, false, false>>(domain);
-  add<QuantizeOp<CudaQuantizer<QuantizeNode>, true, false>>(domain);
-  add<QuantizeOp<CpuQuantizer<QuantizeNode>, false, true>>(domain);
-  add<QuantizeOp<CudaQuantizer<QuantizeNode>, true, true>>(domain);
-  add<FusedOp<CpuQuantizer<SiluMulNode>, false, false>>(domain);
-  add<FusedOp<CudaQuantizer<SiluMulNode>, true, false>>(domain);
-  add<FusedOp<CpuQuantizer<RmsNormNode>, false, true>>(domain);
-  add<FusedOp<CudaQuantizer<RmsNormNode>, true, true>>(domain);
+  add<QuantizeOp<CpuQuantizer, false, false>>(domain);
+  add<QuantizeOp<CudaQuantizer, true, false>>(domain);
+  add<QuantizeOp<CpuQuantizer, false, true>>(domain);
+  add<QuantizeOp<CudaQuantizer, true, true>>(domain);
+  add<FusedOp<CpuQuantizer, false, ZQFP_SILU_MUL>>(domain);
+  add<FusedOp<CudaQuantizer, true, ZQFP_SILU_MUL>>(domain);
+  add<FusedOp<CpuQuantizer, false, ZQFP_RMS_NORM>>(domain);
+  add<FusedOp<CudaQuantizer, true, ZQFP_RMS_NORM>>(domain);
+  add<QuantizedLinearOp<CpuQuantizedLinear, false>>(domain);
+  add<QuantizedLinearOp<CudaQuantizedLinear, true>>(domain);
 }
 
 }  // namespace
