@@ -15,7 +15,7 @@ from compiled_models import quick, sqnr, walked_bytes
 import zqfp_compile.calibrate.walk as walk_module
 from zqfp_compile.backends.ort import create_session
 from zqfp_compile.calibrate.causal_lm import CausalLm, graph_inputs
-from zqfp_compile.calibrate.linears import ActivationQuantizer, QuantizedLinear, Replacement
+from zqfp_compile.calibrate.linears import ActivationQuantizer, FloatLinear, QuantizedLinear, Replacement
 from zqfp_compile.calibrate.samples import load_samples
 from zqfp_compile.calibrate.sessions import run_bound
 from zqfp_compile.calibrate.walk import walk
@@ -395,6 +395,29 @@ def test_no_bit_depends_on_the_number_of_devices(in_torch: bool, tiny_model, tmp
         assert torch.equal(moments.gram, together.moments[name].gram)
         assert moments.drift is not None and moments.drift.any()
         assert torch.equal(moments.drift, together.moments[name].drift)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_linears_of_several_samples_at_once(family: str, tiny_model, tmp_path: Path, monkeypatch) -> None:
+    """As on a GPU, whatever fits: samples of a group of eight lengths, by threes, twos and one."""
+    model, plan = planned(tiny_model(family))
+    interface, random = CausalLm.from_model(model), np.random.default_rng(6)
+    feeds = [interface.make_feed(random.integers(2, 320, (1, 8 + index))) for index in range(24)]
+    alone, together = Recorder(), Recorder()
+    one = walk(model, plan, feeds, alone, scratch=tmp_path, in_torch=True)
+    rows, multiply = [], FloatLinear.__call__
+    monkeypatch.setattr(DeviceThreads, "on_gpu", True)
+    monkeypatch.setattr(
+        FloatLinear, "__call__", lambda layer, x: (rows.append(len(x)), multiply(layer, x))[1]
+    )
+    widest = max(max(site.n, site.k) for site in plan.rewritten)
+    monkeypatch.setattr(walk_module, "_AT_ONCE", 50 * widest)
+    several = walk(model, plan, feeds, together, scratch=tmp_path, in_torch=True)
+    assert {8 + 9 + 10, 17 + 18, 30, 31} <= set(rows) and max(rows) > 50  # narrow layers take more
+    assert several.ranges == pytest.approx(one.ranges, rel=1e-5)
+    for name, moments in alone.moments.items():
+        assert moments.tokens == together.moments[name].tokens
+        torch.testing.assert_close(together.moments[name].gram, moments.gram, rtol=1e-3, atol=1e-4)
 
 
 def test_no_bit_depends_on_where_activations_lie(tiny_model, tmp_path: Path, monkeypatch) -> None:

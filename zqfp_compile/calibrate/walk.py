@@ -61,6 +61,9 @@ FinishedSites = Callable[[Sequence[LinearSite]], bool]
 # Groups of samples: a device takes whole ones, and their moments are added up in one order, so that no bit
 # depends on the number of devices.
 _GROUPS = 8
+# A GPU computes the linears of several samples of a group at once, a quarter of the launches: as many as keep
+# an input or an output below so many numbers.
+_AT_ONCE = 1 << 27
 
 
 def walk(
@@ -175,6 +178,11 @@ class _Visited:
     # Per layer whose output is needed: its name, the original and the new layer.
     layers: Sequence[tuple[str, FloatLinear | None, QuantizedLinear]]
 
+    @property
+    def widest(self) -> int:
+        """Channels of the widest of what the layers read and write."""
+        return max(max(layer.replacement.weight.shape) for _, _, layer in self.layers)
+
     def outputs(self, x: torch.Tensor, original: bool) -> dict[str, torch.Tensor]:
         """Return the layers' outputs [T, N] by name for the activation x, float32 [T, K]."""
         if original:
@@ -273,12 +281,30 @@ class _Walk:
         segments = [runner(self.graph_model, self.parts, index, device) for device in self.threads.devices]
 
         def advance(place: int, group: Sequence[int]) -> None:
-            for sample in group:
+            layers = visited[place] if visited else None
+            for samples in self._at_once(group, layers):
                 for stream in self.streams:
-                    known = self._outputs(visited[place], stream, sample, place) if visited else {}
-                    self._run(segments[place], index, stream, sample, known)
+                    outputs = self._outputs(layers, stream, samples, place)
+                    for sample, known in zip(samples, outputs, strict=True):
+                        self._run(segments[place], index, stream, sample, known)
 
         list(self.threads.map(advance, self.groups))
+
+    def _at_once(self, group: Sequence[int], visited: _Visited | None) -> list[list[int]]:
+        """Return the samples of a group whose linears are computed together."""
+        runs: list[list[int]] = []
+        room = 0
+        for sample in group:
+            size = 0
+            if self.threads.on_gpu and visited is not None and visited.layers:
+                x = self.streams[0].value(sample, visited.step.activation)
+                size = x.numel() // x.shape[-1] * visited.widest
+            if not runs or not size or size > room:
+                runs.append([])
+                room = _AT_ONCE
+            runs[-1].append(sample)
+            room -= size
+        return runs
 
     def _run(
         self,
@@ -301,13 +327,21 @@ class _Walk:
         stream.cache.drop(sample, segment.finished)
 
     def _outputs(
-        self, visited: _Visited, stream: _Stream, sample: int, place: int
-    ) -> dict[str, torch.Tensor]:
-        if not visited.layers:
-            return {}
-        x = stream.value(sample, visited.step.activation)
-        outputs = visited.outputs(self._rows(x, place), original=stream is not self.streams[0])
-        return {name: y.reshape(*x.shape[:-1], -1) for name, y in outputs.items()}
+        self, visited: _Visited | None, stream: _Stream, samples: Sequence[int], place: int
+    ) -> list[dict[str, torch.Tensor]]:
+        """Return the outputs of the last step's linears by name for each sample."""
+        if visited is None or not visited.layers:
+            return [{} for _ in samples]
+        xs = [stream.value(sample, visited.step.activation) for sample in samples]
+        rows = [self._rows(x, place) for x in xs]
+        outputs = visited.outputs(
+            rows[0] if len(rows) == 1 else torch.cat(rows), original=stream is not self.streams[0]
+        )
+        parts = {name: torch.split(y, [len(part) for part in rows]) for name, y in outputs.items()}
+        return [
+            {name: part[index].reshape(*x.shape[:-1], -1) for name, part in parts.items()}
+            for index, x in enumerate(xs)
+        ]
 
     def _rows(self, x: torch.Tensor, place: int) -> torch.Tensor:
         """Return an activation [..., K] as float32 [T, K] on a device."""
