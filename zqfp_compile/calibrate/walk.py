@@ -168,6 +168,13 @@ class _Stream:
             tensor = torch.from_numpy(widened(self.feeds[sample][name]))
         return tensor
 
+    def settle(self, sample: int, device: str) -> None:
+        """Move a sample's inputs to its GPU: a copy when one is read would wait for all that is queued."""
+        for name in self.feeds[sample]:
+            tensor = self.value(sample, name)
+            if tensor.ndim > 1:  # a vector may be a shape, which is read on the host
+                self.cache.put(sample, name, tensor.to(device))
+
 
 @dataclass(frozen=True)
 class _Visited:
@@ -217,6 +224,8 @@ class _Walk:
         steps = self.parts.steps
         visited: Sequence[_Visited] = ()
         begin = self._restore()
+        if self.in_torch and self.threads.on_gpu:
+            list(self.threads.map(self._settle, self.groups))
         ahead: Callable[[], list[torch.Tensor]] | None = None
         for index, step in enumerate(steps[begin:], begin):
             progress(index, len(steps), step.sites[0].name)
@@ -245,6 +254,16 @@ class _Walk:
         """The samples of each group."""
         count = min(_GROUPS, len(self.picks))
         return [group.tolist() for group in np.array_split(np.arange(len(self.picks)), count)]
+
+    @property
+    def _waits(self) -> bool:
+        """Whether who reads or keeps activations waits for a GPU: not where all of them lie there."""
+        return not self.threads.on_gpu or any(stream.cache.on_disk for stream in self.streams)
+
+    def _settle(self, place: int, group: Sequence[int]) -> None:
+        for sample in group:
+            for stream in self.streams:
+                stream.settle(sample, self.threads.devices[place])
 
     def _commit(self, index: int) -> None:
         """Keep the state after a step."""
@@ -288,7 +307,7 @@ class _Walk:
                     for sample, known in zip(samples, outputs, strict=True):
                         self._run(segments[place], index, stream, sample, known)
 
-        list(self.threads.map(advance, self.groups))
+        list(self.threads.map(advance, self.groups, waits=self._waits))
 
     def _at_once(self, group: Sequence[int], visited: _Visited | None) -> list[list[int]]:
         """Return the samples of a group whose linears are computed together."""
@@ -351,29 +370,31 @@ class _Walk:
         """Find the activation's range and sample rows; return how it is quantised."""
         name = step.activation
 
-        def look(place: int, group: Sequence[int]) -> list[tuple[float, npt.NDArray[np.float32]]]:
-            return [self._look(name, sample, place) for sample in group]
+        def look(place: int, group: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            found = [self._look(name, sample, place) for sample in group]
+            return torch.cat([extremes for extremes, _ in found]), torch.cat([rows for _, rows in found])
 
-        found = [one for group in self.threads.map(look, self.groups) for one in group]
-        peak = max(peak for peak, _ in found)
+        # No device is waited for before all of them have everything to do.
+        found = list(self.threads.map(look, self.groups, waits=self._waits))
+        peak = finite_range(float(torch.cat([extremes.cpu() for extremes, _ in found]).abs().max()), name)
         self.ranges[name] = peak
-        self.rows[name] = np.concatenate([rows for _, rows in found])
+        self.rows[name] = torch.cat([rows.cpu() for _, rows in found]).numpy()
         form = self.plan.activation_format
         if form == "none" or self.plan.per_token:
             return ActivationQuantizer(form)
         return ActivationQuantizer(form, activation_scale(peak, form))
 
-    def _look(self, name: str, sample: int, place: int) -> tuple[float, npt.NDArray[np.float32]]:
-        """Return a sample's largest magnitude and some of its rows."""
+    def _look(self, name: str, sample: int, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a sample's smallest and largest number [2] and some of its rows, there."""
         x = self._rows(self.streams[0].value(sample, name), place)
-        low, high = torch.aminmax(x)
-        peak = finite_range(max(-float(low), float(high)), name)
-        rows = x[torch.from_numpy(self.picks[sample] * len(x)).long().to(x.device)]
-        return peak, rows.cpu().numpy()
+        picked = torch.from_numpy(self.picks[sample] * len(x)).long()
+        # The copy is queued: a small tensor in pageable memory is free again at once.
+        return torch.stack(torch.aminmax(x)), x[picked.to(x.device, non_blocking=True)]
 
     def _measure(self, step: Step, quantizer: ActivationQuantizer) -> InputMoments:
         """Return the moments of all samples, on the first device."""
-        groups = self.threads.map(partial(self._measure_group, step, quantizer), self.groups)
+        measure = partial(self._measure_group, step, quantizer)
+        groups = self.threads.map(measure, self.groups, waits=self._waits)
         # Those of every other group first: two devices add up their own.
         sums: list[InputMoments] = []
         for index, group in enumerate(groups):
