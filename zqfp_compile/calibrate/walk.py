@@ -44,6 +44,7 @@ from zqfp_compile.plan import LinearSite, QuantPlan
 from zqfp_compile.quantize.copies import CopyStream
 from zqfp_compile.quantize.moments import InputMoments
 from zqfp_compile.quantize.products import full_products
+from zqfp_compile.quantize.rounding import queued
 from zqfp_compile.quantize.threads import DeviceThreads
 from zqfp_compile.weights import read_bias
 from zqfp_compile.work_folder import WorkFolder
@@ -387,9 +388,8 @@ class _Walk:
     def _look(self, name: str, sample: int, place: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a sample's smallest and largest number [2] and some of its rows, there."""
         x = self._rows(self.streams[0].value(sample, name), place)
-        picked = torch.from_numpy(self.picks[sample] * len(x)).long()
-        # The copy is queued: a small tensor in pageable memory is free again at once.
-        return torch.stack(torch.aminmax(x)), x[picked.to(x.device, non_blocking=True)]
+        picked = queued(torch.from_numpy(self.picks[sample] * len(x)).long(), x.device)
+        return torch.stack(torch.aminmax(x)), x[picked]
 
     def _measure(self, step: Step, quantizer: ActivationQuantizer) -> InputMoments:
         """Return the moments of all samples, on the first device."""
