@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -240,6 +241,31 @@ def test_moments_are_merged() -> None:
     torch.testing.assert_close(merged.inverse_factor()[0], whole.inverse_factor()[0], rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="no cross moment"):
         merged.merge(moments_of(x))
+
+
+def test_each_factor_is_computed_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three devices wait for each other's, and for ever for none."""
+    x, original = inputs(), inputs(seed=2)
+    alone, first = moments_of(x, original), moments_of(x, original)
+    devices = [first, first._copy("cpu"), first._copy("cpu")]
+
+    def work(_: int, moments: InputMoments) -> list[torch.Tensor]:
+        moments.prepare(0.01, 0.3)
+        return [moments.correction_factor(0.3), *moments.inverse_factor(), moments.conditional_energy()]
+
+    wanted, calls, cholesky = work(0, alone), [], torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: (calls.append(matrix), cholesky(matrix))[1])
+    with DeviceThreads(["cpu"] * 3) as threads:
+        found = list(threads.map(work, devices))
+    assert len(calls) == 2
+    assert all(torch.equal(*pair) for each in found for pair in zip(each, wanted, strict=True))
+    first.add(3 * x, original)
+    alone.add(3 * x, original)
+    assert torch.equal(first.correction_factor(0.3), alone.correction_factor(0.3)) and len(calls) == 4
+    assert not torch.equal(first.correction_factor(0.3), wanted[0])
+    gone = weakref.ref(first)
+    del first, devices[0]
+    assert gone() is None and torch.equal(devices[0].inverse_factor()[0], wanted[1])
 
 
 def test_what_is_derived_follows_new_tokens() -> None:

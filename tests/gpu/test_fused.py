@@ -79,5 +79,20 @@ def test_group_errors(width, count, period, monkeypatch):
     importance = None if period is None else torch.rand(width, period, device="cuda")
     assert fused.measures(sizes) and not fused.measures(sizes.cpu())
     found = rtn._group_errors(sizes, levels, importance)
+    more = torch.cat([levels * 1.5, levels], dim=1)
+    assert torch.equal(rtn._group_errors(sizes, more, importance)[count:], found)
     monkeypatch.setattr(fused, "measures", lambda sizes: False)
     torch.testing.assert_close(found, rtn._group_errors(sizes, levels, importance))
+
+
+@pytest.mark.parametrize("constraint", ["none", "m1", "m2", "e4m3"])
+def test_the_search_of_scales(constraint, monkeypatch):
+    """All choices at once find what one after the other does."""
+    weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(3)).cuda()
+    weight[7] = 0
+    importance = torch.rand(300, generator=torch.Generator().manual_seed(4)).cuda()
+    found = quantize_tensors(weight, scale_constraint=constraint, importance=importance)
+    monkeypatch.setattr(fused, "measures", lambda sizes: False)
+    wanted = quantize_tensors(weight, scale_constraint=constraint, importance=importance)
+    assert (found.group_scales == wanted.group_scales).float().mean() > 0.995
+    assert (found.codes == wanted.codes).float().mean() > 0.995

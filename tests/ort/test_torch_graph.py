@@ -111,7 +111,10 @@ def test_a_compiled_model_runs_its_functions(tiny_model, tmp_path: Path) -> None
 @pytest.mark.parametrize(("exporter", "dtype"), EXPORTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_device_is_never_waited_for(family: str, exporter: str, dtype: str, tiny_model) -> None:
-    """Torch's meta device stands for a GPU: it mixes with no host tensor, and reading a number back fails."""
+    """Torch's meta device stands for a GPU: it mixes with no host tensor, and reading a number back fails.
+
+    Nor does a copy to it wait, when weights and inputs are there.
+    """
     path = tiny_model(family, exporter=exporter, dtype=dtype)
     graph = TorchGraph(load_model(path), device="meta")
     for feed, expected in decode(path):
@@ -119,6 +122,10 @@ def test_a_device_is_never_waited_for(family: str, exporter: str, dtype: str, ti
             found = graph.run(feed)
             assert all(tensor.is_meta for tensor in found.values())
             assert {n: t.shape for n, t in found.items()} == {n: a.shape for n, a in expected.items()}
+        moved = {n: torch.from_numpy(a).to("meta") if a.ndim > 1 else a for n, a in feed.items()}
+        with torch.inference_mode(), Copies() as copies:
+            graph.run(moved)
+        assert not copies.waiting
 
 
 @pytest.mark.slow
@@ -312,6 +319,22 @@ def one_node(
     )
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10), feed
+
+
+class Copies(TorchDispatchMode):
+    """Notes the copies from the host to the meta device that would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        copied = function.overloadpacket in (torch.ops.aten.to, torch.ops.aten._to_copy)
+        if copied and result.is_meta and not args[0].is_meta:
+            queued = (kwargs or {}).get("non_blocking") or any(each is True for each in args)
+            self.waiting += [] if queued else [f"{function} of {list(args[0].shape)}"]
+        return result
 
 
 class Products(TorchDispatchMode):

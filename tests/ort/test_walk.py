@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from compiled_models import quick, sqnr, walked_bytes
 import zqfp_compile.calibrate.walk as walk_module
 from zqfp_compile.backends.ort import create_session
 from zqfp_compile.calibrate.causal_lm import CausalLm, graph_inputs
-from zqfp_compile.calibrate.linears import ActivationQuantizer, QuantizedLinear, Replacement
+from zqfp_compile.calibrate.linears import ActivationQuantizer, FloatLinear, QuantizedLinear, Replacement
 from zqfp_compile.calibrate.samples import load_samples
 from zqfp_compile.calibrate.sessions import run_bound
+from zqfp_compile.calibrate.torch_segment import TorchSegment
 from zqfp_compile.calibrate.walk import walk
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
 from zqfp_compile.errors import ModelError, UsageError
@@ -397,6 +399,29 @@ def test_no_bit_depends_on_the_number_of_devices(in_torch: bool, tiny_model, tmp
         assert torch.equal(moments.drift, together.moments[name].drift)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_linears_of_several_samples_at_once(family: str, tiny_model, tmp_path: Path, monkeypatch) -> None:
+    """As on a GPU, whatever fits: samples of a group of eight lengths, by threes, twos and one."""
+    model, plan = planned(tiny_model(family))
+    interface, random = CausalLm.from_model(model), np.random.default_rng(6)
+    feeds = [interface.make_feed(random.integers(2, 320, (1, 8 + index))) for index in range(24)]
+    alone, together = Recorder(), Recorder()
+    one = walk(model, plan, feeds, alone, scratch=tmp_path, in_torch=True)
+    rows, multiply = [], FloatLinear.__call__
+    monkeypatch.setattr(DeviceThreads, "on_gpu", True)
+    monkeypatch.setattr(
+        FloatLinear, "__call__", lambda layer, x: (rows.append(len(x)), multiply(layer, x))[1]
+    )
+    widest = max(max(site.n, site.k) for site in plan.rewritten)
+    monkeypatch.setattr(walk_module, "_AT_ONCE", 50 * widest)
+    several = walk(model, plan, feeds, together, scratch=tmp_path, in_torch=True)
+    assert {8 + 9 + 10, 17 + 18, 30, 31} <= set(rows) and max(rows) > 50  # narrow layers take more
+    assert several.ranges == pytest.approx(one.ranges, rel=1e-5)
+    for name, moments in alone.moments.items():
+        assert moments.tokens == together.moments[name].tokens
+        torch.testing.assert_close(together.moments[name].gram, moments.gram, rtol=1e-3, atol=1e-4)
+
+
 def test_no_bit_depends_on_where_activations_lie(tiny_model, tmp_path: Path, monkeypatch) -> None:
     """GPTQ and LoRC with activations on disk, as on a CPU, and in memory, as where a GPU has room."""
     model, plan = planned(tiny_model("llama", dtype="float16"))
@@ -411,6 +436,46 @@ def test_no_bit_depends_on_where_activations_lie(tiny_model, tmp_path: Path, mon
         assert bool(files) == (not room)
     on_disk, in_memory = found
     assert len(on_disk) >= 14 * 5 and on_disk == in_memory
+
+
+@pytest.mark.parametrize("room", [{}, {"cpu": 1 << 30}], ids=["on disk", "in memory"])
+def test_one_thread_queues_for_all_gpus(
+    room: dict[str, int], tiny_model, tmp_path: Path, monkeypatch
+) -> None:
+    """Unless activations lie on disk. Inputs are copied once for each of the two models."""
+
+    class Counted(dict):
+        reads = 0
+
+        def __getitem__(self, name: str) -> np.ndarray:
+            self.reads += 1
+            return super().__getitem__(name)
+
+    model, plan = planned(tiny_model("llama"))
+    interface, random = CausalLm.from_model(model), np.random.default_rng(6)
+    feeds = [Counted(interface.make_feed(random.integers(2, 320, (1, 40 + index)))) for index in range(11)]
+    alone, together = Recorder(), Recorder()
+    one = walk(model, plan, feeds, alone, scratch=tmp_path, in_torch=True)
+    assert feeds[0].reads > 20
+    feeds[0].reads = 0
+    workers, run = [], TorchSegment.run
+    monkeypatch.setattr(
+        TorchSegment,
+        "run",
+        lambda segment, inputs: (workers.append(threading.get_ident()), run(segment, inputs))[1],
+    )
+    monkeypatch.setattr(DeviceThreads, "on_gpu", True)
+    monkeypatch.setattr(walk_module, "activation_room", lambda devices: room)
+    monkeypatch.setattr(walk_module, "_AT_ONCE", 1)
+    with DeviceThreads(["cpu", "cpu"]) as threads:
+        two = walk(model, plan, feeds, together, scratch=tmp_path, in_torch=True, threads=threads)
+    assert feeds[0].reads == 2 * len(feeds[0]) + 1  # and the tokens are counted
+    assert one.ranges == two.ranges
+    for name, moments in alone.moments.items():
+        np.testing.assert_array_equal(one.rows[name], two.rows[name])
+        assert torch.equal(moments.gram, together.moments[name].gram)
+    assert (set(workers) == {threading.get_ident()}) == bool(room)
+    assert len(set(workers)) <= 3
 
 
 def test_an_error_on_a_device_is_raised(tiny_model, tmp_path: Path) -> None:

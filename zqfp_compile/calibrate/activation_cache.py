@@ -46,6 +46,11 @@ class ActivationCache:
         self._dropped: list[Path] = []
         self._made = 0
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether any tensor is in a file."""
+        return bool(self._files)
+
     def put(self, sample: int, name: str, tensor: torch.Tensor) -> None:
         """Keep a tensor, which nothing writes to any more.
 

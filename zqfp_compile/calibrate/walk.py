@@ -44,6 +44,7 @@ from zqfp_compile.plan import LinearSite, QuantPlan
 from zqfp_compile.quantize.copies import CopyStream
 from zqfp_compile.quantize.moments import InputMoments
 from zqfp_compile.quantize.products import full_products
+from zqfp_compile.quantize.rounding import queued
 from zqfp_compile.quantize.threads import DeviceThreads
 from zqfp_compile.weights import read_bias
 from zqfp_compile.work_folder import WorkFolder
@@ -61,6 +62,9 @@ FinishedSites = Callable[[Sequence[LinearSite]], bool]
 # Groups of samples: a device takes whole ones, and their moments are added up in one order, so that no bit
 # depends on the number of devices.
 _GROUPS = 8
+# A GPU computes the linears of several samples of a group at once, a quarter of the launches: as many as keep
+# an input or an output below so many numbers.
+_AT_ONCE = 1 << 27
 
 
 def walk(
@@ -165,6 +169,13 @@ class _Stream:
             tensor = torch.from_numpy(widened(self.feeds[sample][name]))
         return tensor
 
+    def settle(self, sample: int, device: str) -> None:
+        """Move a sample's inputs to its GPU: a copy when one is read would wait for all that is queued."""
+        for name in self.feeds[sample]:
+            tensor = self.value(sample, name)
+            if tensor.ndim > 1:  # a vector may be a shape, which is read on the host
+                self.cache.put(sample, name, tensor.to(device))
+
 
 @dataclass(frozen=True)
 class _Visited:
@@ -174,6 +185,11 @@ class _Visited:
     quantizer: ActivationQuantizer
     # Per layer whose output is needed: its name, the original and the new layer.
     layers: Sequence[tuple[str, FloatLinear | None, QuantizedLinear]]
+
+    @property
+    def widest(self) -> int:
+        """Channels of the widest of what the layers read and write."""
+        return max(max(layer.replacement.weight.shape) for _, _, layer in self.layers)
 
     def outputs(self, x: torch.Tensor, original: bool) -> dict[str, torch.Tensor]:
         """Return the layers' outputs [T, N] by name for the activation x, float32 [T, K]."""
@@ -209,6 +225,8 @@ class _Walk:
         steps = self.parts.steps
         visited: Sequence[_Visited] = ()
         begin = self._restore()
+        if self.in_torch and self.threads.on_gpu:
+            list(self.threads.map(self._settle, self.groups))
         ahead: Callable[[], list[torch.Tensor]] | None = None
         for index, step in enumerate(steps[begin:], begin):
             progress(index, len(steps), step.sites[0].name)
@@ -237,6 +255,16 @@ class _Walk:
         """The samples of each group."""
         count = min(_GROUPS, len(self.picks))
         return [group.tolist() for group in np.array_split(np.arange(len(self.picks)), count)]
+
+    @property
+    def _waits(self) -> bool:
+        """Whether who reads or keeps activations waits for a GPU: not where all of them lie there."""
+        return not self.threads.on_gpu or any(stream.cache.on_disk for stream in self.streams)
+
+    def _settle(self, place: int, group: Sequence[int]) -> None:
+        for sample in group:
+            for stream in self.streams:
+                stream.settle(sample, self.threads.devices[place])
 
     def _commit(self, index: int) -> None:
         """Keep the state after a step."""
@@ -273,12 +301,30 @@ class _Walk:
         segments = [runner(self.graph_model, self.parts, index, device) for device in self.threads.devices]
 
         def advance(place: int, group: Sequence[int]) -> None:
-            for sample in group:
+            layers = visited[place] if visited else None
+            for samples in self._at_once(group, layers):
                 for stream in self.streams:
-                    known = self._outputs(visited[place], stream, sample, place) if visited else {}
-                    self._run(segments[place], index, stream, sample, known)
+                    outputs = self._outputs(layers, stream, samples, place)
+                    for sample, known in zip(samples, outputs, strict=True):
+                        self._run(segments[place], index, stream, sample, known)
 
-        list(self.threads.map(advance, self.groups))
+        list(self.threads.map(advance, self.groups, waits=self._waits))
+
+    def _at_once(self, group: Sequence[int], visited: _Visited | None) -> list[list[int]]:
+        """Return the samples of a group whose linears are computed together."""
+        runs: list[list[int]] = []
+        room = 0
+        for sample in group:
+            size = 0
+            if self.threads.on_gpu and visited is not None and visited.layers:
+                x = self.streams[0].value(sample, visited.step.activation)
+                size = x.numel() // x.shape[-1] * visited.widest
+            if not runs or not size or size > room:
+                runs.append([])
+                room = _AT_ONCE
+            runs[-1].append(sample)
+            room -= size
+        return runs
 
     def _run(
         self,
@@ -301,13 +347,21 @@ class _Walk:
         stream.cache.drop(sample, segment.finished)
 
     def _outputs(
-        self, visited: _Visited, stream: _Stream, sample: int, place: int
-    ) -> dict[str, torch.Tensor]:
-        if not visited.layers:
-            return {}
-        x = stream.value(sample, visited.step.activation)
-        outputs = visited.outputs(self._rows(x, place), original=stream is not self.streams[0])
-        return {name: y.reshape(*x.shape[:-1], -1) for name, y in outputs.items()}
+        self, visited: _Visited | None, stream: _Stream, samples: Sequence[int], place: int
+    ) -> list[dict[str, torch.Tensor]]:
+        """Return the outputs of the last step's linears by name for each sample."""
+        if visited is None or not visited.layers:
+            return [{} for _ in samples]
+        xs = [stream.value(sample, visited.step.activation) for sample in samples]
+        rows = [self._rows(x, place) for x in xs]
+        outputs = visited.outputs(
+            rows[0] if len(rows) == 1 else torch.cat(rows), original=stream is not self.streams[0]
+        )
+        parts = {name: torch.split(y, [len(part) for part in rows]) for name, y in outputs.items()}
+        return [
+            {name: part[index].reshape(*x.shape[:-1], -1) for name, part in parts.items()}
+            for index, x in enumerate(xs)
+        ]
 
     def _rows(self, x: torch.Tensor, place: int) -> torch.Tensor:
         """Return an activation [..., K] as float32 [T, K] on a device."""
@@ -317,29 +371,30 @@ class _Walk:
         """Find the activation's range and sample rows; return how it is quantised."""
         name = step.activation
 
-        def look(place: int, group: Sequence[int]) -> list[tuple[float, npt.NDArray[np.float32]]]:
-            return [self._look(name, sample, place) for sample in group]
+        def look(place: int, group: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            found = [self._look(name, sample, place) for sample in group]
+            return torch.cat([extremes for extremes, _ in found]), torch.cat([rows for _, rows in found])
 
-        found = [one for group in self.threads.map(look, self.groups) for one in group]
-        peak = max(peak for peak, _ in found)
+        # No device is waited for before all of them have everything to do.
+        found = list(self.threads.map(look, self.groups, waits=self._waits))
+        peak = finite_range(float(torch.cat([extremes.cpu() for extremes, _ in found]).abs().max()), name)
         self.ranges[name] = peak
-        self.rows[name] = np.concatenate([rows for _, rows in found])
+        self.rows[name] = torch.cat([rows.cpu() for _, rows in found]).numpy()
         form = self.plan.activation_format
         if form == "none" or self.plan.per_token:
             return ActivationQuantizer(form)
         return ActivationQuantizer(form, activation_scale(peak, form))
 
-    def _look(self, name: str, sample: int, place: int) -> tuple[float, npt.NDArray[np.float32]]:
-        """Return a sample's largest magnitude and some of its rows."""
+    def _look(self, name: str, sample: int, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a sample's smallest and largest number [2] and some of its rows, there."""
         x = self._rows(self.streams[0].value(sample, name), place)
-        low, high = torch.aminmax(x)
-        peak = finite_range(max(-float(low), float(high)), name)
-        rows = x[torch.from_numpy(self.picks[sample] * len(x)).long().to(x.device)]
-        return peak, rows.cpu().numpy()
+        picked = queued(torch.from_numpy(self.picks[sample] * len(x)).long(), x.device)
+        return torch.stack(torch.aminmax(x)), x[picked]
 
     def _measure(self, step: Step, quantizer: ActivationQuantizer) -> InputMoments:
         """Return the moments of all samples, on the first device."""
-        groups = self.threads.map(partial(self._measure_group, step, quantizer), self.groups)
+        measure = partial(self._measure_group, step, quantizer)
+        groups = self.threads.map(measure, self.groups, waits=self._waits)
         # Those of every other group first: two devices add up their own.
         sums: list[InputMoments] = []
         for index, group in enumerate(groups):

@@ -147,18 +147,18 @@ def group_errors(sizes: torch.Tensor, levels: torch.Tensor, importance: torch.Te
 
     Args:
         sizes: Magnitudes, float32 [g, M].
-        levels: Each group's levels, ascending from 0, float32 [L, M].
+        levels: Each group's levels, ascending from 0, C times over, float32 [L, C * M].
         importance: Factors on the squared errors, float32 [g, G], G a divisor of M: of group m at m modulo G.
 
     Returns:
-        float32 [M].
+        float32 [C * M].
     """
-    width, count = sizes.shape
-    errors = torch.empty_like(sizes[0])
+    (width, number), count = sizes.shape, levels.shape[1]
+    errors = torch.empty_like(levels[0])
     factors, period = (sizes, 1) if importance is None else (importance, importance.shape[1])
     with _launching:
         _search_kernels()["errors"][(-(-count // _GROUPS),)](
-            *(sizes, levels, factors, errors, count, width, period),
+            *(sizes, levels, factors, errors, count, number, width, period),
             *(len(levels), importance is not None, _GROUPS),
         )
     return errors
@@ -345,9 +345,10 @@ def _search_kernels() -> Any:
         importance,
         errors,
         count,
+        number,
         width,
         period,
-        number: tl.constexpr,
+        steps: tl.constexpr,
         weighed: tl.constexpr,
         groups: tl.constexpr,
     ):
@@ -355,9 +356,9 @@ def _search_kernels() -> Any:
         mask = group < count
         total = tl.zeros([groups], tl.float32)
         for at in range(width):
-            size = tl.load(sizes + at * count + group, mask=mask, other=0.0)
+            size = tl.load(sizes + at * number + group % number, mask=mask, other=0.0)
             distance = size  # level 0 is zero
-            for level in tl.static_range(1, number):
+            for level in tl.static_range(1, steps):
                 high = tl.load(levels + level * count + group, mask=mask, other=0.0)
                 distance = tl.minimum(distance, tl.abs(size - high))
             error = distance * distance

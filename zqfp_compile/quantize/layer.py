@@ -246,6 +246,8 @@ class _Layers:
             ]
         )
         moments, options = self._moments[place], tasks[0].options
+        if moments is not None and options.algorithm == "gptq":
+            moments.prepare(options.damping, options.correction_damping)
         target = weight if moments is None else corrected(weight, moments, options)
         part = _Part(pieces, options, moments, target, ", ".join(task.name for task in tasks))
         part.round()

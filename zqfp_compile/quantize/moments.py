@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -36,7 +37,9 @@ class InputMoments:
         self.gram = torch.zeros(k, k, device=device)
         self.drift = torch.zeros(k, k, device=device) if cross else None
         self._derived: dict[tuple[str, float], Any] = {}
-        self._lock = threading.RLock()
+        self._locks: dict[tuple[str, float], threading.RLock] = {}
+        self._original: weakref.ref[InputMoments] | None = None  # a cycle would keep their memory
+        self._copies: list[InputMoments] = []
 
     def add(
         self,
@@ -69,7 +72,7 @@ class InputMoments:
                 # Of the difference: what is rounded of it is small against the drift, not against x.
                 moved = torch.sub(_rows(original, self.gram), rows, alpha=factor)
                 self.drift.addmm_(moved.t(), rows, beta=keep, alpha=share)
-        self._derived.clear()
+        self._forget()
 
     def merge(self, other: InputMoments) -> None:
         """Add the tokens of other moments of the same activation, which may lie on another device."""
@@ -80,10 +83,14 @@ class InputMoments:
             if other.drift is None:
                 raise ValueError("one of the moments has no cross moment")
             self.drift.mul_(keep).add_(other.drift.to(self.drift.device), alpha=share)
-        self._derived.clear()
+        self._forget()
 
     def on(self, device: torch.device | str) -> InputMoments:
-        """Return them on a device: themselves, or a copy that is kept until tokens are added."""
+        """Return them on a device: themselves, or a copy that is kept until tokens are added.
+
+        Each factor is computed on one device, and copied: the inverse's on this one, the correction's on that
+        of the first copy. See :meth:`prepare`.
+        """
         if torch.device(device) == self.gram.device:
             return self
         return self._once(f"on {device}", 0.0, lambda _: self._copy(device))
@@ -92,7 +99,16 @@ class InputMoments:
         copy = InputMoments(0, device=device)
         copy.tokens, copy.gram = self.tokens, self.gram.to(device)
         copy.drift = None if self.drift is None else self.drift.to(device)
+        copy._original = weakref.ref(self)
+        self._copies.append(copy)
         return copy
+
+    def prepare(self, damping: float, correction_damping: float) -> None:
+        """Compute the factor that is this device's task, before it waits for another's."""
+        if self._first() is self:
+            self.inverse_factor(damping)
+        elif self.drift is not None:
+            self.correction_factor(correction_damping)
 
     @property
     def cross(self) -> torch.Tensor | None:
@@ -131,6 +147,9 @@ class InputMoments:
         return self._once("conditional", damping, self._conditional_energy)
 
     def _inverse_factor(self, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+        if (first := self._first()) is not self:
+            factor, order = first.inverse_factor(damping)
+            return factor.to(self.gram.device), order.to(self.gram.device)
         order = torch.argsort(self.gram.diagonal(), descending=True, stable=True)
         back = order.flip(0)
         factor = torch.linalg.cholesky(damp(self.gram[back][:, back].double(), damping))
@@ -138,6 +157,9 @@ class InputMoments:
         return _inverse_of_lower(factor).flip(0, 1).float(), order
 
     def _correction_factor(self, damping: float) -> torch.Tensor:
+        copies = self._first()._copies
+        if copies and copies[0] is not self:
+            return copies[0].correction_factor(damping).to(self.gram.device)
         factor: torch.Tensor = torch.linalg.cholesky(damp(self.gram.double(), damping))
         return factor.float()
 
@@ -149,12 +171,22 @@ class InputMoments:
 
     def _once(self, what: str, damping: float, compute: Callable[[float], _T]) -> _T:
         """Return ``compute(damping)``, kept until tokens are added: layers that share an input share it."""
-        with self._lock:
-            key = (what, damping)
+        key = (what, damping)
+        # One for each, as a device waits for another's factor while that waits for its own.
+        with self._locks.setdefault(key, threading.RLock()):
             if key not in self._derived:
                 self._derived[key] = compute(damping)
             result: _T = self._derived[key]
             return result
+
+    def _first(self) -> InputMoments:
+        """Return what this is a copy of, itself otherwise."""
+        original = None if self._original is None else self._original()
+        return self if original is None else original
+
+    def _forget(self) -> None:
+        self._derived.clear()
+        self._copies.clear()
 
 
 def damp(gram: torch.Tensor, damping: float) -> torch.Tensor:

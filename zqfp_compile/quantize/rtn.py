@@ -6,7 +6,7 @@ The search compares *decoded* weights, the values the engine multiplies with, so
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -272,9 +272,9 @@ def _quantize_rows(values: torch.Tensor, rule: _Rule) -> tuple[torch.Tensor, tor
 
 
 def _levels(scales: torch.Tensor, rows: torch.Tensor, rule: _Rule) -> torch.Tensor:
-    """Return the eight magnitudes a decoded weight can take: s [r, G], R [r] -> float32 [8, r * G]."""
+    """Return the eight magnitudes of a decoded weight: s [..., r, G], R [r] -> float32 [8, ... * r * G]."""
     magnitudes = queued(torch.tensor(rule.book.magnitudes, dtype=torch.float32), scales.device)
-    levels = magnitudes[:, None, None] * scales
+    levels = magnitudes.view(-1, *(1 for _ in scales.shape)) * scales
     if rule.constraint != "none":
         levels = round_minifloat(levels, E4M3FN).mul_(rows[:, None])
     return levels.view(len(magnitudes), -1)
@@ -297,11 +297,7 @@ def _choose_scales(
     best_error = torch.full_like(ideal[:, 0], torch.inf)
     best_scales, best_rows = torch.empty_like(ideal), torch.empty_like(best_error)
     for rows, choices in candidates:
-        lowest, scales = torch.full_like(ideal, torch.inf), choices[0]
-        for choice in choices:
-            error = _group_errors(sizes, _levels(choice, rows, rule), rule.importance).view(ideal.shape)
-            scales = torch.where(error < lowest, choice, scales)
-            lowest = torch.minimum(error, lowest)
+        lowest, scales = _best(sizes, rows, choices, rule)
         row_error = over_blocks(lowest.sum(dim=1), rule.scale_rows, torch.sum)
         better = row_error < best_error
         best_error = torch.where(better, row_error, best_error)
@@ -310,12 +306,29 @@ def _choose_scales(
     return best_scales, best_rows
 
 
+def _best(
+    sizes: torch.Tensor, rows: torch.Tensor, choices: Sequence[torch.Tensor], rule: _Rule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each group's smallest error [r, G], and the first of the scales [r, G] that has it."""
+    if fused.measures(sizes):  # all at once: launches cost more than they compute
+        tried = torch.stack(list(choices))
+        errors = _group_errors(sizes, _levels(tried, rows, rule), rule.importance).view(tried.shape)
+        lowest, best = errors.min(dim=0)
+        return lowest, tried.gather(0, best[None])[0]
+    lowest, scales = torch.full_like(choices[0], torch.inf), choices[0]
+    for choice in choices:
+        error = _group_errors(sizes, _levels(choice, rows, rule), rule.importance).view(choice.shape)
+        scales = torch.where(error < lowest, choice, scales)
+        lowest = torch.minimum(error, lowest)
+    return lowest, scales
+
+
 def _group_errors(sizes: torch.Tensor, levels: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
     """Return the squared error [M] of each group when sizes [g, M] take the nearest of the levels [8, M].
 
     Args:
         sizes: Magnitudes; M runs over rows, then groups.
-        levels: Each group's levels, ascending from 0.
+        levels: Each group's levels, ascending from 0; on a GPU of several sets, [8, C * M] -> [C * M].
         importance: Factors [g, G] on the squared errors, alike for all rows.
     """
     if fused.measures(sizes):
@@ -341,8 +354,7 @@ def _candidates(ideal: torch.Tensor, rule: _Rule) -> list[tuple[torch.Tensor, li
     for factor in ROW_FACTORS[rule.constraint]:
         rows = _row_scale(largest, rule) * factor
         wanted = ideal / rows[:, None] * (1 - 1e-6)  # R carries a rounding error
-        steps = SCALE_STEPS[rule.constraint]
-        result.append((rows, [_legal_scale(wanted, step, rule) for step in steps]))
+        result.append((rows, _legal_scales(wanted, SCALE_STEPS[rule.constraint], rule)))
     if rule.constraint == "e4m3" and ideal.shape[1] <= FEW_GROUPS:
         result += _candidates(ideal, replace(rule, constraint="m2"))
     return result
@@ -356,12 +368,13 @@ def _row_scale(largest: torch.Tensor, rule: _Rule) -> torch.Tensor:
     return torch.where(largest > 0, scale / top_scale(rule.constraint, rule.book), 1.0)
 
 
-def _legal_scale(wanted: torch.Tensor, step: int, rule: _Rule) -> torch.Tensor:
-    """Return the legal scale ``step`` places above the smallest one >= ``wanted``, within the range.
+def _legal_scales(wanted: torch.Tensor, steps: Sequence[int], rule: _Rule) -> list[torch.Tensor]:
+    """Return the legal scales so many places above the smallest one >= ``wanted``, within the range.
 
     Without their low mantissa bits, the bits of a float32 count the legal scales upwards.
     """
     dropped = 20 if rule.constraint == "e4m3" else 23
     low, high = torch.tensor([rule.book.min_scale, rule.book.max_scale]).view(torch.int32).tolist()
-    place = ((wanted.view(torch.int32) + ((1 << dropped) - 1)) >> dropped) + step
-    return place.clamp(low >> dropped, high >> dropped).bitwise_left_shift(dropped).view(torch.float32)
+    place = (wanted.view(torch.int32) + ((1 << dropped) - 1)) >> dropped
+    places = [(place + step).clamp_(low >> dropped, high >> dropped) for step in steps]
+    return [each.bitwise_left_shift_(dropped).view(torch.float32) for each in places]

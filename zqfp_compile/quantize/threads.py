@@ -96,16 +96,24 @@ class DeviceThreads:
         """Whether they are GPUs."""
         return torch.device(self.main).type == "cuda"
 
-    def map(self, work: Callable[[int, _Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
+    def map(
+        self, work: Callable[[int, _Item], _Result], items: Sequence[_Item], *, waits: bool = True
+    ) -> Iterator[_Result]:
         """Yield ``work(place, item)`` for each item in order, ``place`` being its device's in ``devices``.
 
         One device computes an item when its result is asked for; several begin at once.
+
+        Args:
+            work: What to do.
+            items: With what.
+            waits: Whether the work waits for its device. What only queues work on GPUs this thread does for
+                all: several would wait for each other at every launch, the interpreter being one.
         """
         mode = torch.is_inference_mode_enabled()
-        if not self._pools:
-            yield from (self._do(work, 0, item, mode) for item in items)
+        places = [index % len(self.devices) for index in range(len(items))]
+        if not self._pools or not waits:
+            yield from (self._do(work, place, item, mode) for place, item in zip(places, items, strict=True))
             return
-        places = [index % len(self._pools) for index in range(len(items))]
         futures = deque(
             self._pools[place].submit(self._do, work, place, item, mode)
             for place, item in zip(places, items, strict=True)

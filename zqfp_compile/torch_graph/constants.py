@@ -40,7 +40,7 @@ class Constants:
         found = self._moved.get(name)
         if found is None:
             with torch.inference_mode(False):
-                self._moved[name] = found = self._home[name].to(self._device)
+                self._moved[name] = found = self._home[name].to(self._device, non_blocking=True)
         return found
 
     def drop(self, name: str) -> None:
