@@ -307,7 +307,10 @@ void copy_ahead(uint32_t to, const void* from) {
   if (to % kBytes || reinterpret_cast<uintptr_t>(from) % kBytes) abort();
   open_copies.push_back([to, from] { std::memcpy(block->at(to), from, kBytes); });
 }
-inline void copy_ahead_or_clear(uint32_t to, const void* from, int bytes, uint64_t = kEvictFirst) {
+template <int kTo = 0, int kFrom = 0>
+void copy_ahead_or_clear(uint32_t to, const void* from, int bytes, uint64_t = kEvictFirst) {
+  to += kTo;
+  from = static_cast<const char*>(from) + kFrom;
   if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16) abort();
   open_copies.push_back([to, from, bytes] {
     std::memset(block->at(to), 0, 16);

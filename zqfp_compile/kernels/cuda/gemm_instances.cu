@@ -9,7 +9,7 @@ namespace {
 template <int kTokens, int kRows, int kSlices, int kCluster, int kPromote>
 Kernel instance(const char* name) {
   using C = Config<kTokens, kRows, kSlices, ZQFP_GROUP, kCluster, kPromote>;
-  static std::atomic<uint64_t> allowed{0};
+  static std::atomic<uint64_t> prepared{0};
   return {name,
           kTokens,
           kRows,
@@ -21,14 +21,14 @@ Kernel instance(const char* name) {
           C::kSharedBytes,
           C::kPartialFloats,
           reinterpret_cast<const void*>(&gemm_kernel<C>),
-          &allowed,
+          &prepared,
           false,
           false};
 }
 
 template <class C, class Params = StripParams>
 Kernel strip_instance(const char* name) {
-  static std::atomic<uint64_t> allowed{0};
+  static std::atomic<uint64_t> prepared{0};
   return {name,
           C::kTokens,
           1,
@@ -40,7 +40,7 @@ Kernel strip_instance(const char* name) {
           C::kTokenOffset + C::kAlignment,
           0,
           reinterpret_cast<const void*>(&strip_kernel<C, Params>),
-          &allowed,
+          &prepared,
           true,
           std::is_same_v<Params, QuantizedStripParams>};
 }

@@ -16,7 +16,7 @@ struct Kernel {
   int shared_bytes;  // of kernels of strips: without x8
   int partial_floats;
   const void* function;
-  std::atomic<uint64_t>* allowed;  // devices, one bit each, on which it may use its shared memory
+  std::atomic<uint64_t>* prepared;  // devices, one bit each, on which it may use its shared memory
   bool strips;     // strip_kernel.cuh
   bool quantizes;  // its tokens, for zqfpQuantizedLinear alone
 };

@@ -6,11 +6,15 @@ namespace zqfp {
 
 bool overlap_kernels = kOverlapByDefault;
 
-zqfpStatus set_attribute_once(const void* function, cudaFuncAttribute attribute, int value, int device,
-                              std::atomic<uint64_t>* done) {
+zqfpStatus prepare_once(const void* function, int shared_bytes, int device, std::atomic<uint64_t>* done) {
   const bool remembered = device < kMaxDevices;
   if (remembered && done->load(std::memory_order_relaxed) >> device & 1) return ZQFP_SUCCESS;
-  ZQFP_RETURN_IF_FAILED(check_cuda(cudaFuncSetAttribute(function, attribute, value), "asking for shared memory"));
+  const char* action = "asking for shared memory";
+  ZQFP_RETURN_IF_FAILED(check_cuda(
+      cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+      action));
+  ZQFP_RETURN_IF_FAILED(check_cuda(
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), action));
   if (remembered) done->fetch_or(uint64_t(1) << device, std::memory_order_relaxed);
   return ZQFP_SUCCESS;
 }

@@ -51,11 +51,9 @@ void fill_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t
   fill_outputs(desc, args, p);
 }
 
-// Past the default limit of shared memory a kernel must ask for it.
 zqfpStatus launch_gemm(const Kernel& kernel, int blocks, int shared_bytes, int device, void* params, void* stream) {
-  ZQFP_RETURN_IF_FAILED(set_attribute_once(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           kernel.strips ? kMaxSharedBytes : kernel.shared_bytes, device,
-                                           kernel.allowed));
+  ZQFP_RETURN_IF_FAILED(prepare_once(kernel.function, kernel.strips ? kMaxSharedBytes : kernel.shared_bytes, device,
+                                     kernel.prepared));
   const LaunchShape shape{blocks, kernel.threads, shared_bytes, kernel.cluster};
   return launch_kernel(kernel.function, shape, params, stream, "launching the GEMM");
 }

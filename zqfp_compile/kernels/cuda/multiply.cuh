@@ -29,8 +29,8 @@ __device__ __forceinline__ void multiply_half(float (&sums)[kColumns / 2], const
   decode_step<kGroup>(codes.x, codes.y, tables, step, weights);
   decode_step<kGroup>(codes.z, codes.w, tables, step + 1, weights + 4);
   ptx::wgmma_fence();
-  Wgmma<kColumns>::e4m3(sums, weights, tokens + 2 * step);  // 32 bytes a step
-  Wgmma<kColumns>::e4m3(sums, weights + 4, tokens + 2 * step + 2);
+  Wgmma<kColumns>::e4m3(sums, weights, ptx::descriptor_after(tokens, 32 * step));
+  Wgmma<kColumns>::e4m3(sums, weights + 4, ptx::descriptor_after(tokens, 32 * step + 32));
   ptx::wgmma_commit();
   ptx::wgmma_wait<1>();
 }

@@ -144,11 +144,12 @@ __device__ __forceinline__ void copy_ahead(uint32_t to, const void* from) {
   }
 }
 
-// `bytes` of 16, the others as zeros.
+// `bytes` of 16, the others as zeros; kTo and kFrom bytes behind the addresses.
+template <int kTo = 0, int kFrom = 0>
 __device__ __forceinline__ void copy_ahead_or_clear(uint32_t to, const void* from, int bytes,
                                                     uint64_t policy = kEvictFirst) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(bytes),
-               "l"(policy)
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0 + %4], [%1 + %5], 16, %2, %3;" ::"r"(to), "l"(from),
+               "r"(bytes), "l"(policy), "n"(kTo), "n"(kFrom)
                : "memory");
 }
 

@@ -43,14 +43,11 @@ constexpr int kReservedBytes = 1024;
 // From so many tokens on reading V less often outweighs having fewer blocks.
 constexpr int64_t kManyTokens = 512;
 
-// A kernel may leave a processor's memory to its L1 cache; these leave it to shared memory, as the GEMM needs it: with
-// another division the next kernel could not start before this one's last block on the processor has ended.
 template <void (*kKernel)(QuantizeParams)>
 zqfpStatus launch(int64_t blocks, int threads, int cluster, int device, QuantizeParams* p, void* stream) {
   static std::atomic<uint64_t> prepared{0};
   const void* function = reinterpret_cast<const void*>(kKernel);
-  ZQFP_RETURN_IF_FAILED(set_attribute_once(function, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                           cudaSharedmemCarveoutMaxShared, device, &prepared));
+  ZQFP_RETURN_IF_FAILED(prepare_once(function, 0, device, &prepared));
   return launch_kernel(function, {int(blocks), threads, 0, cluster}, p, stream, "launching the quantizer");
 }
 
@@ -138,12 +135,9 @@ int choose_slots(int rank, int64_t stages) {
 
 template <class S>
 zqfpStatus quantize_staged(const QuantizeParams& base, int device, int processors, void* stream) {
-  static std::atomic<uint64_t> prepared{0}, allowed{0};
+  static std::atomic<uint64_t> prepared{0};
   const void* function = reinterpret_cast<const void*>(quantize_staged_kernel<S>);
-  ZQFP_RETURN_IF_FAILED(set_attribute_once(function, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                           cudaSharedmemCarveoutMaxShared, device, &prepared));
-  ZQFP_RETURN_IF_FAILED(set_attribute_once(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes,
-                                           device, &allowed));
+  ZQFP_RETURN_IF_FAILED(prepare_once(function, kMaxSharedBytes, device, &prepared));
   StagedParams p{base, 0};
   const int64_t tiles = divide_up(p.m, S::kTokens), stages = divide_up(p.k, S::kColumns);
   p.share = choose_staged_blocks<S>(tiles, stages, 2 * processors);

@@ -148,6 +148,12 @@ class Norm {
     return scale_of_range(largest.pair(0).x);
   }
 
+  // Makes raw that of s alone.
+  __device__ __forceinline__ static void keep_sum(const Eight<T>& s, Raw& raw) {
+    raw.x = s;
+    for (uint32_t& word : raw.skip.word) word = kNothing;
+  }
+
   // s * gamma in float32. The factor comes last: then the largest h of a token is that of its largest s * gamma.
   __device__ __forceinline__ static float2 scale_pair(const Eight<T>& s, const Column& gamma, int i) {
     const float2 a = s.pair(i), b = gamma.pair(i);

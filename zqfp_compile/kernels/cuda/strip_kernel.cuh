@@ -20,50 +20,73 @@
 
 namespace zqfp {
 
-// What a block computes: strips, the same number as any other block or one more, and its first token.
+// What a block computes: every so-manieth strip, as blocks are dealt them in turn, and tokens from `token` on. Blocks that
+// run together so read what lies together: strip 0 to 3 are the four quarters of the same rows' blocks.
 struct StripTile {
-  int first, end;
+  int block, end;  // its number, and that of its strips
   int token;
+
+  template <class Params>
+  __device__ __forceinline__ int place(int strip, const Params& p) const {
+    return strip * p.blocks + block;
+  }
 };
 
 template <class C>
 __device__ __forceinline__ StripTile strip_tile(const StripParams& p) {
   const int token_tile = p.by_blocks.divide(blockIdx.x), block = blockIdx.x - token_tile * p.blocks;
-  return {p.by_blocks.divide(p.strips * block), p.by_blocks.divide(p.strips * (block + 1)), token_tile * C::kTokens};
+  return {block, p.by_blocks.divide(p.strips - block + p.blocks - 1), token_tile * C::kTokens};
 }
 
 template <class C>
 class StripWorker {
  public:
-  __device__ __forceinline__ StripWorker(const StripParams& p, StripShared<C> shared)
+  // `asked`: how many pieces are on their way, none or kAhead.
+  __device__ __forceinline__ StripWorker(const StripParams& p, StripShared<C> shared, int thread, int asked)
       : p_(p),
         shared_(shared),
-        warp_(threadIdx.x / 32),
+        warp_(thread / 32),
         slice_(warp_ % kStripSlices),
-        lane_(threadIdx.x % 32),
+        lane_(thread % 32),
         tile_(strip_tile<C>(p)),
-        load_{tile_.first, warp_ / 4},
-        use_(load_),
-        left_(tile_.first) {
+        load_{0, warp_ / 4 + asked * C::kWarpgroups},
+        use_{0, warp_ / 4},
+        filled_(p.k_blocks - slice_ * p.columns),
+        pieces_(shared.piece(warp_, 0) + lane_ * 16),
+        last_piece_(pieces_ + (C::kAhead - 1) * C::kPieceBytes),
+        piece_(pieces_),
+        scale_copy_(C::kCodeBytes + lane_ * (C::kScaleCopy - 16)) {
     normalize(use_);
+    normalize(load_);
     aim();
   }
 
   // Asks for the first pieces, for which it needs nobody.
   __device__ __forceinline__ void start() {
-    for (int stage = 0; stage < C::kAhead; ++stage) fetch(stage);
+    for (int stage = 0; stage < C::kAhead; ++stage) next_piece();
   }
 
   // `tokens_there`: no chunk of x8 is still on its way.
   __device__ __forceinline__ void run(bool tokens_there) {
     tokens_there_ = tokens_there;
+    // What would otherwise be computed again for each piece.
+    ptx::keep(filled_);
+    ptx::keep(pieces_);
+    ptx::keep(last_piece_);
+    ptx::keep(scale_copy_);
     leave_strips_before(use_);
     while (use_.strip < tile_.end) {
-      const int strip = use_.strip, slot = use_.column * kStripSlices + slice_;
+      const int slot = use_.column * kStripSlices + slice_;
       Sums sums;
 #pragma unroll
       for (float& sum : sums) sum = 0.f;
-      while (use_.strip == strip) step(sums);
+      uint64_t tokens = ptx::descriptor(shared_.tokens() + use_.column * 1024, p_.columns * 1024);
+      do {
+        step(sums, tokens);
+        use_.column += C::kWarpgroups;
+        tokens = ptx::descriptor_after(tokens, C::kWarpgroups * 1024);
+      } while (use_.column < p_.columns);
+      normalize(use_);
       ptx::wgmma_wait<0>();
       ptx::pin(sums);
       wait_for_all_tokens();
@@ -75,7 +98,7 @@ class StripWorker {
  private:
   using Sums = float[C::kColumns / 2];
 
-  // Of a piece: its strip, and its block of K within the quarter.
+  // Of a piece: the number of its strip, and its block of K within the quarter.
   struct Position {
     int strip, column;
   };
@@ -85,62 +108,60 @@ class StripWorker {
   int warp_, slice_, lane_;
   StripTile tile_;
   Position load_, use_;
-  int left_;  // the strip that this warp leaves next
-  int stage_ = 0;
+  int left_ = 0;          // the strip that this warp leaves next
+  int stage_ = 0;         // where its sums go
+  uint32_t parity_ = 1;   // of the wait for room there
+  int filled_;                              // columns of the quarter that exist
+  uint32_t pieces_, last_piece_, piece_;  // the lane's part of the codes in the ring's first, last and next piece
+  uint32_t scale_copy_;                   // from there to its copy of group scales
   bool tokens_there_;
   const uint8_t *codes_, *scales_;
 
   __device__ __forceinline__ void normalize(Position& at) const {
     for (; at.column >= p_.columns; ++at.strip) at.column -= p_.columns;
   }
-  __device__ __forceinline__ void advance(Position& at) const {
-    at.column += C::kWarpgroups;
-    normalize(at);
-  }
 
   // Where the lane's part of the piece at load_ lies.
   __device__ __forceinline__ void aim() {
-    normalize(load_);
-    const int64_t block = int64_t(load_.strip / 4) * p_.k_blocks + slice_ * p_.columns + load_.column;
-    const int quarter = load_.strip % 4;
+    const int strip = tile_.place(load_.strip, p_), quarter = strip % 4;
+    const int64_t block = int64_t(strip / 4) * p_.k_blocks + (slice_ * p_.columns + load_.column);
     const int rows = (quarter * 8 + lane_ / 4) * C::kScaleBytes / C::kScaleCopy * C::kScaleCopy;
-    codes_ = p_.codes + block * kBlockBytes + quarter * (C::kCodeBytes / 2) + lane_ * 16;
+    codes_ = p_.codes + block * kBlockBytes + (quarter * (C::kCodeBytes / 2) + lane_ * 16);
     scales_ = p_.group_scales + block * scale_block_bytes(C::kGroup) + rows;
   }
 
-  // Each lane copies what it will use itself. The last quarter of K may have fewer columns: zeros.
-  __device__ __forceinline__ void fetch(int stage) {
+  // Asks for what will take the piece's place, and goes on to the next. Each lane copies what it will use itself. The last
+  // quarter of K may have fewer columns: zeros.
+  __device__ __forceinline__ void next_piece() {
     if (load_.strip < tile_.end) {
-      const uint32_t to = shared_.piece(warp_, stage);
-      const int bytes = slice_ * p_.columns + load_.column < p_.k_blocks ? 16 : 0;
-      ptx::copy_ahead_or_clear(to + lane_ * 16, codes_, bytes);
-      ptx::copy_ahead_or_clear(to + lane_ * 16 + C::kCodeBytes / 2, codes_ + kBlockBytes / 2, bytes);
-      if (bytes != 0) ptx::copy_ahead<C::kScaleCopy>(to + C::kCodeBytes + lane_ * C::kScaleCopy, scales_);
+      const int bytes = load_.column < filled_ ? 16 : 0;
+      ptx::copy_ahead_or_clear(piece_, codes_, bytes);
+      ptx::copy_ahead_or_clear<C::kCodeBytes / 2, kBlockBytes / 2>(piece_, codes_, bytes);
+      if (bytes != 0) ptx::copy_ahead<C::kScaleCopy>(piece_ + scale_copy_, scales_);
       load_.column += C::kWarpgroups;
       codes_ += C::kWarpgroups * kBlockBytes;
       scales_ += C::kWarpgroups * scale_block_bytes(C::kGroup);
-      if (load_.column >= p_.columns) aim();
+      if (load_.column >= p_.columns) {
+        normalize(load_);
+        aim();
+      }
     }
     ptx::commit_copies();
+    piece_ = piece_ == last_piece_ ? pieces_ : piece_ + C::kPieceBytes;
   }
 
-  __device__ __forceinline__ void step(Sums& sums) {
+  __device__ __forceinline__ void step(Sums& sums, uint64_t tokens) {
     if (!tokens_there_) ptx::barrier_wait(shared_.chunk(use_.column / kStripChunk), 0);
     ptx::wait_copies<C::kAhead - 1>();
-    const uint32_t piece = shared_.piece(warp_, stage_);
-    const uint4 codes = ptx::load_16(piece + lane_ * 16);
-    const uint4 more = ptx::load_16(piece + lane_ * 16 + C::kCodeBytes / 2);
+    const uint4 codes = ptx::load_16(piece_);
+    const uint4 more = ptx::load_16(piece_ + C::kCodeBytes / 2);
     // Where two rows' scales are fewer bytes than can be copied, those of the next rows came with them.
     const int row = lane_ / 4 * C::kScaleBytes % C::kScaleCopy;
-    const auto tables = load_tables<C::kGroup>(piece + C::kCodeBytes + lane_ * C::kScaleCopy + row);
-    const uint64_t tokens = ptx::descriptor(shared_.tokens() + use_.column * 1024, p_.columns * 1024);
+    const auto tables = load_tables<C::kGroup>(piece_ + scale_copy_ + row);
     uint32_t front[8], back[8];
     multiply_half<C::kColumns>(sums, codes, tables, 0, tokens, front);
     multiply_half<C::kColumns>(sums, more, tables, 2, tokens, back);
-
-    fetch(stage_);
-    if (++stage_ == C::kAhead) stage_ = 0;
-    advance(use_);
+    next_piece();
   }
 
   // In its first strip a warp waits for the chunks that it needs; in others it may need those that it did not there.
@@ -152,11 +173,8 @@ class StripWorker {
     tokens_there_ = true;
   }
 
-  __device__ __forceinline__ int stage_of(int strip) const { return (strip - tile_.first) % C::kRing; }
-
   // The columns of this warp's quarter.
   __device__ __forceinline__ void leave_strip(int slot, const Sums& sums) {
-    const int stage = stage_of(left_);
     wait_for_room();
 #pragma unroll
     for (int octet = 0; octet < C::kOctets; ++octet) {
@@ -166,7 +184,7 @@ class StripWorker {
         const float* d = sums + 4 * (octet * kStripSlices + slice);
         if (slice == 0 || slice == slice_) mine = {d[0], d[1], d[2], d[3]};
       }
-      if (C::kTokens >= 8 || lane_ % 4 == slice_) *shared_.sums(stage, slot, octet, lane_) = mine;
+      if (C::kTokens >= 8 || lane_ % 4 == slice_) *shared_.sums(stage_, slot, octet, lane_) = mine;
     }
     arrive();
   }
@@ -180,13 +198,14 @@ class StripWorker {
     }
   }
 
-  __device__ __forceinline__ void wait_for_room() const {
-    ptx::barrier_wait(shared_.empty(stage_of(left_)), ~((left_ - tile_.first) / C::kRing) & 1);
-  }
+  __device__ __forceinline__ void wait_for_room() const { ptx::barrier_wait(shared_.empty(stage_), parity_); }
   __device__ __forceinline__ void arrive() {
     __syncwarp();
-    if (lane_ == 0) ptx::barrier_arrive(shared_.full(stage_of(left_)));
+    if (lane_ == 0) ptx::barrier_arrive(shared_.full(stage_));
     ++left_;
+    if (++stage_ < C::kRing) return;
+    stage_ = 0;
+    parity_ ^= 1;
   }
 };
 
@@ -208,16 +227,16 @@ class StripFinisher {
     }
     load_token_side();
     clear_factor();
-    for (int strip = tile_.first; strip < tile_.end; ++strip) {
-      const int stage = (strip - tile_.first) % C::kRing, round = (strip - tile_.first) / C::kRing;
-      copy_factor(strip);
-      const RowSide rows = load_row_side(strip);
+    for (int strip = 0; strip < tile_.end; ++strip) {
+      const int stage = strip % C::kRing, round = strip / C::kRing, place = tile_.place(strip, p_);
+      copy_factor(place);
+      const RowSide rows = load_row_side(place);
       ptx::barrier_wait(shared_.full(stage), round & 1);
       add_up(stage);
       __syncwarp();
       if (lane_ == 0) ptx::barrier_arrive(shared_.empty(stage));
       finish(rows);
-      store(strip);
+      store(place);
     }
   }
 
@@ -382,11 +401,20 @@ __device__ __forceinline__ void run_strips(const Params& p, char* raw) {
   const StripShared<C> shared{(ptx::shared_address(raw) + 1023u) & ~1023u};
   ptx::release_kernel_after();
   if (threadIdx.x / 32 < C::kWarps) {
-    StripWorker<C> worker(p, shared);
-    worker.start();
-    if constexpr (kMakesTokens) make_tokens(p, shared);
-    ptx::sync_threads(kBarriersReady, C::kThreads);
-    worker.run(kMakesTokens);
+    if constexpr (kMakesTokens) {
+      StripWorker<C>(p, shared, threadIdx.x, 0).start();
+      make_tokens(p, shared);
+      int thread = threadIdx.x;
+      ptx::keep(thread);  // a worker that is made again takes no registers meanwhile
+      StripWorker<C> worker(p, shared, thread, C::kAhead);
+      ptx::sync_threads(kBarriersReady, C::kThreads);
+      worker.run(true);
+    } else {
+      StripWorker<C> worker(p, shared, threadIdx.x, 0);
+      worker.start();
+      ptx::sync_threads(kBarriersReady, C::kThreads);
+      worker.run(false);
+    }
     return;
   }
   if (threadIdx.x % 32 == 0) init_strip_barriers<C>(shared);

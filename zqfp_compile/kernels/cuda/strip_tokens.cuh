@@ -17,33 +17,33 @@ struct TokenStatistics {
   float range;    // largest |h|, of a norm |s * gamma|
 };
 
-// One thread's part.
+// One thread's part. The threads go round a token's eights, one each.
 template <class C, class Source>
 class TokenMaker {
  public:
   using T = typename Source::T;
   static constexpr int kMakers = C::kWarps * 32;
-  static constexpr int kHeld = C::kWarpgroups > 2 ? 2 : 4;  // eights whose loads are under way together
+  static constexpr int kHeld = std::is_same_v<Source, Norm<typename Source::T>> ? 2 : 4;  // rounds whose loads are under way together
   static constexpr bool kNorm = std::is_same_v<Source, Norm<T>>;
-  static_assert(C::kTokens * (kMaxStripColumns / 8 / kMakers) * C::kWarps * sizeof(TokenStatistics) <=
-                C::kRing * C::kStripBytes, "room among the sums");
+  static_assert(C::kTokens * C::kWarps * sizeof(TokenStatistics) <= C::kStripBytes, "room among the sums");
 
   __device__ __forceinline__ TokenMaker(const QuantizedStripParams& p, StripShared<C> shared)
-      : p_(p.from), by_blocks_(p.by_blocks), blocks_(p.blocks), columns_(p.columns), shared_(shared),
-        count_(p_.k / 8), rounds_((count_ + kMakers - 1) / kMakers), source_(p_) {}
+      : all_(p), p_(p.from), shared_(shared), rounds_((p_.k / 8 + kMakers - 1) / kMakers), source_(p_) {}
 
   __device__ __forceinline__ void run() {
     clear();
     if constexpr (kNorm) prefetch_gamma();
     ptx::wait_for_kernel_before();
-    if (kNorm || p_.scale == nullptr) {
-      for_slots([&](const Slot& slot, const Raw& raw, const Column& gamma) { leave(slot, look(slot, raw, gamma)); });
+    const bool looks = kNorm || p_.scale == nullptr;
+    Batch batch;
+    if (looks) {
+#pragma unroll 1
+      for (int token = 0; token < p_.m; ++token) look(token, batch);
       ptx::sync_threads(kBarrierStatistics, kMakers);
     }
-    for_slots([&](const Slot& slot, const Raw& raw, const Column& gamma) {
-      if (slot.round == 0) begin_token(slot.token);
-      if (inside(slot)) store(slot, source_.compute(raw, gamma, factor_));
-    });
+    const bool held = looks && p_.m == 1 && rounds_ <= kHeld;
+#pragma unroll 1
+    for (int token = 0; token < p_.m; ++token) quantize(token, batch, held);
     ptx::publish_to_wgmma();
   }
 
@@ -51,53 +51,48 @@ class TokenMaker {
   using Raw = typename Source::Raw;
   using Column = typename Source::Column;
 
-  // An eight of each thread.
-  struct Slot {
-    int token, round;
+  struct Batch {
+    Raw raw[kHeld];
+    Column gamma[kHeld];
   };
 
+  const QuantizedStripParams& all_;
   const QuantizeParams& p_;
-  const FastDivisor by_blocks_;
-  const int blocks_, columns_;
   StripShared<C> shared_;
-  const int count_, rounds_;  // of a token: eights, and how often they go round the threads
+  const int rounds_;
   const Source source_;
-  typename Source::Row factor_{};
-  Divisor divide_{1.f};
 
-  __device__ __forceinline__ static int at(const Slot& slot) { return slot.round * kMakers + threadIdx.x; }
-  __device__ __forceinline__ bool inside(const Slot& slot) const { return slot.token < p_.m && at(slot) < count_; }
-  __device__ __forceinline__ int64_t place(const Slot& slot) const { return int64_t(slot.token) * p_.k + 8 * at(slot); }
+  __device__ __forceinline__ static int column(int round) { return 8 * (round * kMakers + threadIdx.x); }
 
+  // Goes through a token's rounds; `held`: they are in the batch.
   template <typename Body>
-  __device__ __forceinline__ void for_slots(Body body) const {
-    Slot next{0, 0};
+  __device__ __forceinline__ void for_rounds(int token, Batch& batch, bool held, Body body) const {
 #pragma unroll 1
-    while (next.token < p_.m) {
-      Slot slots[kHeld];
-      Raw raw[kHeld];
-      Column gamma[kHeld];
+    for (int first = 0; first < rounds_; first += kHeld) {
+      if (!held) load(token, first, batch);
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        slots[i] = next;
-        raw[i] = source_.load(place(next), inside(next));
-        gamma[i] = Source::load_column(p_, 8 * at(next), inside(next));
-        if (++next.round == rounds_) next = {next.token + 1, 0};
-      }
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (slots[i].token < p_.m) body(slots[i], raw[i], gamma[i]);
+        if (column(first + i) < p_.k) body(column(first + i), batch.raw[i], batch.gamma[i]);
       }
     }
   }
 
+  __device__ __forceinline__ void load(int token, int first, Batch& batch) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int at = column(first + i);
+      batch.raw[i] = source_.load(int64_t(token) * p_.k + at, at < p_.k);
+      batch.gamma[i] = Source::load_column(p_, at, at < p_.k);
+    }
+  }
+
   __device__ __forceinline__ uint32_t shared_place(int token, int column) const {
-    return shared_.token_place(token, column, columns_);
+    return shared_.token_place(token, column, all_.columns);
   }
 
   // What there is beyond the tokens, and beyond their columns.
   __device__ __forceinline__ void clear() const {
-    const int width = kStripSlices * columns_ * kBlockColumns;
+    const int width = kStripSlices * all_.columns * kBlockColumns;
     for (int i = threadIdx.x; i < width / 16 * C::kTokens; i += kMakers) {
       const int token = i % C::kTokens, column = i / C::kTokens * 16;
       if (token >= p_.m || column >= p_.k) *ptx::shared_pointer<uint4>(shared_place(token, column)) = {};
@@ -106,64 +101,66 @@ class TokenMaker {
 
   // A weight, which may be asked for before the wait.
   __device__ __forceinline__ void prefetch_gamma() const {
-    for (int i = threadIdx.x; i < count_; i += kMakers) ptx::prefetch(static_cast<const T*>(p_.gamma) + 8 * i);
-  }
-
-  // Writes the sum as well: each block a part of it.
-  __device__ __forceinline__ TokenStatistics look(const Slot& slot, const Raw& raw, const Column& gamma) const {
-    TokenStatistics seen{0.f, 0.f};
-    if (!inside(slot)) return seen;
-    if constexpr (kNorm) {
-      const Eight<T> s = source_.add(raw);
-      seen.squares = Source::add_squares(s, seen.squares);
-      seen.range = Source::widen(s, gamma, seen.range);
-      const int owner = at(slot) - by_blocks_.divide(at(slot)) * blocks_;
-      if (p_.sum != nullptr && owner == blockIdx.x) store_eight(s, static_cast<T*>(p_.sum) + place(slot));
-    } else {
-      seen.range = source_.compute(raw).widen(seen.range);
+    for (int round = 0; round < rounds_; ++round) {
+      if (column(round) < p_.k) ptx::prefetch(static_cast<const T*>(p_.gamma) + column(round));
     }
-    return seen;
   }
 
-  __device__ __forceinline__ TokenStatistics* statistics(const Slot& slot) const {
-    return reinterpret_cast<TokenStatistics*>(shared_.sums(0, 0, 0, 0)) +
-           (slot.token * rounds_ + slot.round) * C::kWarps;
+  __device__ __forceinline__ TokenStatistics* statistics(int token) const {
+    return reinterpret_cast<TokenStatistics*>(shared_.sums(0, 0, 0, 0)) + token * C::kWarps;
   }
 
-  __device__ __forceinline__ void leave(const Slot& slot, TokenStatistics seen) const {
+  // Leaves the warp's statistics and, of a norm, x + skip in the place of both; writes the sum, each block a part of it.
+  __device__ __forceinline__ void look(int token, Batch& batch) const {
+    TokenStatistics seen{0.f, 0.f};
+    for_rounds(token, batch, false, [&](int column, Raw& raw, const Column& gamma) {
+      if constexpr (kNorm) {
+        const Eight<T> s = source_.add(raw);
+        Source::keep_sum(s, raw);
+        seen.squares = Source::add_squares(s, seen.squares);
+        seen.range = Source::widen(s, gamma, seen.range);
+        const int eight = column / 8, owner = eight - all_.by_blocks.divide(eight) * all_.blocks;
+        if (p_.sum == nullptr || owner != int(blockIdx.x)) return;
+        store_eight(s, static_cast<T*>(p_.sum) + int64_t(token) * p_.k + column);
+      } else {
+        seen.range = source_.compute(raw).widen(seen.range);
+      }
+    });
     if constexpr (kNorm) seen.squares = add_lanes(seen.squares);
     seen.range = largest_of_lanes(seen.range);
-    if (threadIdx.x % 32 == 0) statistics(slot)[threadIdx.x / 32] = seen;
+    if (threadIdx.x % 32 == 0) statistics(token)[threadIdx.x / 32] = seen;
   }
 
-  // Its scale and, of a norm, its factor.
-  __device__ __forceinline__ void begin_token(int token) {
-    float scale = p_.scale != nullptr ? *p_.scale : 0.f;
-    if (kNorm || p_.scale == nullptr) {
-      const int lane = threadIdx.x % 32;
-      float squares = 0.f, range = 0.f;
-      for (int round = 0; round < rounds_; ++round) {
-        if (lane >= C::kWarps) break;
-        const TokenStatistics seen = statistics({token, round})[lane];
-        squares += seen.squares;
-        range = fmaxf(range, seen.range);
-      }
-      range = largest_of_lanes(range);
-      if constexpr (kNorm) {
-        factor_ = Source::factor_of(add_lanes(squares), p_.k, p_.epsilon);
-        if (p_.scale == nullptr) scale = Source::scale_of(range, factor_);
-      } else {
-        scale = scale_of_range(range);
-      }
+  // Scale and, of a norm, factor of a token.
+  struct TokenNumbers {
+    float scale;
+    typename Source::Row factor;
+  };
+
+  __device__ __forceinline__ TokenNumbers numbers_of(int token) const {
+    TokenNumbers numbers{p_.scale != nullptr ? *p_.scale : 0.f, {}};
+    if (!kNorm && p_.scale != nullptr) return numbers;
+    const int lane = threadIdx.x % 32;
+    TokenStatistics seen{0.f, 0.f};
+    if (lane < C::kWarps) seen = statistics(token)[lane];
+    const float range = largest_of_lanes(seen.range);
+    if constexpr (kNorm) {
+      numbers.factor = Source::factor_of(add_lanes(seen.squares), p_.k, p_.epsilon);
+      if (p_.scale == nullptr) numbers.scale = Source::scale_of(range, numbers.factor);
+    } else {
+      numbers.scale = scale_of_range(range);
     }
-    if (threadIdx.x == 0) *shared_.token_scale(token) = scale;
-    divide_ = Divisor(scale);
+    return numbers;
   }
 
-  __device__ __forceinline__ void store(const Slot& slot, const Eight<T>& h) const {
-    const int column = 8 * at(slot);
-    *ptx::shared_pointer<uint2>(shared_place(slot.token, column / 16 * 16) + column % 16) =
-        quantize_eight(h, divide_);
+  __device__ __forceinline__ void quantize(int token, Batch& batch, bool held) const {
+    const TokenNumbers numbers = numbers_of(token);
+    if (threadIdx.x == 0) *shared_.token_scale(token) = numbers.scale;
+    const Divisor divide(numbers.scale);
+    for_rounds(token, batch, held, [&](int column, const Raw& raw, const Column& gamma) {
+      const Eight<T> h = source_.compute(raw, gamma, numbers.factor);
+      *ptx::shared_pointer<uint2>(shared_place(token, column / 16 * 16) + column % 16) = quantize_eight(h, divide);
+    });
   }
 };
 
