@@ -335,7 +335,8 @@ def _extract(
 ) -> tuple[ir.Model, ir.Node | None]:
     """Return a model from the layer's activation to its output, with ``w_hat`` as a second output.
 
-    Weights stay where they are. The second result is the layer's ``W4A8Linear`` in the copy, ``None`` when its weight is not quantised.
+    Weights stay where they are. The second result is the layer's ``W4A8Linear`` in the copy, ``None`` when
+    its weight is not quantised.
     """
     if site.activation not in values or site.output not in values:
         raise AccuracyError(

@@ -89,8 +89,8 @@ def save_model(
 ) -> None:
     """Write a model and, beside it, one external data file.
 
-    Nothing is flushed to the disk: whoever owns the folder does that once, when it is complete. Weights stream
-    from where they are, one at a time at most in memory. ``model`` is left as it was.
+    Nothing is flushed to the disk: whoever owns the folder does that once, when it is complete. Weights
+    stream from where they are, one at a time at most in memory. ``model`` is left as it was.
 
     Args:
         model: The model; files get its opset and at least IR version 10 (overloads of functions).

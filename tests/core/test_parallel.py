@@ -56,7 +56,9 @@ def test_errors_are_those_of_the_work() -> None:
     with Processes(2) as processes:
         with pytest.raises(RuntimeError, match=r"in a worker: Traceback[\s\S]*ZeroDivisionError"):
             list(processes.as_completed(eval, ["1 / 0", "__import__('time').sleep(0.3) or 7"]))
-        assert sorted(processes.as_completed(eval, ["1", "2"])) == [(0, 1), (1, 2)], "nothing of the failed one is left"
+        assert sorted(processes.as_completed(eval, ["1", "2"])) == [(0, 1), (1, 2)], (
+            "nothing of the failed one is left"
+        )
 
 
 def test_diagnosed_errors_keep_their_class_and_line(tmp_path: Path) -> None:
