@@ -144,12 +144,12 @@ def family(process: int) -> list[int]:
 
 
 def family_seconds(process: int) -> float:
-    """User and system time of a process and its descendants so far."""
+    """User and system time of a process and its descendants so far, also of those that have ended."""
     ticks = 0
     for each in family(process):
         with suppress(OSError):
             fields = Path(f"/proc/{each}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
+            ticks += sum(map(int, fields[11:15]))  # its own, and its children's that it has waited for
     return ticks / os.sysconf("SC_CLK_TCK")
 
 

@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 
 from zqfp_compile.backends.ort import check_memory, create_session
 from zqfp_compile.calibrate.widen import widen_bfloat16
+from zqfp_compile.disk import read_chunks
 from zqfp_compile.errors import AccuracyError
 from zqfp_compile.formats.minifloat import MINI_FLOATS
 from zqfp_compile.plan import EmbeddingSite, LinearSite, QuantPlan
@@ -143,15 +145,17 @@ def certify(
         with reading:
             model, linear = _extract(artifact, values, site)
             bias = original_bias(site)
-        if bias is not None and linear is not None:  # W4A8Linear holds beta * C in the layer's type
-            bias = bias.astype(site.dtype.numpy()).astype(np.float32)
-        alone = _serialize(model, site, quantized=linear is not None)
-        del model, linear
-        key = "" if work is None else _digest(alone, site, x)
+        key = "" if work is None else _digest(model, site, x)
         found = None if work is None else work.find(f"check-{key}")
         if found is not None:
             equal, *figures = (array.item() for array in found)
             return LayerCheck(site.name, site.k, site.n, equal, *figures)
+        if bias is not None and linear is not None:  # W4A8Linear holds beta * C in the layer's type
+            bias = bias.astype(site.dtype.numpy()).astype(np.float32)
+        with reading:
+            ir.external_data.load_to_model(model)
+        alone = _serialize(model, site, quantized=linear is not None)
+        del model, linear
         layer = _check_layer(alone, plan, site, x, original_weight, bias, reading)
         if work is not None and layer.ok:
             figures = [layer.weight_bit_equal, layer.max_rel_error, layer.tolerance, layer.sqnr_db]
@@ -195,9 +199,17 @@ def _serialize(model: ir.Model, site: LinearSite, quantized: bool) -> _Alone:
     return _Alone(content, 2 if shape is None else len(shape), quantized)
 
 
-def _digest(alone: _Alone, site: LinearSite, rows: Float32) -> str:
-    """A digest of a layer as the artifact has it, weights included, and of the rows it is compared on."""
-    digest = hashlib.sha256(alone.content)
+def _digest(model: ir.Model, site: LinearSite, rows: Float32) -> str:
+    """A digest of a layer as the artifact has it, weights included, and of the rows it is compared on.
+
+    Weights are hashed where they are: a layer whose verdict is known is never loaded.
+    """
+    digest = hashlib.sha256(ir.to_proto(model).SerializeToString(deterministic=True))
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            for chunk in read_chunks(Path(tensor.path), tensor.offset or 0, tensor.nbytes):
+                digest.update(chunk)
     digest.update(repr(site).encode())
     digest.update(rows.tobytes())
     return digest.hexdigest()
@@ -323,7 +335,8 @@ def _extract(
 ) -> tuple[ir.Model, ir.Node | None]:
     """Return a model from the layer's activation to its output, with ``w_hat`` as a second output.
 
-    The second result is the layer's ``W4A8Linear`` in the copy, ``None`` when its weight is not quantised.
+    Weights stay where they are. The second result is the layer's ``W4A8Linear`` in the copy, ``None`` when
+    its weight is not quantised.
     """
     if site.activation not in values or site.output not in values:
         raise AccuracyError(
@@ -352,9 +365,7 @@ def _extract(
             decoded.name, decoded.dtype = "w_hat", ir.DataType.FLOAT
             graph.outputs.append(decoded)
         functions.append(function)
-    model = ir.Model(graph, ir_version=artifact.ir_version, functions=functions)
-    ir.external_data.load_to_model(model)
-    return model, linear
+    return ir.Model(graph, ir_version=artifact.ir_version, functions=functions), linear
 
 
 def _set_types(graph: ir.Graph, site: LinearSite) -> None:

@@ -120,6 +120,15 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_chunks(path: Path, offset: int, length: int) -> Iterator[bytes]:
+    """Yield a part of a file in pieces; fewer bytes when it ends before."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        while length > 0 and (chunk := file.read(min(length, _CHUNK))):
+            length -= len(chunk)
+            yield chunk
+
+
 def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """Return the hex digest of a file; ``progress`` is called with the bytes read since the last call."""
     digest = hashlib.sha256()

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from zqfp_compile.disk import format_bytes, fsync_path, full_disk_errors
+from zqfp_compile.disk import format_bytes, full_disk_errors
 from zqfp_compile.errors import ModelError, UsageError
 from zqfp_compile.hub_cache import HubLinks
 from zqfp_compile.model_checks import check_model
@@ -87,9 +87,10 @@ def save_model(
     data_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write a model and, beside it, one external data file; both are flushed to the disk.
+    """Write a model and, beside it, one external data file.
 
-    Weights stream from where they are, one at a time at most in memory. ``model`` is left as it was.
+    Nothing is flushed to the disk: whoever owns the folder does that once, when it is complete. Weights
+    stream from where they are, one at a time at most in memory. ``model`` is left as it was.
 
     Args:
         model: The model; files get its opset and at least IR version 10 (overloads of functions).
@@ -111,9 +112,6 @@ def save_model(
 
     with full_disk_errors(data), _at_least_ir_version(model, MIN_SAVED_IR_VERSION):
         ir.save(model, path, external_data=data.name, callback=report)
-        for file in (data, path, path.parent):
-            if file.exists():
-                fsync_path(file)
 
 
 def _read_proto(path: Path) -> onnx.ModelProto:

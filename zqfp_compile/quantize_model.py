@@ -46,7 +46,7 @@ def quantize_model(
 
     Each layer gets the format and the rank of ``plan.precision``; LoRC is ``x @ V @ U`` of ``W - W_hat``
     (ZeroQuant-V2, section 5). Linears that share a weight and its precision share its tensors. Weights that
-    ``store`` has from an earlier run are left as they are; the others are work items, stored in graph order.
+    ``store`` has from an earlier run are left as they are; the others are work items.
 
     Args:
         model: Model the weights are read from (memory-mapped external data).
@@ -73,12 +73,13 @@ def quantize_model(
         key = _weight_key(plan, site)
         if key not in done and key not in items:
             items[key] = _item(model, plan, site, loudness.get(site.weight), seed)
-    missing = {key: item for key, item in items.items() if item.key not in store}
+    missing = [item for item in items.values() if item.key not in store]
     progress(len(items) - len(missing), len(items), "")
-    results = (executor or InProcess()).map(quantize_item, list(missing.values()))
-    for index, (item, packed) in enumerate(zip(missing.values(), results, strict=True), 1):
-        store.add(item.key, packed)
-        progress(len(items) - len(missing) + index, len(items), item.name)
+    results = (executor or InProcess()).as_completed(quantize_item, missing)
+    # Stored at once, in whatever order: a kill costs what is under way, not what waits for its turn.
+    for count, (index, packed) in enumerate(results, 1 + len(items) - len(missing)):
+        store.add(missing[index].key, packed)
+        progress(count, len(items), missing[index].name)
     for key, item in items.items():
         done[key] = _tensors(store.get(item.key) or {})
     return plan.replace(tensors={site.name: done[_weight_key(plan, site)] for site in sites})

@@ -9,20 +9,21 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from zqfp_compile.disk import full_disk_errors
+from zqfp_compile.disk import full_disk_errors, read_chunks
 
 _ALIGNMENT = 64
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,32 +205,24 @@ def _intact_items(journal: Path, data: Path) -> dict[str, dict[str, Any]]:
     Nothing is flushed to the disk while a compile runs: after a power cut the digests tell what got there.
     """
     items: dict[str, dict[str, Any]] = {}
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a line that was being written
         lines = journal.read_text(encoding="utf-8").splitlines()
-        with data.open("rb") as file:
-            for line in lines:
-                item = json.loads(line)
-                if _digest(file, item) != item["sha256"]:
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            for item in pool.map(partial(_intact, data), lines):
+                if item is None:
                     break
                 items[item["key"]] = item
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # a line that was being written, or no files at all
     return items
 
 
-def _digest(file: IO[bytes], item: Mapping[str, Any]) -> str:
+def _intact(data: Path, line: str) -> dict[str, Any] | None:
+    """Return the item of a line of the journal; ``None`` when its bytes are others."""
+    item: dict[str, Any] = json.loads(line)
     digest = hashlib.sha256()
     for entry in item["tensors"].values():
-        for chunk in _chunks(file, entry["offset"], entry["length"]):
+        for chunk in read_chunks(data, entry["offset"], entry["length"]):
             digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _chunks(file: IO[bytes], offset: int, length: int) -> Iterator[bytes]:
-    file.seek(offset)
-    while length > 0 and (chunk := file.read(min(length, _CHUNK))):
-        length -= len(chunk)
-        yield chunk
+    return item if digest.hexdigest() == item["sha256"] else None
 
 
 def _pack_int4(name: str, array: np.ndarray) -> npt.NDArray[np.uint8]:

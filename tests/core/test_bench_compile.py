@@ -52,3 +52,22 @@ def test_killed_after_so_much_work(tool, tiny_model, tmp_path: Path) -> None:  #
         tool.compile_once(model, output, ["--target", "nothing"])
     assert other.poll() is None, "it waited for a process that is none of its own"
     other.communicate(b"\n")
+
+
+_BURN = "import time\nwhile time.process_time() < 0.4: pass"
+_PARENT = f"""
+import subprocess, sys
+subprocess.run([sys.executable, "-c", {_BURN!r}])
+print(flush=True)
+input()
+"""
+
+
+def test_the_time_of_processes_that_ended_counts(tool) -> None:  # type: ignore[no-untyped-def]
+    """Workers end before the certificate: a kill is due all the same."""
+    command = [sys.executable, "-c", _PARENT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        assert tool.family_seconds(parent.pid) > 0.35
+        parent.communicate(b"\n")

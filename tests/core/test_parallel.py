@@ -1,4 +1,4 @@
-"""Executors: the same results in the same order whoever works, errors in one line, nobody left behind."""
+"""Executors: the same results whoever works, as they are finished, errors in one line, nobody left behind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -20,36 +21,44 @@ from zqfp_compile.parallel.processes import Processes
 
 
 # Work of the standard library: the workers of a test do not see this file.
-def test_results_come_in_order() -> None:
+def test_every_item_comes_once_with_its_result() -> None:
     items = [5, 3, 0, 8, 1, 13, 2]
     with Processes(2) as processes:
-        assert list(processes.map(str, items)) == list(InProcess().map(str, items)) == list(map(str, items))
-        assert list(processes.map(len, ["again", "the", "same workers"])) == [5, 3, 12]
-        assert list(processes.map(str, [])) == []
+        for executor in (processes, InProcess()):
+            assert sorted(executor.as_completed(str, items)) == list(enumerate(map(str, items)))
+        assert sorted(processes.as_completed(len, ["again", "the same workers"])) == [(0, 5), (1, 16)]
+        assert list(processes.as_completed(str, [])) == []
 
 
-def test_slow_items_do_not_mix_up_the_order() -> None:
-    items = ["__import__('time').sleep(0.3) or 0", "1", "2", "3", "4"]
+def test_what_is_finished_does_not_wait_for_a_slow_item(tmp_path: Path) -> None:
+    """It would be lost if the compile were killed: the first item ends when the others have been taken."""
+    last = tmp_path / "others-are-taken"
+    wait = f"import os, time\nfor _ in range(3000):\n os.path.exists({str(last)!r}) or time.sleep(0.01)"
     with Processes(2) as processes:
-        assert list(processes.map(eval, items)) == list(range(5))
+        taken = processes.as_completed(exec, [wait, "1", "2", "3", "4"])
+        assert sorted(index for index, _ in islice(taken, 4)) == [1, 2, 3, 4]
+        last.touch()
+        assert list(taken) == [(0, None)]
 
 
 def test_few_are_ahead_of_the_one_taken(tmp_path: Path) -> None:
     """Results that nobody takes must not pile up in memory."""
     folders = [str(tmp_path / str(index)) for index in range(20)]
     with Processes(2) as processes:
-        results = processes.map(os.mkdir, folders)
+        results = processes.as_completed(os.mkdir, folders)
         next(results)
         time.sleep(0.5)
         assert len(list(tmp_path.iterdir())) <= 5
-        assert list(results) == [None] * 19
+        assert len(list(results)) == 19
 
 
 def test_errors_are_those_of_the_work() -> None:
     with Processes(2) as processes:
         with pytest.raises(RuntimeError, match=r"in a worker: Traceback[\s\S]*ZeroDivisionError"):
-            list(processes.map(eval, ["1 / 0", "__import__('time').sleep(0.3) or 7"]))
-        assert list(processes.map(eval, ["1", "2"])) == [1, 2], "nothing of the failed one is left"
+            list(processes.as_completed(eval, ["1 / 0", "__import__('time').sleep(0.3) or 7"]))
+        assert sorted(processes.as_completed(eval, ["1", "2"])) == [(0, 1), (1, 2)], (
+            "nothing of the failed one is left"
+        )
 
 
 def test_diagnosed_errors_keep_their_class_and_line(tmp_path: Path) -> None:
@@ -66,13 +75,13 @@ def test_diagnosed_errors_keep_their_class_and_line(tmp_path: Path) -> None:
 
 def test_a_killed_worker_is_one_line() -> None:
     with Processes(2) as processes, pytest.raises(MissingDependencyError, match=r"killed.*--jobs") as caught:
-        list(processes.map(eval, ["1", "__import__('os').kill(__import__('os').getpid(), 9)", "3"]))
+        list(processes.as_completed(eval, ["1", "__import__('os').kill(__import__('os').getpid(), 9)", "3"]))
     assert "\n" not in str(caught.value)
 
 
 def test_a_crashed_worker_is_one_line() -> None:
     with Processes(2) as processes, pytest.raises(MissingDependencyError, match=r"ended.*--jobs 1"):
-        list(processes.map(eval, ["__import__('os')._exit(3)"]))
+        list(processes.as_completed(eval, ["__import__('os')._exit(3)"]))
 
 
 _PARENT = """
@@ -80,8 +89,9 @@ import sys
 from zqfp_compile.parallel.processes import Processes
 
 with Processes(2) as processes:
-    results = processes.map(eval, ["__import__('os').getpid()"] * 2 + ["__import__('time').sleep(60)"] * 2)
-    print(next(results), next(results), flush=True)
+    items = ["__import__('os').getpid()"] * 2 + ["__import__('time').sleep(60)"] * 2
+    results = processes.as_completed(eval, items)
+    print(next(results)[1], next(results)[1], flush=True)
     next(results)
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -15,9 +16,11 @@ from passes.quantize_activations import QuantizeActivations
 from passes.remove_unused import RemoveUnused
 from zqfp_compile.certificate import Certificate, certify
 from zqfp_compile.errors import AccuracyError
+from zqfp_compile.model_io import load_model, save_model
 from zqfp_compile.plan import QuantPlan, SitePrecision, WeightSource
 from zqfp_compile.report.metrics import sqnr_db
 from zqfp_compile.weights import read_bias, read_weight
+from zqfp_compile.work_folder import WorkFolder
 
 pytest.importorskip("onnxruntime")
 
@@ -44,7 +47,13 @@ def rows(case: Case) -> np.ndarray:
     return x.astype(NUMPY[case.dtype]).astype(np.float32)
 
 
-def check(case: Case, model: ir.Model, plan: QuantPlan, original: ir.Model | None = None) -> Certificate:
+def check(
+    case: Case,
+    model: ir.Model,
+    plan: QuantPlan,
+    original: ir.Model | None = None,
+    work: WorkFolder | None = None,
+) -> Certificate:
     original = original or float_model(case)
     return certify(
         model,
@@ -52,6 +61,7 @@ def check(case: Case, model: ir.Model, plan: QuantPlan, original: ir.Model | Non
         {"x": rows(case)},
         lambda site: read_weight(original, site.weight),
         original_bias=lambda site: read_bias(original, site),
+        work=work,
     )
 
 
@@ -253,6 +263,26 @@ def test_function_without_decoded_weight_is_a_mismatch() -> None:
     for function in model.functions.values():
         next(value for node in function for value in node.outputs if value.name == "w_hat").name = "other"
     assert check(case, model, plan).mismatches == 2
+
+
+def test_a_verdict_holds_for_the_bytes_it_was_made_on(tmp_path: Path) -> None:
+    """One that is kept is found again by the weights in the artifact's data file, not by their place."""
+    case = Case(lorc=True)
+    made, plan = artifact(case)
+    path = tmp_path / "model.onnx"
+    save_model(made, path)
+    with WorkFolder(tmp_path / "work", "key") as work:
+        first = check(case, load_model(path), plan, work=work)
+        kept = {file.name: file.stat().st_mtime_ns for file in work.path.iterdir()}
+        assert check(case, load_model(path), plan, work=work) == first
+        assert {file.name: file.stat().st_mtime_ns for file in work.path.iterdir()} == kept
+        codes = load_model(path).graph.initializers["attn.q.codes"].const_value
+        assert isinstance(codes, ir.ExternalTensor)
+        content = bytearray(Path(codes.path).read_bytes())
+        content[codes.offset or 0] = 0x22 if content[codes.offset or 0] == 0x11 else 0x11
+        Path(codes.path).write_bytes(content)
+        changed = check(case, load_model(path), plan, work=work)
+    assert [layer.ok for layer in first.layers + changed.layers] == [True, True, False, True]
 
 
 def test_zero_comparisons_is_a_failure() -> None:

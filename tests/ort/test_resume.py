@@ -174,7 +174,7 @@ def test_going_on_does_less(
         assert str(_work(output)) in notes(caught.value)[0]
         kept.append({path.name: path.stat().st_mtime_ns for path in _work(output).glob("*.npz")})
         kept[-1]["journal"] = (_work(output) / "tensors.jsonl").read_text()
-    assert kept[0] == kept[1] and len(kept[0]) == 14 + 3 + 1 and _items(_work(output)) == 14
+    assert kept[0] == kept[1] and len(kept[0]) == 14 + 3 + 1 + 1 and _items(_work(output)) == 14
     assert GOES_ON in _compile(tiny_model("llama"), output, {**RTN, "builder_timeout": 99})
     assert _bytes(output) == whole["rtn"]
 

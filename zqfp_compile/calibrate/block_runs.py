@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,9 @@ class BlockRuns:
     """Runs of the blocks of a model; without blocks the whole model is one.
 
     Of every run of a block the measurements are kept, and what it hands on until the next block has run.
+
+    Attributes:
+        prefix: Of the names that they are kept under.
     """
 
     def __init__(
@@ -67,10 +71,9 @@ class BlockRuns:
         self._model = model
         self._blocks = blocks if len(blocks) > 1 else [Block(Segment((), (), ()), tuple(names), frozenset())]
         self._widens = uses_bfloat16(model)
-        self._halves = _float16_values(model) if len(blocks) > 1 else frozenset()
         self._work = work or _Memory()
         cuts = [(block.measured, sorted(block.kept)) for block in self._blocks]
-        self._prefix = f"calibration-{hashlib.sha256(repr((what, cuts)).encode()).hexdigest()[:16]}"
+        self.prefix = f"calibration-{hashlib.sha256(repr((what, cuts)).encode()).hexdigest()[:16]}"
 
     def run(self, feeds: Sequence[Mapping[str, Array]], progress: Progress) -> dict[str, list[Measured]]:
         """Return the measurements of every run by name.
@@ -111,7 +114,7 @@ class BlockRuns:
         if block.kept:
             kept = [values[name] for name in sorted(block.kept)]
             self._work.keep(self._values_name(index, sample), kept)
-        self._work.keep(f"{self._prefix}-{index}-{sample}", statistics)
+        self._work.keep(f"{self.prefix}-{index}-{sample}", statistics)
         self._work.drop(self._values_name(index - 1, sample))
         return measured
 
@@ -119,7 +122,7 @@ class BlockRuns:
         """Return what is found of a sample, from the first block on, if it can go on from there."""
         found: list[dict[str, Measured]] = []
         for index, block in enumerate(self._blocks):
-            statistics = self._work.find(f"{self._prefix}-{index}-{sample}")
+            statistics = self._work.find(f"{self.prefix}-{index}-{sample}")
             if statistics is None:
                 # Values may be lost after a power cut.
                 return found if found and self._values(index - 1, sample) else []
@@ -132,7 +135,11 @@ class BlockRuns:
         return {} if arrays is None else dict(zip(sorted(self._blocks[index].kept), arrays, strict=True))
 
     def _values_name(self, index: int, sample: int) -> str:
-        return f"{self._prefix}-{index}-{sample}-values"
+        return f"{self.prefix}-{index}-{sample}-values"
+
+    @cached_property
+    def _halves(self) -> frozenset[str | None]:
+        return _float16_values(self._model)
 
     def _open(self, block: Block, inputs: Mapping[str, Array]) -> Any:
         if len(self._blocks) == 1:

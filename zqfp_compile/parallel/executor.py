@@ -1,7 +1,7 @@
 """What does the work items, and the one that does them here and now.
 
 An item is a value that can be pickled, the work a function of a module. Who works on it and how many do at
-once changes nothing about a result, so every executor gives the same results in the same order.
+once changes nothing about a result, only which one is finished first.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ Result = TypeVar("Result")
 class Executor(Protocol):
     """Does work items."""
 
-    def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        """Yield ``work(item)`` for each item, in their order; only a few are ahead of the one taken.
+    def as_completed(
+        self, work: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield (index, ``work(items[index])``) for each item as soon as it is finished.
+
+        A result that nobody takes keeps its worker waiting: only a few are ahead of the one taken.
 
         Raises:
             ZqfpError: What the work raised, or ``MissingDependencyError`` when who does it is lost.
@@ -32,9 +36,11 @@ class Executor(Protocol):
 class InProcess:
     """Does one item after the other in this process: an :class:`Executor`."""
 
-    def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        """See :meth:`Executor.map`."""
-        return map(work, items)
+    def as_completed(
+        self, work: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Result]]:
+        """See :meth:`Executor.as_completed`."""
+        return enumerate(map(work, items))
 
 
 @dataclass(frozen=True)

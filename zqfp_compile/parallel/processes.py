@@ -39,33 +39,37 @@ class Processes:
         self._jobs = jobs
         self._workers: dict[Connection, subprocess.Popen[bytes]] = {}
 
-    def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        """See :meth:`Executor.map`."""
+    def as_completed(
+        self, work: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Result]]:
+        """See :meth:`Executor.as_completed`."""
         try:
-            yield from self._map(work, items)
+            yield from self._as_completed(work, items)
         except BaseException:  # also when nobody takes the rest: what is still worked on must not come later
             self.close()
             raise
 
-    def _map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    def _as_completed(
+        self, work: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Result]]:
         while len(self._workers) < min(self._jobs, len(items)):
             self._start()
+        rest = iter(range(len(items)))
         busy: dict[Connection, int] = {}
-        finished: dict[int, Outcome] = {}
-        given = taken = 0
-        while taken < len(items):
-            for channel in self._workers:
-                # A slow item must not let the results behind it pile up.
-                if channel not in busy and given < min(len(items), taken + 2 * self._jobs):
-                    self._give(channel, (work, items[given]))
-                    busy[channel] = given
-                    given += 1
-            if taken in finished:
-                yield finished.pop(taken).unwrap()
-                taken += 1
-                continue
+
+        def give(channel: Connection) -> None:
+            index = next(rest, None)
+            if index is not None:
+                self._give(channel, (work, items[index]))
+                busy[channel] = index
+
+        for channel in self._workers:
+            give(channel)
+        while busy:
             for channel in cast("list[Connection]", wait(list(busy))):
-                finished[busy.pop(channel)] = self._take(channel)
+                index, outcome = busy.pop(channel), self._take(channel)
+                give(channel)  # which need not wait while its result is stored
+                yield index, outcome.unwrap()
 
     def _start(self) -> None:
         ours, theirs = Pipe()

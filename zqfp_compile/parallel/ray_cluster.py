@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from types import TracebackType
 from typing import Any
 
@@ -29,33 +29,38 @@ class RayCluster:
         self._address = address
         self._ray: Any = None
 
-    def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        """See :meth:`Executor.map`."""
+    def as_completed(
+        self, work: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Result]]:
+        """See :meth:`Executor.as_completed`."""
         ray = self._ray
         remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(attempt)
-        # As many again as run are queued: a worker never waits for the one whose turn it is.
+        # As many again as run are queued: a worker never waits while a result is stored.
         ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-        pending: deque[Any] = deque()
-        rest = iter(items)
+        pending: dict[Any, int] = {}
+        rest = iter(range(len(items)))
         try:
             for _ in items:
-                while len(pending) < ahead and (following := next(rest, None)) is not None:
-                    pending.append(remote.remote(work, following))
-                yield self._result(pending.popleft()).unwrap()
+                for index in islice(rest, ahead - len(pending)):
+                    pending[remote.remote(work, items[index])] = index
+                index, outcome = self._finished(pending)
+                yield index, outcome.unwrap()
         finally:
             for reference in pending:
                 ray.cancel(reference, force=True)
 
-    def _result(self, reference: Any) -> Outcome:
+    def _finished(self, pending: dict[Any, int]) -> tuple[int, Outcome]:
+        """Wait for one of the items, and take it out."""
         try:
-            outcome: Outcome = self._ray.get(reference)
+            (ready,), _ = self._ray.wait(list(pending), num_returns=1)
+            index, outcome = pending.pop(ready), self._ray.get(ready)
         except self._ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
             raise MissingDependencyError(
                 f"--cluster {self._address}: an item failed on {_RETRIES + 1} workers ({reason}); "
                 "look at the cluster with: ray status"
             ) from error
-        return outcome
+        return index, outcome
 
     def __enter__(self) -> RayCluster:
         """Connect.
