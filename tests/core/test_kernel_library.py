@@ -250,12 +250,98 @@ def test_nothing_to_quantize_is_no_error(kernel_library, function):
     assert quantize_call(kernel_library, function, m=0) == 0
 
 
+def quantized_call(library, layer=LAYER, m=1, workspace_bytes=1 << 30, **changes):
+    """zqfpQuantizedLinear of a norm with plausible (never read) pointers; returns the status."""
+    given = {"source": 3, "x_dtype": 1, "epsilon": 1e-5, "scale": None, "v": None, "u": None}
+    given |= dict.fromkeys(("x", "other", "gamma", "sum", "codes", "group_scales", "row_scales", "y"), 4096)
+    given |= changes
+    activation = binding._Activation(**{name: given[name] for name, _ in binding._Activation._fields_})
+    pointers = (given.get(name) for name in binding._ARGUMENTS)
+    args = binding._Args(*pointers, binding._Pointers(given["y"]))
+    return library._c.zqfpQuantizedLinear(
+        binding._desc(layer),
+        ctypes.byref(activation),
+        ctypes.byref(args),
+        ctypes.c_int64(m),
+        ctypes.c_void_p(given.get("workspace", 4096)),
+        ctypes.c_size_t(workspace_bytes),
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({"source": 0}, 1, "unknown source 0"),
+        ({"source": 4}, 1, "unknown source 4"),
+        ({"x_dtype": 9}, 1, "dtype 9"),
+        ({"x": None}, 1, "x is null"),
+        ({"source": 1, "x": 4100}, 1, "x at 0x1004 is not aligned"),
+        ({"source": 2, "x": None}, 1, "gate is null"),
+        ({"source": 2, "other": None}, 1, "up is null"),
+        ({"other": 4104}, 1, "skip at 0x1008 is not aligned"),
+        ({"gamma": None}, 1, "gamma is null"),
+        ({"sum": 4104}, 1, "sum at 0x1008 is not aligned"),
+        ({"epsilon": float("nan")}, 1, "epsilon = nan is not"),
+        ({"scale": 4096}, 1, "static scale or is per token"),
+        ({"v": 4096}, 1, "lorc_rank = 0"),
+        ({"codes": None}, 1, "codes is null"),
+        ({"group_scales": 4097}, 1, "group_scales"),
+        ({"row_scales": None}, 1, "row_scales is null"),
+        ({"y": None}, 1, "y is null"),
+        ({"workspace": None}, 1, "the workspace is null"),
+        ({"workspace_bytes": 64}, 4, "64 bytes"),
+        ({"m": -1}, 1, "m = -1"),
+    ],
+)
+def test_quantizer_and_linear_in_one_refuse(kernel_library, changes, status, words):
+    assert quantized_call(kernel_library, **changes) == status
+    assert words in last_error(kernel_library)
+
+
+def test_quantizer_and_linear_in_one_refuse_lorc_that_is_not_there(kernel_library):
+    layer = dataclasses.replace(LAYER, lorc_rank=8)
+    assert quantized_call(kernel_library, layer, u=4096) == 1
+    assert "lorc_rank = 8" in last_error(kernel_library)
+    assert quantized_call(kernel_library, layer, v=4096) == 1
+    assert "u is null" in last_error(kernel_library)
+    assert quantized_call(kernel_library, layer, v=4096, u=4096, x_dtype=3) == 2
+    assert "x @ v has the type 3" in last_error(kernel_library)
+
+
+def test_nothing_to_multiply_is_no_error(kernel_library):
+    assert quantized_call(kernel_library, m=0, x=None, y=None) == 0
+
+
+def test_the_workspace_of_both_is_larger(kernel_library):
+    """x8, scales, and x @ V lie behind what the GEMM needs."""
+    layer = dataclasses.replace(LAYER, lorc_rank=8)
+    more = kernel_library.quantized_workspace_bytes(layer, 100) - kernel_library.workspace_bytes(layer, 100)
+    assert more >= 100 * layer.k + 4 * 100 + 2 * 8 * 100
+    with pytest.raises(binding.NotSupportedError, match="rank 12"):
+        kernel_library.quantized_workspace_bytes(dataclasses.replace(LAYER, lorc_rank=12), 1)
+
+
+def test_a_kernel_that_quantizes_is_for_nothing_else(kernel_library):
+    names = kernel_library.kernel_names()
+    assert not any(kernel_library.describe_plan(LAYER, m)[0].endswith("q") for m in (1, 2, 8))
+    try:
+        kernel_library.tune(kernel=next(i for i, name in enumerate(names) if name.endswith("q")))
+        with pytest.raises(binding.NotSupportedError, match="zqfpTune asks for"):
+            kernel_library.describe_plan(LAYER, 1)
+    finally:
+        kernel_library.tune()
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="the pointers are not real: only for machines without a GPU"
 )
 def test_without_a_driver_cuda_errors_come_back(kernel_library):
     assert linear_call(kernel_library) == 5
     assert "CUDA error" in last_error(kernel_library)
+    for m in (1, 100):
+        assert quantized_call(kernel_library, m=m) == 5
+        assert "CUDA error" in last_error(kernel_library)
     for function in QUANTIZERS:
         assert quantize_call(kernel_library, function) == 5
         assert "CUDA error" in last_error(kernel_library)

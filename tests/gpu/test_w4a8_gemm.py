@@ -141,6 +141,8 @@ def test_every_kernel(kernel_library, cut):
     """Each kernel of the table, also where no plan would choose it, with whole and with cut tiles."""
     failures = []
     for index, name in enumerate(kernel_library.kernel_names()):
+        if name.endswith("q"):
+            continue  # it quantizes its tokens: test_quantized_linear.py
         kernel_library.tune(index, cut)
         try:
             for n, k, m in ((1096, 1168, 70), (64, 4096, 5), (4096, 1024, 300)):

@@ -240,8 +240,8 @@ extern "C" int emulate(int config, const Problem* problem) {
 extern "C" int emulate_quantized(int config, const Problem* problem, const QuantizeInputs* inputs, int source,
                                  const float* scale) {
   switch (config) {
-    case 0: run_quantized_strips<StripConfig<2, 64, 6, 2, 2>>(*problem, *inputs, source, scale); return 64;
-    case 1: run_quantized_strips<StripConfig<2, 32, 3, 3, 2>>(*problem, *inputs, source, scale); return 32;
+    case 0: run_quantized_strips<StripConfig<2, 64, 3, 3, 2>>(*problem, *inputs, source, scale); return 64;
+    case 1: run_quantized_strips<StripConfig<2, 32, 4, 2, 2>>(*problem, *inputs, source, scale); return 32;
     default: return -1;
   }
 }

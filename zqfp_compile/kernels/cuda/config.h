@@ -8,6 +8,7 @@
 namespace zqfp {
 
 constexpr int kMaxSharedBytes = 227 * 1024;
+constexpr int kReservedBytes = 1024;  // of a processor's shared memory, for each block
 constexpr int kMaxStages = 8;
 
 // A block has kRows * kSlices consumer warpgroups. Warpgroup (row, slice) multiplies 64 weight rows by kTokens tokens

@@ -78,7 +78,7 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       instance<256, 2, 1, 2, 0>("t256r2s1c2"),
       strip_instance<Strips<8, 2>>("t8w2"),
       strip_instance<Strips<16, 3>>("t16w3"),
-      quantized_instance<6, 2>("t2w6g2q"),
+      quantized_instance<3, 3>("t2w3g3q"),
 #ifdef ZQFP_VARIANTS
       instance<128, 1, 2, 1, 4>("t128r1s2p4"),
       instance<128, 2, 1, 1, 4>("t128r2s1p4"),
@@ -88,12 +88,8 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       strip_instance<Strips<8, 3>>("t8w3"),
       strip_instance<Strips<8, 4>>("t8w4"),
       strip_instance<Strips<16, 2>>("t16w2"),
-      quantized_instance<3, 2>("t2w3g2q"),
       quantized_instance<4, 2>("t2w4g2q"),
-      quantized_instance<8, 2>("t2w8g2q"),
-      quantized_instance<3, 3>("t2w3g3q"),
       quantized_instance<4, 3>("t2w4g3q"),
-      quantized_instance<5, 3>("t2w5g3q"),
 #endif
   };
   return {kernels, int(sizeof kernels / sizeof kernels[0])};

@@ -19,6 +19,12 @@ zqfpStatus prepare_once(const void* function, int shared_bytes, int device, std:
   return ZQFP_SUCCESS;
 }
 
+namespace {
+thread_local int64_t launches = 0;
+}
+
+int64_t launch_count() { return launches; }
+
 zqfpStatus launch_kernel(const void* function, const LaunchShape& shape, void* params, void* stream,
                          const char* action) {
   cudaLaunchAttribute attributes[2] = {};
@@ -43,6 +49,7 @@ zqfpStatus launch_kernel(const void* function, const LaunchShape& shape, void* p
   config.attrs = attributes;
   config.numAttrs = count;
   void* arguments[] = {params};
+  ++launches;
   return check_cuda(cudaLaunchKernelExC(&config, function, arguments), action);
 }
 

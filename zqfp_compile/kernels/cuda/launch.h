@@ -30,4 +30,7 @@ zqfpStatus prepare_once(const void* function, int shared_bytes, int device, std:
 zqfpStatus launch_kernel(const void* function, const LaunchShape& shape, void* params, void* stream,
                          const char* action);
 
+// Launches of this thread so far.
+int64_t launch_count();
+
 }  // namespace zqfp

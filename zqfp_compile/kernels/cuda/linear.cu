@@ -1,4 +1,6 @@
 // zqfpLinear and what belongs to it: plan, workspace, launch.
+#include <algorithm>
+
 #include "check.h"
 #include "config.h"
 #include "device.h"
@@ -67,10 +69,6 @@ void fill_strip_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, i
   p->by_blocks = FastDivisor::of(p->blocks);
 }
 
-zqfpStatus launch_strips(const zqfpLinearDesc& desc, const Plan& plan, int device, StripParams* p, void* stream) {
-  return launch_gemm(*plan.kernel, p->blocks * plan.schedule.token_tiles, int(strip_shared_bytes(*plan.kernel, desc)),
-                     device, p, stream);
-}
 
 zqfpStatus launch_given_strips(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Plan& plan,
                                int device, void* stream) {
@@ -80,7 +78,8 @@ zqfpStatus launch_given_strips(const zqfpLinearDesc& desc, const zqfpLinearArgs&
   p.xv = args.xv;
   p.u = args.u;
   p.rank = desc.lorc_rank;
-  return launch_strips(desc, plan, device, &p, stream);
+  return launch_gemm(*plan.kernel, p.blocks * plan.schedule.token_tiles,
+                     int(strip_shared_bytes(*plan.kernel, desc)), device, &p, stream);
 }
 
 zqfpStatus launch_tiles(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Plan& plan, int device,
@@ -104,6 +103,37 @@ zqfpStatus check_plan(const zqfpLinearDesc& desc, int64_t m) {
   if (plan_fits(desc, m)) return ZQFP_SUCCESS;
   return fail(ZQFP_NOT_SUPPORTED, "%lld x %lld for %lld tokens is more than the kernels count", (long long)desc.n,
               (long long)desc.k, (long long)m);
+}
+
+// The last launch of a thread, if it was one that quantises.
+struct Predecessor {
+  int64_t count = 0;  // launch_count() after it
+  const void* stream;
+  int blocks, shared_bytes;
+  Output outputs[kMaxOutputs];
+};
+thread_local Predecessor predecessor;
+
+// Whether x is what the last launch makes, so that no other kernel comes between, and whether that has a block on each
+// processor that leaves room for one of so many bytes.
+bool can_share(const zqfpActivation& x, const void* stream, int blocks, int bytes) {
+  const Predecessor& last = predecessor;
+  if (last.count != launch_count() || last.stream != stream || last.blocks < blocks) return false;
+  if (last.shared_bytes + bytes + 2 * kReservedBytes > kMaxSharedBytes + kReservedBytes) return false;
+  return std::any_of(last.outputs, last.outputs + kMaxOutputs, [&](const Output& output) {
+    return output.y != nullptr && (output.y == x.x || output.y == x.other);
+  });
+}
+
+// A processor has room for two blocks of these kernels, of which one shall be of the next. Where that is not sure, after
+// other kernels, some of which leave a processor earlier than others, both might be of this one, and take twice as long as
+// those elsewhere. There it asks for more than half of the memory; and for more than the division that an attention kernel
+// may have left (164 KB of it to shared memory), as the next kernel could not share that.
+int quantized_shared_bytes(const zqfpLinearDesc& desc, const zqfpActivation& x, const Kernel& kernel, int blocks,
+                           const void* stream) {
+  constexpr int kAlone = 164 * 1024 - kReservedBytes + 128;
+  const int bytes = int(strip_shared_bytes(kernel, desc));
+  return can_share(x, stream, blocks, bytes) ? bytes : std::max(bytes, kAlone);
 }
 
 // A norm's sum that takes the place of what other blocks are still reading must be another kernel's.
@@ -130,7 +160,11 @@ zqfpStatus launch_joined(const zqfpLinearDesc& desc, const zqfpActivation& x, co
   p.from.m = int(m);
   p.from.k = int(desc.k);
   p.source = x.source;
-  return launch_strips(desc, plan, device, &p, stream);
+  const int bytes = quantized_shared_bytes(desc, x, *plan.kernel, p.blocks, stream);
+  ZQFP_RETURN_IF_FAILED(launch_gemm(*plan.kernel, p.blocks, bytes, device, &p, stream));
+  predecessor = {launch_count(), stream, p.blocks, bytes, {}};
+  std::copy(p.outputs, p.outputs + kMaxOutputs, predecessor.outputs);
+  return ZQFP_SUCCESS;
 }
 
 }  // namespace zqfp

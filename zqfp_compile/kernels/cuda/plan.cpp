@@ -43,9 +43,11 @@ struct StripCost {
 };
 constexpr StripCost kStripCosts[] = {{100, 1900, 250, 4, 300}, {125, 2100, 250, 4, 300}};  // kT8Strips, kT16Strips
 
-// Strips whose x8 fits in shared memory, and its chunks among the barriers.
+// Strips whose x8 fits in shared memory, and its chunks among the barriers; of two blocks where a kernel quantises it.
 bool strips_fit(const Kernel& kernel, const zqfpLinearDesc& desc) {
-  return desc.k <= kMaxStripColumns && strip_shared_bytes(kernel, desc) <= kMaxSharedBytes;
+  const int64_t bytes = strip_shared_bytes(kernel, desc);
+  if (kernel.quantizes) return 2 * (bytes + kReservedBytes) <= kMaxSharedBytes + kReservedBytes;
+  return desc.k <= kMaxStripColumns && bytes <= kMaxSharedBytes;
 }
 
 bool can_compute(const Kernel& kernel, const zqfpLinearDesc& desc) {
@@ -161,9 +163,10 @@ Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuni
 }
 
 Plan make_quantized_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuning& tuning) {
-  const KernelTable table = kernels_of(desc.group_size);
-  const Kernel& kernel = table.kernels[tuning.kernel < 0 ? int(kT2QuantizedStrips) : tuning.kernel];
-  if (!kernel.quantizes || m > kernel.tokens || !strips_fit(kernel, desc)) return {};
+  // Each block quantises all tokens: more than one are faster in a kernel of their own.
+  const bool tuned = tuning.kernel >= 0;
+  const Kernel& kernel = kernels_of(desc.group_size).kernels[tuned ? tuning.kernel : int(kT2QuantizedStrips)];
+  if (!kernel.quantizes || m > (tuned ? kernel.tokens : 1) || !strips_fit(kernel, desc)) return {};
   return {&kernel, deal_strips(desc, m, kernel, std::min(processors, kMaxProcessors)).schedule};
 }
 

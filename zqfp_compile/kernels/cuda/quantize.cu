@@ -37,9 +37,6 @@ zqfpStatus check_lorc(int32_t x_dtype, const void* v, int32_t rank, const void* 
   return check_pointer(xv, "xv");
 }
 
-// Of a processor's shared memory, for each block.
-constexpr int kReservedBytes = 1024;
-
 // From so many tokens on reading V less often outweighs having fewer blocks.
 constexpr int64_t kManyTokens = 512;
 

@@ -17,7 +17,7 @@ struct StripConfig {
   static constexpr int kWarpgroups = Warpgroups, kWarps = kWarpgroups * 4;
   static constexpr int kThreads = (kWarps + 1) * 32;
   static constexpr int kRing = Tokens <= 8 ? 2 : 1;  // strips whose sums have room
-  static constexpr int kRankSteps = 4;               // of 16 ranks
+  static constexpr int kRankSteps = Tokens < 8 ? 0 : 4;  // of 16 ranks: kernels that quantise have no LoRC
   static constexpr int kRanks = 16 * kRankSteps;
 
   // Shared memory: barriers, scales of tokens, u of a strip, sums, pieces and x8 (token_bytes).

@@ -246,7 +246,7 @@ class StripFinisher {
   StripTile tile_;
   int lane_, q_, c_;
   float a_[C::kOctets][2];
-  uint32_t xv_[C::kRankSteps][C::kOctets][2];
+  uint32_t xv_[C::kRankSteps == 0 ? 1 : C::kRankSteps][C::kOctets][2];
   float sums_[C::kOctets][4];
 
   // Scales and bias of a thread's rows q and q + 8.

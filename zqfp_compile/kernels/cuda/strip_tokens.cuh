@@ -1,5 +1,5 @@
-// x8 of few tokens, made by the warps of strips themselves: each block quantises all of x, which lies in L2, and so saves
-// the way through a kernel of its own.
+// x8 of one token or two, made by the warps of strips themselves: each block quantises all of x, which lies in L2. That
+// saves a launch, and the way through memory; the weights are on their way meanwhile.
 #pragma once
 
 #include "params.h"
@@ -14,7 +14,7 @@ constexpr int kBarrierStatistics = 2;  // named barrier
 // Of the part of a token that a warp has seen.
 struct TokenStatistics {
   float squares;  // of a norm: sum of s * s
-  float range;    // largest |h|, of a norm |s * gamma|
+  float range;    // of a scale per token: largest |h|, of a norm |s * gamma|
 };
 
 // One thread's part. The threads go round a token's eights, one each.
@@ -32,8 +32,9 @@ class TokenMaker {
 
   __device__ __forceinline__ void run() {
     clear();
-    if constexpr (kNorm) prefetch_gamma();
+    prefetch_weights();
     ptx::wait_for_kernel_before();
+    const float given = p_.scale != nullptr ? *p_.scale : 0.f;
     const bool looks = kNorm || p_.scale == nullptr;
     Batch batch;
     if (looks) {
@@ -43,7 +44,7 @@ class TokenMaker {
     }
     const bool held = looks && p_.m == 1 && rounds_ <= kHeld;
 #pragma unroll 1
-    for (int token = 0; token < p_.m; ++token) quantize(token, batch, held);
+    for (int token = 0; token < p_.m; ++token) quantize(token, given, batch, held);
     ptx::publish_to_wgmma();
   }
 
@@ -99,9 +100,10 @@ class TokenMaker {
     }
   }
 
-  // A weight, which may be asked for before the wait.
-  __device__ __forceinline__ void prefetch_gamma() const {
-    for (int round = 0; round < rounds_; ++round) {
+  // Into L2: what no kernel before makes may be asked for before the wait.
+  __device__ __forceinline__ void prefetch_weights() const {
+    if (p_.scale != nullptr && threadIdx.x == 0) ptx::prefetch(p_.scale);
+    for (int round = 0; kNorm && round < rounds_; ++round) {
       if (column(round) < p_.k) ptx::prefetch(static_cast<const T*>(p_.gamma) + column(round));
     }
   }
@@ -118,7 +120,7 @@ class TokenMaker {
         const Eight<T> s = source_.add(raw);
         Source::keep_sum(s, raw);
         seen.squares = Source::add_squares(s, seen.squares);
-        seen.range = Source::widen(s, gamma, seen.range);
+        if (p_.scale == nullptr) seen.range = Source::widen(s, gamma, seen.range);
         const int eight = column / 8, owner = eight - all_.by_blocks.divide(eight) * all_.blocks;
         if (p_.sum == nullptr || owner != int(blockIdx.x)) return;
         store_eight(s, static_cast<T*>(p_.sum) + int64_t(token) * p_.k + column);
@@ -127,7 +129,7 @@ class TokenMaker {
       }
     });
     if constexpr (kNorm) seen.squares = add_lanes(seen.squares);
-    seen.range = largest_of_lanes(seen.range);
+    if (p_.scale == nullptr) seen.range = largest_of_lanes(seen.range);
     if (threadIdx.x % 32 == 0) statistics(token)[threadIdx.x / 32] = seen;
   }
 
@@ -137,24 +139,23 @@ class TokenMaker {
     typename Source::Row factor;
   };
 
-  __device__ __forceinline__ TokenNumbers numbers_of(int token) const {
-    TokenNumbers numbers{p_.scale != nullptr ? *p_.scale : 0.f, {}};
+  __device__ __forceinline__ TokenNumbers numbers_of(int token, float given) const {
+    TokenNumbers numbers{given, {}};
     if (!kNorm && p_.scale != nullptr) return numbers;
     const int lane = threadIdx.x % 32;
     TokenStatistics seen{0.f, 0.f};
     if (lane < C::kWarps) seen = statistics(token)[lane];
-    const float range = largest_of_lanes(seen.range);
     if constexpr (kNorm) {
       numbers.factor = Source::factor_of(add_lanes(seen.squares), p_.k, p_.epsilon);
-      if (p_.scale == nullptr) numbers.scale = Source::scale_of(range, numbers.factor);
+      if (p_.scale == nullptr) numbers.scale = Source::scale_of(largest_of_lanes(seen.range), numbers.factor);
     } else {
-      numbers.scale = scale_of_range(range);
+      numbers.scale = scale_of_range(largest_of_lanes(seen.range));
     }
     return numbers;
   }
 
-  __device__ __forceinline__ void quantize(int token, Batch& batch, bool held) const {
-    const TokenNumbers numbers = numbers_of(token);
+  __device__ __forceinline__ void quantize(int token, float given, Batch& batch, bool held) const {
+    const TokenNumbers numbers = numbers_of(token, given);
     if (threadIdx.x == 0) *shared_.token_scale(token) = numbers.scale;
     const Divisor divide(numbers.scale);
     for_rounds(token, batch, held, [&](int column, const Raw& raw, const Column& gamma) {
