@@ -59,7 +59,8 @@ if ((status == 124 || status == 137)); then  # every later step would hang as we
     steps=" smoke "
     step smoke-debug 60 3000 env ZQFP_KERNELS="$PWD/build/debug" $tests -s "$rows[64-1]"
 fi
-step correctness 240 1200 $tests tests/gpu/test_w4a8_gemm.py tests/gpu/test_quantize_fused.py
+step correctness 240 1200 $tests tests/gpu/test_w4a8_gemm.py tests/gpu/test_quantize_fused.py \
+    tests/gpu/test_quantized_linear.py
 step hosts 120 800 $tests tests/gpu/test_custom_ops_cuda.py
 step variants-decode 120 1400 env ZQFP_KERNELS="$PWD/build/variants" "$PYTHON" tools/bench_gemm.py --variants \
     --shapes 28672x8192,4096x4096 --tokens 1,16
