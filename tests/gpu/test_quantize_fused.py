@@ -5,6 +5,7 @@ make kernels && python -m pytest -q tests/gpu/test_quantize_fused.py
 
 import pytest
 import torch
+from graph_replays import check_replays
 
 from zqfp_compile.kernels.library import QuantizerTensors
 
@@ -170,24 +171,5 @@ def test_a_chain_in_a_graph_without_waiting(kernel_library, m, rank):
             kernel_library.quantize_rms_norm_into(x, gamma, EPSILON, made[2 * i], skip=gate, sum_=x)
             kernel_library.quantize_silu_mul_into(gate, x, made[2 * i + 1])
 
-    def results():
-        torch.cuda.synchronize()
-        parts = [(one.x8.view(torch.uint8), one.a, one.xv) for one in made]
-        return [part.clone() for one in parts for part in one if part is not None]
-
-    try:
-        kernel_library.tune(overlap=0)
-        run()
-        wanted = results()
-        kernel_library.tune(overlap=1)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        for _ in range(20):
-            for one in made:
-                one.x8.view(torch.uint8).fill_(0x7F)
-            graph.replay()
-            for got, one in zip(results(), wanted, strict=True):
-                assert torch.equal(got, one)
-    finally:
-        kernel_library.tune()
+    parts = [(one.x8.view(torch.uint8), one.a, one.xv) for one in made]
+    check_replays(kernel_library, run, [part for one in parts for part in one if part is not None])

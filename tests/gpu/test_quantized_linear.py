@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from graph_replays import check_replays
 
 from zqfp_compile.kernels.library import Activation, Layer, QuantizerTensors, Source
 from zqfp_compile.kernels.packing import packed_sizes
@@ -167,10 +168,14 @@ def test_a_chain_in_a_graph_without_waiting(kernel_library, m, rank):
     gammas = torch.randn(layers, width, device="cuda").half()
     start = torch.randn(m, width, device="cuda").half()
     wide = Layer(2 * inner, width, 64, outputs=(inner, inner))
-    narrow = Layer(width, inner, 64)
+    narrow = Layer(width, inner, 64, lorc_rank=rank)
+    v, u = (torch.randn(inner, rank) / 45, torch.randn(rank, width) / 100) if rank else (None, None)
     up, down = (
-        [TorchLinear(kernel_library, layer, random_weight(layer.n, layer.k, 64), max_rows=m) for _ in gammas]
-        for layer in (wide, narrow)
+        [
+            TorchLinear(kernel_library, layer, random_weight(layer.n, layer.k, 64), max_rows=m, **factors)
+            for _ in gammas
+        ]
+        for layer, factors in ((wide, {}), (narrow, {"v": v, "u": u}))
     )
     sums = [torch.empty_like(start) for _ in gammas]
     middles = [linear.empty(m) for linear in up]
@@ -184,23 +189,4 @@ def test_a_chain_in_a_graph_without_waiting(kernel_library, m, rank):
             skip = down[i].quantized(Activation(Source.SILU_MUL, gate, factor), outputs[i])
             x = sums[i]
 
-    def results():
-        torch.cuda.synchronize()
-        return [one.clone() for one in itertools.chain(sums, *middles, outputs)]
-
-    try:
-        kernel_library.tune(overlap=0)
-        run()
-        wanted = results()
-        kernel_library.tune(overlap=1)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        for _ in range(20):
-            for one in itertools.chain(sums, *middles, outputs):
-                one.fill_(float("nan"))
-            graph.replay()
-            for got, one in zip(results(), wanted, strict=True):
-                assert torch.equal(got, one)
-    finally:
-        kernel_library.tune()
+    check_replays(kernel_library, run, [*sums, *itertools.chain.from_iterable(middles), *outputs])

@@ -301,17 +301,7 @@ class Library:
         """
         m = tensors.x8.shape[0]
         _check_linear(layer, tensors, self.packed_sizes(layer))
-        y = _Pointers(*map(_pointer, tensors.outputs))
-        args = _Args(*(_pointer(getattr(tensors, name)) for name in _ARGUMENTS), y)
-        status = self._c.zqfpLinear(
-            _desc(layer),
-            ctypes.byref(args),
-            ctypes.c_int64(m),
-            ctypes.c_void_p(_pointer(workspace)),
-            ctypes.c_size_t(workspace.nbytes),
-            _stream(),
-        )
-        self._check(status)
+        self._check(self._c.zqfpLinear(_desc(layer), *_linear_arguments(tensors, m, workspace)))
 
     def quantized_workspace_bytes(self, layer: Layer, m: int) -> int:
         """Return the bytes of workspace that :meth:`quantized_linear` needs; else :meth:`workspace_bytes`.
@@ -344,18 +334,8 @@ class Library:
             activation.epsilon,
             *map(_pointer, (activation.scale, activation.sum_, activation.v)),
         )
-        y = _Pointers(*map(_pointer, tensors.outputs))
-        args = _Args(*(_pointer(getattr(tensors, name, None)) for name in _ARGUMENTS), y)
-        status = self._c.zqfpQuantizedLinear(
-            _desc(layer),
-            ctypes.byref(given),
-            ctypes.byref(args),
-            ctypes.c_int64(m),
-            ctypes.c_void_p(_pointer(workspace)),
-            ctypes.c_size_t(workspace.nbytes),
-            _stream(),
-        )
-        self._check(status)
+        arguments = _linear_arguments(tensors, m, workspace)
+        self._check(self._c.zqfpQuantizedLinear(_desc(layer), ctypes.byref(given), *arguments))
 
     def quantize_activation(
         self, x: torch.Tensor, scale: torch.Tensor | None = None, v: torch.Tensor | None = None
@@ -544,6 +524,14 @@ def _check_linear(layer: Layer, tensors: LinearTensors, packed: tuple[int, int])
     _require(tensors.a, "a", (m if layer.per_token else 1,), (torch.float32,))
     _check_layer(layer, tensors, m, packed)
     _require_optional(tensors.xv, "xv", (m, layer.lorc_rank), layer.dtype)
+
+
+def _linear_arguments(tensors: LayerTensors, m: int, workspace: torch.Tensor) -> tuple[Any, ...]:
+    """Return what follows the layer's description in a call; what the quantizer makes may be missing."""
+    y = _Pointers(*map(_pointer, tensors.outputs))
+    args = _Args(*(_pointer(getattr(tensors, name, None)) for name in _ARGUMENTS), y)
+    size = ctypes.c_size_t(workspace.nbytes)
+    return ctypes.byref(args), ctypes.c_int64(m), _void(workspace), size, _stream()
 
 
 def _check_activation(layer: Layer, activation: Activation) -> None:

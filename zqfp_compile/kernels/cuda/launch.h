@@ -22,9 +22,9 @@ struct LaunchShape {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Once per device, of which `done` has a bit each: lets a kernel use so much dynamic shared memory. All kernels leave as much
-// of a processor's memory to shared memory as there can be, as the GEMM needs it: where one wants another division, the next
-// kernel cannot start before its last block on the processor has ended.
+// Once per device, of which `done` has a bit each: lets a kernel use so much dynamic shared memory. All kernels leave as
+// much of a processor's memory to shared memory as there can be, as the GEMM needs it: where one wants another division,
+// the next kernel cannot start before its last block on the processor has ended.
 zqfpStatus prepare_once(const void* function, int shared_bytes, int device, std::atomic<uint64_t>* done);
 
 zqfpStatus launch_kernel(const void* function, const LaunchShape& shape, void* params, void* stream,

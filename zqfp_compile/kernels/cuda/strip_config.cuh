@@ -63,8 +63,8 @@ struct StripShared {
     return base + C::kPieceOffset + (warp * C::kAhead + stage) * C::kPieceBytes;
   }
   __device__ __forceinline__ uint32_t tokens() const { return base + C::kTokenOffset; }
-  // Where 16 bytes of x8 lie that begin at a column: in tiles of eight rows of a block of K, in the swizzle of 128 bytes. A
-  // tile's rows are eight tokens, the tiles in the order of K; or both tokens of the four quarters, a tile for each column.
+  // Where 16 bytes of x8 lie that begin at a column: in tiles of eight rows of a block of K, in the swizzle of 128 bytes.
+  // A tile's rows are eight tokens, the tiles in the order of K; or both tokens of four quarters, a tile for each column.
   __device__ __forceinline__ uint32_t token_place(int token, int column, int columns) const {
     int tile = column / kBlockColumns, row = token;
     if constexpr (C::kTokens < 8) {

@@ -1,13 +1,13 @@
-// The kernels for at most 16 tokens, whose time is that of reading the weight once. It deals out strips of 16 rows and all
-// of K: no block leaves anything to another, and x8 stays in shared memory.
+// The kernels for at most 16 tokens, whose time is that of reading the weight once. They deal out strips of 16 rows and
+// all of K: no block leaves anything to another, and x8 stays in shared memory.
 //
 // A wgmma has 64 rows, 16 of each warp. Here the four warps of a warpgroup have the same 16 rows of four quarters of K,
 // and the tokens stand in B four times, once for each quarter: each warp takes its own columns of the result and leaves
 // the others. A piece, what a warp multiplies at a time, is 16 rows by 128 columns: a quarter of a packed block. It is
 // copied by the warp that uses it, kAhead pieces ahead, so that no warp waits for another.
 //
-// The warpgroups, two to four, go round the columns of a strip's quarters, one strip after the other. Their sums meet in shared
-// memory, where one more warp adds them in the order of K, scales, adds LoRC and bias, and stores.
+// The warpgroups, two to four, go round the columns of a strip's quarters, one strip after the other. Their sums meet in
+// shared memory, where one more warp adds them in the order of K, scales, adds LoRC and bias, and stores.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -209,8 +209,8 @@ class StripWorker {
   }
 };
 
-// The last warp: asks for x8, unless the others make it, and finishes strips. T: type of y, bias, xv and u. Thread 4q + c holds, of eight tokens, rows
-// q and q + 8 of tokens 2c and 2c + 1: sums[2h + i].
+// The last warp: asks for x8, unless the others make it, and finishes strips. T: type of y, bias, xv and u. Thread 4q + c
+// holds, of eight tokens, rows q and q + 8 of tokens 2c and 2c + 1: sums[2h + i].
 template <class C, typename T, bool kTokensMade>
 class StripFinisher {
  public:

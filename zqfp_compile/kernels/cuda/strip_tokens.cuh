@@ -23,8 +23,8 @@ class TokenMaker {
  public:
   using T = typename Source::T;
   static constexpr int kMakers = C::kWarps * 32;
-  static constexpr int kHeld = std::is_same_v<Source, Norm<typename Source::T>> ? 2 : 4;  // rounds whose loads are under way together
   static constexpr bool kNorm = std::is_same_v<Source, Norm<T>>;
+  static constexpr int kHeld = kNorm ? 2 : 4;  // rounds whose loads are under way together
   static_assert(C::kTokens * C::kWarps * sizeof(TokenStatistics) <= C::kStripBytes, "room among the sums");
 
   __device__ __forceinline__ TokenMaker(const QuantizedStripParams& p, StripShared<C> shared)
