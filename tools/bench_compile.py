@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
-import hashlib
 import json
 import os
 import resource
@@ -44,6 +43,7 @@ sys.path += [str(ROOT), str(ROOT / "models"), str(ROOT / "tools")]
 from make_large import Shape, make_large  # noqa: E402
 from results import hardware, today  # noqa: E402
 
+from zqfp_compile.disk import file_sha256  # noqa: E402
 from zqfp_compile.parallel.choice import Workers  # noqa: E402
 
 SIZES = {
@@ -161,11 +161,7 @@ def processor_seconds() -> float:
 
 def digests(output: Path) -> dict[str, str]:
     """SHA-256 of the artifact's files."""
-    found = {}
-    for path in sorted(output.glob("model.zqfp.onnx*")):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.name: file_sha256(path) for path in sorted(output.glob("model.zqfp.onnx*"))}
 
 
 def show(row: dict[str, Any], weights: int, data_bytes: int, load: float) -> None:
