@@ -69,7 +69,6 @@ void fill_strip_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, i
   p->by_blocks = FastDivisor::of(p->blocks);
 }
 
-
 zqfpStatus launch_given_strips(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Plan& plan,
                                int device, void* stream) {
   StripParams p{};
