@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,8 +121,8 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_chunks(path: Path, offset: int, length: int) -> Iterator[bytes]:
-    """Yield a part of a file in pieces; fewer bytes when it ends before."""
+def read_chunks(path: Path, offset: int = 0, length: int = sys.maxsize) -> Iterator[bytes]:
+    """Yield a part of a file in pieces, to its end by default; fewer bytes when it ends before."""
     with path.open("rb") as file:
         file.seek(offset)
         while length > 0 and (chunk := file.read(min(length, _CHUNK))):
@@ -132,9 +133,8 @@ def read_chunks(path: Path, offset: int, length: int) -> Iterator[bytes]:
 def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """Return the hex digest of a file; ``progress`` is called with the bytes read since the last call."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            if progress is not None:
-                progress(len(chunk))
+    for chunk in read_chunks(path):
+        digest.update(chunk)
+        if progress is not None:
+            progress(len(chunk))
     return digest.hexdigest()

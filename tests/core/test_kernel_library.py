@@ -108,6 +108,12 @@ def test_refuses_layers_with_a_sentence(kernel_library, change, error, words):
             call(layer)
 
 
+def call_end(args, m, workspace, workspace_bytes):
+    """What the calls of a layer have in common: all behind its description, on the default stream."""
+    size = ctypes.c_size_t(workspace_bytes)
+    return ctypes.byref(args), ctypes.c_int64(m), ctypes.c_void_p(workspace), size, None
+
+
 def linear_call(library, layer=LAYER, m=4, **changes):
     """The C call with plausible (never read) pointers; returns the status."""
     pointers = dict.fromkeys(("x8", "a", "codes", "group_scales", "row_scales", "y"), 4096)
@@ -118,12 +124,7 @@ def linear_call(library, layer=LAYER, m=4, **changes):
     outputs = binding._Pointers(*(y if isinstance(y, tuple) else (y,)))
     args = binding._Args(*(pointers[name] for name in binding._ARGUMENTS), outputs)
     return library._c.zqfpLinear(
-        binding._desc(layer),
-        ctypes.byref(args),
-        ctypes.c_int64(m),
-        ctypes.c_void_p(pointers["workspace"]),
-        ctypes.c_size_t(workspace_bytes),
-        None,
+        binding._desc(layer), *call_end(args, m, pointers["workspace"], workspace_bytes)
     )
 
 
@@ -258,15 +259,8 @@ def quantized_call(library, layer=LAYER, m=1, workspace_bytes=1 << 30, **changes
     activation = binding._Activation(**{name: given[name] for name, _ in binding._Activation._fields_})
     pointers = (given.get(name) for name in binding._ARGUMENTS)
     args = binding._Args(*pointers, binding._Pointers(given["y"]))
-    return library._c.zqfpQuantizedLinear(
-        binding._desc(layer),
-        ctypes.byref(activation),
-        ctypes.byref(args),
-        ctypes.c_int64(m),
-        ctypes.c_void_p(given.get("workspace", 4096)),
-        ctypes.c_size_t(workspace_bytes),
-        None,
-    )
+    end = call_end(args, m, given.get("workspace", 4096), workspace_bytes)
+    return library._c.zqfpQuantizedLinear(binding._desc(layer), ctypes.byref(activation), *end)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,11 @@ zqfpStatus check_outputs(const zqfpLinearDesc& d) {
 
 }  // namespace
 
+zqfpStatus check_dtype(int32_t dtype) {
+  if (dtype >= ZQFP_FLOAT16 && dtype <= ZQFP_FLOAT32) return ZQFP_SUCCESS;
+  return fail(ZQFP_INVALID_VALUE, "unknown dtype %d", dtype);
+}
+
 int count_outputs(const zqfpLinearDesc& desc) {
   int count = 1;
   while (count < ZQFP_MAX_OUTPUTS && desc.outputs[count] != 0) ++count;
@@ -40,7 +45,7 @@ zqfpStatus check_desc(const zqfpLinearDesc* desc) {
   if (d.k <= 0 || d.k > kMaxColumns) {
     return fail(ZQFP_INVALID_VALUE, "k = %lld is not in 1..%lld", (long long)d.k, (long long)kMaxColumns);
   }
-  if (d.dtype < ZQFP_FLOAT16 || d.dtype > ZQFP_FLOAT32) return fail(ZQFP_INVALID_VALUE, "unknown dtype %d", d.dtype);
+  ZQFP_RETURN_IF_FAILED(check_dtype(d.dtype));
   if (d.per_token != 0 && d.per_token != 1) {
     return fail(ZQFP_INVALID_VALUE, "per_token = %d is not 0 or 1", d.per_token);
   }
@@ -93,9 +98,7 @@ zqfpStatus check_args(const zqfpLinearDesc& desc, const zqfpLinearArgs* args) {
 
 zqfpStatus check_operands(const zqfpActivation& activation) {
   const zqfpActivation& x = activation;
-  if (x.x_dtype < ZQFP_FLOAT16 || x.x_dtype > ZQFP_FLOAT32) {
-    return fail(ZQFP_INVALID_VALUE, "unknown dtype %d", x.x_dtype);
-  }
+  ZQFP_RETURN_IF_FAILED(check_dtype(x.x_dtype));
   ZQFP_RETURN_IF_FAILED(check_alignment(x.scale, "scale"));
   switch (x.source) {
     case ZQFP_PLAIN:

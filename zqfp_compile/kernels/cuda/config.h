@@ -9,6 +9,12 @@ namespace zqfp {
 
 constexpr int kMaxSharedBytes = 227 * 1024;
 constexpr int kReservedBytes = 1024;  // of a processor's shared memory, for each block
+
+// Whether a processor has room for two blocks of so much shared memory.
+constexpr bool share_processor(int64_t bytes, int64_t other) {
+  return bytes + other + 2 * kReservedBytes <= kMaxSharedBytes + kReservedBytes;
+}
+
 constexpr int kMaxStages = 8;
 
 // A block has kRows * kSlices consumer warpgroups. Warpgroup (row, slice) multiplies 64 weight rows by kTokens tokens

@@ -118,7 +118,7 @@ thread_local Predecessor predecessor;
 bool can_share(const zqfpActivation& x, const void* stream, int blocks, int bytes) {
   const Predecessor& last = predecessor;
   if (last.count != launch_count() || last.stream != stream || last.blocks < blocks) return false;
-  if (last.shared_bytes + bytes + 2 * kReservedBytes > kMaxSharedBytes + kReservedBytes) return false;
+  if (!share_processor(last.shared_bytes, bytes)) return false;
   return std::any_of(last.outputs, last.outputs + kMaxOutputs, [&](const Output& output) {
     return output.y != nullptr && (output.y == x.x || output.y == x.other);
   });

@@ -46,7 +46,7 @@ constexpr StripCost kStripCosts[] = {{100, 1900, 250, 4, 300}, {125, 2100, 250, 
 // Strips whose x8 fits in shared memory, and its chunks among the barriers; of two blocks where a kernel quantises it.
 bool strips_fit(const Kernel& kernel, const zqfpLinearDesc& desc) {
   const int64_t bytes = strip_shared_bytes(kernel, desc);
-  if (kernel.quantizes) return 2 * (bytes + kReservedBytes) <= kMaxSharedBytes + kReservedBytes;
+  if (kernel.quantizes) return share_processor(bytes, bytes);
   return desc.k <= kMaxStripColumns && bytes <= kMaxSharedBytes;
 }
 

@@ -16,7 +16,7 @@ namespace zqfp {
 namespace {
 
 zqfpStatus check_shape(int32_t x_dtype, int64_t m, int64_t k) {
-  if (x_dtype < ZQFP_FLOAT16 || x_dtype > ZQFP_FLOAT32) return fail(ZQFP_INVALID_VALUE, "unknown dtype %d", x_dtype);
+  ZQFP_RETURN_IF_FAILED(check_dtype(x_dtype));
   ZQFP_RETURN_IF_FAILED(check_tokens(m));
   if (k <= 0 || k > kMaxColumns) {
     return fail(ZQFP_INVALID_VALUE, "k = %lld is not in 1..%lld", (long long)k, (long long)kMaxColumns);
@@ -126,7 +126,7 @@ template <class S>
 int choose_slots(int rank, int64_t stages) {
   constexpr int kLeast = S::kAhead + 1;
   const int bytes = S::shared_bytes(kLeast, rank);
-  if (!S::kPerToken || 2 * (bytes + kReservedBytes) <= kMaxSharedBytes + kReservedBytes) return kLeast;
+  if (!S::kPerToken || share_processor(bytes, bytes)) return kLeast;
   return int(std::clamp<int64_t>(stages, kLeast, kLeast + (kMaxSharedBytes - bytes) / S::kXBytes));
 }
 

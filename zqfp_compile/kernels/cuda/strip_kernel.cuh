@@ -26,10 +26,7 @@ struct StripTile {
   int block, end;  // its number, and that of its strips
   int token;
 
-  template <class Params>
-  __device__ __forceinline__ int place(int strip, const Params& p) const {
-    return strip * p.blocks + block;
-  }
+  __device__ __forceinline__ int place(int strip, const StripParams& p) const { return strip * p.blocks + block; }
 };
 
 template <class C>
