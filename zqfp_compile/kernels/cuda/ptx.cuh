@@ -173,6 +173,13 @@ __device__ __forceinline__ uint32_t add_acq_rel(uint32_t* to, uint32_t value) {
   return before;
 }
 
+// The same where no other memory is spoken of.
+__device__ __forceinline__ uint32_t add_relaxed(uint32_t* to, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
+  return before;
+}
+
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");

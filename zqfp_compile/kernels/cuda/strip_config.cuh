@@ -17,13 +17,14 @@ struct StripConfig {
   static constexpr int kWarpgroups = Warpgroups, kWarps = kWarpgroups * 4;
   static constexpr int kThreads = (kWarps + 1) * 32;
   static constexpr int kRing = Tokens <= 8 ? 2 : 1;  // strips whose sums have room
-  static constexpr int kRankSteps = Tokens < 8 ? 0 : 4;  // of 16 ranks: kernels that quantise have no LoRC
+  static constexpr int kRankSteps = 4;  // of 16 ranks
   static constexpr int kRanks = 16 * kRankSteps;
 
-  // Shared memory: barriers, scales of tokens, u of a strip, sums, pieces and x8 (token_bytes).
+  // Shared memory: barriers, factors and scales of tokens, u of a strip, sums, pieces and x8 (token_bytes).
   static constexpr int kBarrierBytes = 256;
   static constexpr int kTokenScaleOffset = kBarrierBytes - Tokens * 4;
-  static_assert((kMaxStripChunks + 2 * kRing) * 8 <= kTokenScaleOffset);
+  static constexpr int kTokenFactorOffset = kTokenScaleOffset - Tokens * 4;
+  static_assert((kMaxStripChunks + 2 * kRing) * 8 <= kTokenFactorOffset);
   static constexpr int kFactorOffset = kBarrierBytes;
   static constexpr int kFactorPitch = kStripRows * 2;  // from rank to rank
   static constexpr int kSumOffset = kFactorOffset + kRanks * kFactorPitch;
@@ -47,9 +48,12 @@ struct StripShared {
   __device__ __forceinline__ uint32_t chunk(int index) const { return base + index * 8; }
   __device__ __forceinline__ uint32_t full(int stage) const { return base + (kMaxStripChunks + stage) * 8; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(C::kRing + stage); }
-  // Of a kernel that quantises its tokens.
+  // Of a kernel that quantises its tokens. The factor is a norm's.
   __device__ __forceinline__ float* token_scale(int token) const {
     return ptx::shared_pointer<float>(base + C::kTokenScaleOffset) + token;
+  }
+  __device__ __forceinline__ float* token_factor(int token) const {
+    return ptx::shared_pointer<float>(base + C::kTokenFactorOffset) + token;
   }
   __device__ __forceinline__ uint32_t factor(int rank) const {
     return base + C::kFactorOffset + rank * C::kFactorPitch;

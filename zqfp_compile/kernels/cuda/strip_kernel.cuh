@@ -16,6 +16,7 @@
 #include "multiply.cuh"
 #include "params.h"
 #include "ptx.cuh"
+#include "strip_product.cuh"
 #include "strip_tokens.cuh"
 
 namespace zqfp {
@@ -208,26 +209,64 @@ class StripWorker {
 
 // The last warp: asks for x8, unless the others make it, and finishes strips. T: type of y, bias, xv and u. Thread 4q + c
 // holds, of eight tokens, rows q and q + 8 of tokens 2c and 2c + 1: sums[2h + i].
-template <class C, typename T, bool kTokensMade>
+template <class C, typename T, class Params>
 class StripFinisher {
  public:
-  __device__ __forceinline__ StripFinisher(const StripParams& p, StripShared<C> shared)
+  __device__ __forceinline__ StripFinisher(const Params& p, StripShared<C> shared)
       : p_(p), shared_(shared), tile_(strip_tile<C>(p)), lane_(threadIdx.x % 32), q_(lane_ / 4), c_(lane_ % 4) {}
 
   __device__ __forceinline__ void run() {
-    if (lane_ == 0 && !kTokensMade) ptx::prefetch_map(&p_.x8);
-    ptx::wait_for_kernel_before();
     if constexpr (kTokensMade) {
+      StripProduct<C, T> product(p_, shared_);
+      const bool has_lorc = p_.rank > 0;
+      if (has_lorc) {
+        product.prefetch();
+        clear_factor();
+      }
+      ptx::wait_for_kernel_before();
+      if (has_lorc) product.draw();
       ptx::sync_threads(kBarriersReady, C::kThreads);
+      if (has_lorc) product.make_shares();
+      ptx::keep(c_);  // what is computed of it takes no registers meanwhile
+      finish_strips([&] {
+        if (has_lorc) product.collect(xv_);
+      });
+      if (has_lorc) product.clear();
     } else {
+      if (lane_ == 0) ptx::prefetch_map(&p_.x8);
+      ptx::wait_for_kernel_before();
       bring_tokens();
+      load_product();
+      clear_factor();
+      finish_strips([] {});
     }
-    load_token_side();
-    clear_factor();
+  }
+
+ private:
+  static constexpr bool kTokensMade = std::is_same_v<Params, QuantizedStripParams>;
+
+  const Params& p_;
+  StripShared<C> shared_;
+  StripTile tile_;
+  int lane_, q_, c_;
+  float a_[C::kOctets][2];
+  uint32_t xv_[C::kRankSteps][C::kOctets][2];
+  float sums_[C::kOctets][4];
+
+  // Scales and bias of a thread's rows q and q + 8.
+  struct RowSide {
+    float scale[2], bias[2];
+  };
+
+  // `begin` is called when all is on its way that the first strip needs.
+  template <typename Begin>
+  __device__ __forceinline__ void finish_strips(Begin begin) {
+    load_scales();
     for (int strip = 0; strip < tile_.end; ++strip) {
       const int stage = strip % C::kRing, round = strip / C::kRing, place = tile_.place(strip, p_);
       copy_factor(place);
       const RowSide rows = load_row_side(place);
+      if (strip == 0) begin();
       ptx::barrier_wait(shared_.full(stage), round & 1);
       add_up(stage);
       __syncwarp();
@@ -236,20 +275,6 @@ class StripFinisher {
       store(place);
     }
   }
-
- private:
-  const StripParams& p_;
-  StripShared<C> shared_;
-  StripTile tile_;
-  int lane_, q_, c_;
-  float a_[C::kOctets][2];
-  uint32_t xv_[C::kRankSteps == 0 ? 1 : C::kRankSteps][C::kOctets][2];
-  float sums_[C::kOctets][4];
-
-  // Scales and bias of a thread's rows q and q + 8.
-  struct RowSide {
-    float scale[2], bias[2];
-  };
 
   // Chunk by chunk, a tile of eight tokens and a block of K by each lane. What lies beyond x8 arrives as zeros.
   __device__ __forceinline__ void bring_tokens() const {
@@ -270,7 +295,7 @@ class StripFinisher {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void load_token_side() {
+  __device__ __forceinline__ void load_scales() {
 #pragma unroll
     for (int octet = 0; octet < C::kOctets; ++octet) {
 #pragma unroll
@@ -279,6 +304,12 @@ class StripFinisher {
         const float* a = kTokensMade ? shared_.token_scale(token) : p_.a + (p_.per_token ? token : 0);
         a_[octet][i] = token < p_.m ? *a : 0.f;  // not __ldg: see load_eight
       }
+    }
+  }
+
+  __device__ __forceinline__ void load_product() {
+#pragma unroll
+    for (int octet = 0; octet < C::kOctets; ++octet) {
 #pragma unroll
       for (int step = 0; step < C::kRankSteps; ++step) {
 #pragma unroll
@@ -419,9 +450,9 @@ __device__ __forceinline__ void run_strips(const Params& p, char* raw) {
   // And on to x8: the others are still asking for weights.
   if constexpr (!kMakesTokens) ptx::arrive_threads(kBarriersReady, C::kThreads);
   if (p.bfloat) {
-    StripFinisher<C, __nv_bfloat16, kMakesTokens>(p, shared).run();
+    StripFinisher<C, __nv_bfloat16, Params>(p, shared).run();
   } else {
-    StripFinisher<C, __half, kMakesTokens>(p, shared).run();
+    StripFinisher<C, __half, Params>(p, shared).run();
   }
 }
 

@@ -1,0 +1,192 @@
+// x @ V of tokens that strips' blocks make themselves (strip_tokens.cuh), by the warp that finishes strips, which has
+// nothing to do until the first one's sums are there. For each block to read all of V would take longer than the weights do.
+// So a share is what 128 columns add to x @ V; blocks draw shares, leave their sums in the workspace, and all read them there.
+//
+// Blocks may come in any order, and late, where other kernels have processors: whoever has drawn a share is running, and
+// waits for no block before it has left the sums. So all shares that were drawn get made, and a block that waits for them
+// has found none that was not drawn. Who makes a share changes none of its bits.
+#pragma once
+
+#include "params.h"
+#include "quantize_source.cuh"
+#include "rows_of_v.cuh"
+#include "strip_config.cuh"
+#include "zqfp.h"
+
+namespace zqfp {
+
+// What one word counts: shares drawn, one too many by each block; shares made; blocks that do not look at it any more. As
+// all is in one word, who adds to it has seen it before the last block clears it.
+constexpr uint32_t kDrawn = 1, kMade = 1u << 12, kLeft = 1u << 22;
+
+// One lane's part. T: type of x, V and xv.
+template <class C, typename T>
+class StripProduct {
+ public:
+  static_assert(C::kTokens == 2, "eights of 128 columns: a lane for each");
+
+  __device__ __forceinline__ StripProduct(const QuantizedStripParams& p, StripShared<C> shared)
+      : p_(p), shared_(shared), lane_(threadIdx.x % 32), shares_(p.k_blocks) {}
+
+  // Asks for V, a weight: before the kernel before has ended.
+  __device__ __forceinline__ void prefetch() const {
+    constexpr int kLine = 128;
+    const int row_bytes = p_.rank * int(sizeof(T));
+    for (int share = blockIdx.x; share < shares_; share += p_.blocks) {
+      const int first = share * kBlockColumns, left = p_.from.k - first;
+      const int bytes = (left < kBlockColumns ? left : kBlockColumns) * row_bytes;
+      const char* rows = static_cast<const char*>(p_.from.v) + int64_t(first) * row_bytes;
+      for (int at = lane_ * kLine; at < bytes; at += 32 * kLine) ptx::prefetch(rows + at);
+    }
+  }
+
+  // The block's first share: while the others make tokens.
+  __device__ __forceinline__ void draw() {
+    count(kDrawn);
+  }
+
+  // Of tokens that are made.
+  __device__ __forceinline__ void make_shares() {
+    for (int share = drawn(); share < shares_; share = drawn()) {
+      make(share);
+      __syncwarp();
+      counts_ = 0;
+      if (lane_ == 0) counts_ = ptx::add_acq_rel(p_.shares, kMade + kDrawn);
+    }
+  }
+
+  // The sum of all shares as operand B of mma: thread 4q + c gets ranks 16 * step + 8b + 2c + {0, 1} of token q.
+  __device__ __forceinline__ void collect(uint32_t (&xv)[C::kRankSteps][C::kOctets][2]) {
+    wait_for_shares();
+    const float4 sum = add_shares();
+    const unsigned words[2] = {round_pair({sum.x, sum.y}, T()), round_pair({sum.z, sum.w}, T())};
+    const int token = lane_ / 4, c = lane_ % 4;
+#pragma unroll
+    for (int step = 0; step < C::kRankSteps; ++step) {
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        const int rank = 16 * step + 8 * b + 2 * c, four = (token * p_.rank + rank) / 4;
+        const unsigned low = __shfl_sync(~0u, words[0], four), high = __shfl_sync(~0u, words[1], four);
+        xv[step][0][b] = token >= p_.m || rank >= p_.rank ? 0 : c % 2 == 0 ? low : high;
+      }
+    }
+    count(kLeft);
+  }
+
+  // The last block leaves the word as it was found. Not at once: that would be to wait for what collect() added.
+  __device__ __forceinline__ void clear() const {
+    if (lane_ == 0 && counts_ / kLeft == uint32_t(p_.blocks) - 1) *p_.shares = 0;
+  }
+
+ private:
+  const QuantizedStripParams& p_;
+  StripShared<C> shared_;
+  const int lane_, shares_;
+  uint32_t counts_;  // before lane 0 added to them
+
+  // Nobody waits for the old counts before they are used. Of a number that is not sure to be the same in all lanes: such a
+  // one the compiler would add up over the lanes that add it, and wait.
+  __device__ __forceinline__ void count(uint32_t what) {
+    int lane = lane_;
+    ptx::keep(lane);
+    counts_ = 0;
+    if (lane_ == 0) counts_ = ptx::add_relaxed(p_.shares, what + lane);
+  }
+
+  __device__ __forceinline__ int drawn() const { return int(__shfl_sync(~0u, counts_, 0) % kMade); }
+
+  // h of token t and eight 4i + c of the share lies in lane 16t + 4i + c, and is operand B of the step that multiplies
+  // these columns; the other lanes have zeros there. So column 4t + i of the sums is what chunk i gives token t.
+  __device__ __forceinline__ void make(int share) const {
+    constexpr int kChunk = 32, kChunks = kBlockColumns / kChunk;
+    const int first = share * kBlockColumns, q = lane_ / 4, c = lane_ % 4;
+    const T* v = static_cast<const T*>(p_.from.v) + int64_t(first + 8 * c) * p_.rank + 2 * q;
+    const Eight<T> h = compute_eight(lane_ / 16, first + lane_ % 16 * 8);
+    __syncwarp();
+    float* slot = p_.slots + (share * p_.m + c / 2) * p_.rank + 2 * q;
+#pragma unroll 1
+    for (int rank = 0; rank < p_.rank; rank += 16) {
+      int pitch = p_.rank;
+      ptx::keep(pitch);  // its multiples would be kept in registers
+      RowsOfV<1> rows[kChunks];
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        const bool inside = first + kChunk * chunk + 8 * c < p_.from.k && rank + 2 * q < p_.rank;
+        rows[chunk].load(v + kChunk * chunk * pitch + rank, pitch, inside);
+      }
+      float sums[4] = {};
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        const bool mine = q % 4 == chunk;
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          uint32_t a[4];
+          rows[chunk].operand(s, 0, a);
+          ptx::mma(sums, a, mine ? h.word[2 * s] : 0, mine ? h.word[2 * s + 1] : 0, T());
+        }
+      }
+      // Ranks 2q and 2q + 1, of chunks 2c and 2c + 1, and of those of the neighbour.
+      const float low = add_neighbour(sums[0] + sums[1]), high = add_neighbour(sums[2] + sums[3]);
+      const bool stores = c % 2 == 0 && c / 2 < p_.m && rank + 2 * q < p_.rank;
+      if (stores) *reinterpret_cast<float2*>(slot + rank) = {low, high};
+    }
+  }
+
+  __device__ __forceinline__ static float add_neighbour(float sum) { return sum + __shfl_xor_sync(~0u, sum, 1); }
+
+  // h of eight columns, zeros where there are none.
+  __device__ __forceinline__ Eight<T> compute_eight(int token, int column) const {
+    switch (p_.source) {
+      case ZQFP_SILU_MUL: return compute_eight_of<SiluMul<T>>(token, column);
+      case ZQFP_RMS_NORM: return compute_eight_of<Norm<T>>(token, column);
+      default: return compute_eight_of<Plain<T>>(token, column);
+    }
+  }
+  template <class Source>
+  __device__ __forceinline__ Eight<T> compute_eight_of(int token, int column) const {
+    if (token >= p_.m || column >= p_.from.k) return {};
+    const Source source(p_.from);
+    typename Source::Row row{};
+    if constexpr (std::is_same_v<Source, Norm<T>>) row = *shared_.token_factor(token);
+    const auto raw = source.load(int64_t(token) * p_.from.k + column, true);
+    return source.compute(raw, Source::load_column(p_.from, column, true), row);
+  }
+
+  __device__ __forceinline__ void wait_for_shares() const {
+    if (lane_ == 0) {
+      while (int(ptx::load_acquire(p_.shares) % kLeft / kMade) < shares_) {
+      }
+    }
+    __syncwarp();
+  }
+
+  // Four ranks of a token, or of none: lane i has number i % lanes, where they are as many as a power of two. The lanes that
+  // have the same add up every so-manieth share, and then each other's, always in the same order.
+  __device__ __forceinline__ float4 add_shares() const {
+    constexpr int kBatch = 8;  // loads under way
+    const int fours = p_.m * p_.rank / 4, lanes = 1 << (32 - __clz(fours - 1)), groups = 32 / lanes;
+    const int four = lane_ % lanes;
+    const float4* slots = reinterpret_cast<const float4*>(p_.slots) + four;
+    float4 sum{0.f, 0.f, 0.f, 0.f};
+    for (int first = lane_ / lanes; first < shares_; first += kBatch * groups) {
+      float4 more[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int share = first + i * groups;
+        more[i] = {0.f, 0.f, 0.f, 0.f};
+        if (share < shares_ && four < fours) more[i] = __ldcg(slots + share * fours);
+      }
+#pragma unroll
+      for (const float4& part : more) sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+    }
+    for (int mask = lanes; mask < 32; mask *= 2) {
+      sum.x += __shfl_xor_sync(~0u, sum.x, mask);
+      sum.y += __shfl_xor_sync(~0u, sum.y, mask);
+      sum.z += __shfl_xor_sync(~0u, sum.z, mask);
+      sum.w += __shfl_xor_sync(~0u, sum.w, mask);
+    }
+    return sum;
+  }
+};
+
+}  // namespace zqfp
