@@ -212,61 +212,21 @@ class StripWorker {
 template <class C, typename T, class Params>
 class StripFinisher {
  public:
-  __device__ __forceinline__ StripFinisher(const Params& p, StripShared<C> shared)
-      : p_(p), shared_(shared), tile_(strip_tile<C>(p)), lane_(threadIdx.x % 32), q_(lane_ / 4), c_(lane_ % 4) {}
+  using Product = uint32_t[C::kRankSteps][C::kOctets][2];
 
-  __device__ __forceinline__ void run() {
-    if constexpr (kTokensMade) {
-      StripProduct<C, T> product(p_, shared_);
-      const bool has_lorc = p_.rank > 0;
-      if (has_lorc) {
-        product.prefetch();
-        clear_factor();
-      }
-      ptx::wait_for_kernel_before();
-      if (has_lorc) product.draw();
-      ptx::sync_threads(kBarriersReady, C::kThreads);
-      if (has_lorc) product.make_shares();
-      ptx::keep(c_);  // what is computed of it takes no registers meanwhile
-      finish_strips([&] {
-        if (has_lorc) product.collect(xv_);
-      });
-      if (has_lorc) product.clear();
-    } else {
-      if (lane_ == 0) ptx::prefetch_map(&p_.x8);
-      ptx::wait_for_kernel_before();
-      bring_tokens();
-      load_product();
-      clear_factor();
-      finish_strips([] {});
-    }
-  }
+  __device__ __forceinline__ StripFinisher(const Params& p, StripShared<C> shared, int lane)
+      : p_(p), shared_(shared), tile_(strip_tile<C>(p)), lane_(lane), q_(lane_ / 4), c_(lane_ % 4) {}
 
- private:
-  static constexpr bool kTokensMade = std::is_same_v<Params, QuantizedStripParams>;
-
-  const Params& p_;
-  StripShared<C> shared_;
-  StripTile tile_;
-  int lane_, q_, c_;
-  float a_[C::kOctets][2];
-  uint32_t xv_[C::kRankSteps][C::kOctets][2];
-  float sums_[C::kOctets][4];
-
-  // Scales and bias of a thread's rows q and q + 8.
-  struct RowSide {
-    float scale[2], bias[2];
-  };
-
-  // `begin` is called when all is on its way that the first strip needs.
-  template <typename Begin>
-  __device__ __forceinline__ void finish_strips(Begin begin) {
+  // `load` is called for xv, when all else is on its way that the first strip needs.
+  template <typename Load>
+  __device__ __forceinline__ void run(Load load) {
     load_scales();
+    clear_factor();
     for (int strip = 0; strip < tile_.end; ++strip) {
       const int stage = strip % C::kRing, round = strip / C::kRing, place = tile_.place(strip, p_);
       copy_factor(place);
       const RowSide rows = load_row_side(place);
-      if (strip == 0) begin();
+      if (strip == 0) load(xv_);
       ptx::barrier_wait(shared_.full(stage), round & 1);
       add_up(stage);
       __syncwarp();
@@ -295,19 +255,7 @@ class StripFinisher {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void load_scales() {
-#pragma unroll
-    for (int octet = 0; octet < C::kOctets; ++octet) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int token = tile_.token + 8 * octet + 2 * c_ + i;
-        const float* a = kTokensMade ? shared_.token_scale(token) : p_.a + (p_.per_token ? token : 0);
-        a_[octet][i] = token < p_.m ? *a : 0.f;  // not __ldg: see load_eight
-      }
-    }
-  }
-
-  __device__ __forceinline__ void load_product() {
+  __device__ __forceinline__ void load_product(Product& product) const {
 #pragma unroll
     for (int octet = 0; octet < C::kOctets; ++octet) {
 #pragma unroll
@@ -316,8 +264,36 @@ class StripFinisher {
         for (int b = 0; b < 2; ++b) {
           const int token = tile_.token + 8 * octet + q_, rank = 16 * step + 8 * b + 2 * c_;
           const T* xv = static_cast<const T*>(p_.xv) + int64_t(token) * p_.rank + rank;
-          xv_[step][octet][b] = token < p_.m && rank < p_.rank ? *reinterpret_cast<const uint32_t*>(xv) : 0;
+          product[step][octet][b] = token < p_.m && rank < p_.rank ? *reinterpret_cast<const uint32_t*>(xv) : 0;
         }
+      }
+    }
+  }
+
+ private:
+  static constexpr bool kTokensMade = std::is_same_v<Params, QuantizedStripParams>;
+
+  const Params& p_;
+  StripShared<C> shared_;
+  StripTile tile_;
+  int lane_, q_, c_;
+  float a_[C::kOctets][2];
+  Product xv_;
+  float sums_[C::kOctets][4];
+
+  // Scales and bias of a thread's rows q and q + 8.
+  struct RowSide {
+    float scale[2], bias[2];
+  };
+
+  __device__ __forceinline__ void load_scales() {
+#pragma unroll
+    for (int octet = 0; octet < C::kOctets; ++octet) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = tile_.token + 8 * octet + 2 * c_ + i;
+        const float* a = kTokensMade ? shared_.token_scale(token) : p_.a + (p_.per_token ? token : 0);
+        a_[octet][i] = token < p_.m ? *a : 0.f;  // not __ldg: see load_eight
       }
     }
   }
@@ -336,6 +312,7 @@ class StripFinisher {
 
   // Ranks that there are not count as zeros.
   __device__ __forceinline__ void clear_factor() const {
+    if (kTokensMade && p_.rank == 0) return;
     for (int i = p_.rank * C::kFactorPitch / 4 + lane_; i < C::kRanks * C::kFactorPitch / 4; i += 32) {
       *ptx::shared_pointer<uint32_t>(shared_.factor(0) + i * 4) = 0;
     }
@@ -412,6 +389,33 @@ class StripFinisher {
   }
 };
 
+template <class C, typename T>
+__device__ __forceinline__ void finish_strips(const StripParams& p, StripShared<C> shared) {
+  const int lane = threadIdx.x % 32;
+  StripFinisher<C, T, StripParams> finisher(p, shared, lane);
+  if (lane == 0) ptx::prefetch_map(&p.x8);
+  ptx::wait_for_kernel_before();
+  finisher.bring_tokens();
+  finisher.run([&](auto& xv) { finisher.load_product(xv); });
+}
+
+template <class C, typename T>
+__device__ __forceinline__ void finish_strips(const QuantizedStripParams& p, StripShared<C> shared) {
+  int lane = threadIdx.x % 32;
+  StripProduct<C, T> product(p, shared, lane);
+  const bool has_lorc = p.rank > 0;
+  if (has_lorc) product.prefetch();
+  ptx::wait_for_kernel_before();
+  if (has_lorc) product.draw();
+  ptx::sync_threads(kBarriersReady, C::kThreads);
+  if (has_lorc) product.make_shares();
+  ptx::keep(lane);  // what the finisher computes of it takes no registers meanwhile
+  StripFinisher<C, T, QuantizedStripParams>(p, shared, lane).run([&](auto& xv) {
+    if (has_lorc) product.collect(xv);
+  });
+  if (has_lorc) product.clear();
+}
+
 template <class C>
 __device__ __forceinline__ void init_strip_barriers(StripShared<C> shared) {
   for (int i = 0; i < kMaxStripChunks; ++i) ptx::barrier_init(shared.chunk(i), 1);
@@ -450,9 +454,9 @@ __device__ __forceinline__ void run_strips(const Params& p, char* raw) {
   // And on to x8: the others are still asking for weights.
   if constexpr (!kMakesTokens) ptx::arrive_threads(kBarriersReady, C::kThreads);
   if (p.bfloat) {
-    StripFinisher<C, __nv_bfloat16, Params>(p, shared).run();
+    finish_strips<C, __nv_bfloat16>(p, shared);
   } else {
-    StripFinisher<C, __half, Params>(p, shared).run();
+    finish_strips<C, __half>(p, shared);
   }
 }
 

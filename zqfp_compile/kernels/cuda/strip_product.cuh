@@ -25,8 +25,8 @@ class StripProduct {
  public:
   static_assert(C::kTokens == 2, "eights of 128 columns: a lane for each");
 
-  __device__ __forceinline__ StripProduct(const QuantizedStripParams& p, StripShared<C> shared)
-      : p_(p), shared_(shared), lane_(threadIdx.x % 32), shares_(p.k_blocks) {}
+  __device__ __forceinline__ StripProduct(const QuantizedStripParams& p, StripShared<C> shared, int lane)
+      : p_(p), shared_(shared), lane_(lane), shares_(p.k_blocks) {}
 
   // Asks for V, a weight: before the kernel before has ended.
   __device__ __forceinline__ void prefetch() const {
@@ -99,9 +99,11 @@ class StripProduct {
   // these columns; the other lanes have zeros there. So column 4t + i of the sums is what chunk i gives token t.
   __device__ __forceinline__ void make(int share) const {
     constexpr int kChunk = 32, kChunks = kBlockColumns / kChunk;
-    const int first = share * kBlockColumns, q = lane_ / 4, c = lane_ % 4;
+    int lane = lane_;
+    ptx::keep(lane);  // what is computed of it takes registers here alone
+    const int first = share * kBlockColumns, q = lane / 4, c = lane % 4;
     const T* v = static_cast<const T*>(p_.from.v) + int64_t(first + 8 * c) * p_.rank + 2 * q;
-    const Eight<T> h = compute_eight(lane_ / 16, first + lane_ % 16 * 8);
+    const Eight<T> h = compute_eight(lane / 16, first + lane % 16 * 8);
     __syncwarp();
     float* slot = p_.slots + (share * p_.m + c / 2) * p_.rank + 2 * q;
 #pragma unroll 1
