@@ -212,21 +212,19 @@ class StripWorker {
 template <class C, typename T, class Params>
 class StripFinisher {
  public:
-  using Product = uint32_t[C::kRankSteps][C::kOctets][2];
-
   __device__ __forceinline__ StripFinisher(const Params& p, StripShared<C> shared, int lane)
       : p_(p), shared_(shared), tile_(strip_tile<C>(p)), lane_(lane), q_(lane_ / 4), c_(lane_ % 4) {}
 
-  // `load` is called for xv, when all else is on its way that the first strip needs.
-  template <typename Load>
-  __device__ __forceinline__ void run(Load load) {
+  // `bring` is called for xv when all is on its way that the first strip needs besides.
+  template <typename Bring>
+  __device__ __forceinline__ void run(Bring bring) {
     load_scales();
     clear_factor();
     for (int strip = 0; strip < tile_.end; ++strip) {
       const int stage = strip % C::kRing, round = strip / C::kRing, place = tile_.place(strip, p_);
       copy_factor(place);
       const RowSide rows = load_row_side(place);
-      if (strip == 0) load(xv_);
+      if (strip == 0) bring(xv_);
       ptx::barrier_wait(shared_.full(stage), round & 1);
       add_up(stage);
       __syncwarp();
@@ -255,7 +253,7 @@ class StripFinisher {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void load_product(Product& product) const {
+  __device__ __forceinline__ void load_product() {
 #pragma unroll
     for (int octet = 0; octet < C::kOctets; ++octet) {
 #pragma unroll
@@ -264,7 +262,7 @@ class StripFinisher {
         for (int b = 0; b < 2; ++b) {
           const int token = tile_.token + 8 * octet + q_, rank = 16 * step + 8 * b + 2 * c_;
           const T* xv = static_cast<const T*>(p_.xv) + int64_t(token) * p_.rank + rank;
-          product[step][octet][b] = token < p_.m && rank < p_.rank ? *reinterpret_cast<const uint32_t*>(xv) : 0;
+          xv_[step][octet][b] = token < p_.m && rank < p_.rank ? *reinterpret_cast<const uint32_t*>(xv) : 0;
         }
       }
     }
@@ -278,7 +276,7 @@ class StripFinisher {
   StripTile tile_;
   int lane_, q_, c_;
   float a_[C::kOctets][2];
-  Product xv_;
+  uint32_t xv_[C::kRankSteps][C::kOctets][2];
   float sums_[C::kOctets][4];
 
   // Scales and bias of a thread's rows q and q + 8.
@@ -396,7 +394,8 @@ __device__ __forceinline__ void finish_strips(const StripParams& p, StripShared<
   if (lane == 0) ptx::prefetch_map(&p.x8);
   ptx::wait_for_kernel_before();
   finisher.bring_tokens();
-  finisher.run([&](auto& xv) { finisher.load_product(xv); });
+  finisher.load_product();
+  finisher.run([](auto&) {});
 }
 
 template <class C, typename T>
