@@ -400,16 +400,16 @@ __device__ __forceinline__ void finish_strips(const StripParams& p, StripShared<
 
 template <class C, typename T>
 __device__ __forceinline__ void finish_strips(const QuantizedStripParams& p, StripShared<C> shared) {
-  int lane = threadIdx.x % 32;
-  StripProduct<C, T> product(p, shared, lane);
+  StripProduct<C, T> product(p, shared);
   const bool has_lorc = p.rank > 0;
   if (has_lorc) product.prefetch();
   ptx::wait_for_kernel_before();
   if (has_lorc) product.draw();
   ptx::sync_threads(kBarriersReady, C::kThreads);
   if (has_lorc) product.make_shares();
-  ptx::keep(lane);  // what the finisher computes of it takes no registers meanwhile
-  StripFinisher<C, T, QuantizedStripParams>(p, shared, lane).run([&](auto& xv) {
+  int thread = threadIdx.x;
+  ptx::keep(thread);  // what the finisher computes of it takes no registers meanwhile
+  StripFinisher<C, T, QuantizedStripParams>(p, shared, thread % 32).run([&](auto& xv) {
     if (has_lorc) product.collect(xv);
   });
   if (has_lorc) product.clear();

@@ -16,7 +16,8 @@
 namespace zqfp {
 
 // What one word counts: shares drawn, one too many by each block; shares made; blocks that do not look at it any more. As
-// all is in one word, who adds to it has seen it before the last block clears it.
+// all is in one word, who adds to it has seen it before the last block clears it. x8 of 1024 shares has no room in shared
+// memory.
 constexpr uint32_t kDrawn = 1, kMade = 1u << 12, kLeft = 1u << 22;
 
 // One lane's part. T: type of x, V and xv.
@@ -25,8 +26,8 @@ class StripProduct {
  public:
   static_assert(C::kTokens == 2, "eights of 128 columns: a lane for each");
 
-  __device__ __forceinline__ StripProduct(const QuantizedStripParams& p, StripShared<C> shared, int lane)
-      : p_(p), shared_(shared), lane_(lane), shares_(p.k_blocks) {}
+  __device__ __forceinline__ StripProduct(const QuantizedStripParams& p, StripShared<C> shared)
+      : p_(p), shared_(shared), shares_(p.k_blocks) {}
 
   // Asks for V, a weight: before the kernel before has ended.
   __device__ __forceinline__ void prefetch() const {
@@ -36,14 +37,12 @@ class StripProduct {
       const int first = share * kBlockColumns, left = p_.from.k - first;
       const int bytes = (left < kBlockColumns ? left : kBlockColumns) * row_bytes;
       const char* rows = static_cast<const char*>(p_.from.v) + int64_t(first) * row_bytes;
-      for (int at = lane_ * kLine; at < bytes; at += 32 * kLine) ptx::prefetch(rows + at);
+      for (int at = lane() * kLine; at < bytes; at += 32 * kLine) ptx::prefetch(rows + at);
     }
   }
 
   // The block's first share: while the others make tokens.
-  __device__ __forceinline__ void draw() {
-    count(kDrawn);
-  }
+  __device__ __forceinline__ void draw() { counts_ = ptx::add_by_one(p_.shares, kDrawn); }
 
   // Of tokens that are made.
   __device__ __forceinline__ void make_shares() {
@@ -51,7 +50,7 @@ class StripProduct {
       make(share);
       __syncwarp();
       counts_ = 0;
-      if (lane_ == 0) counts_ = ptx::add_acq_rel(p_.shares, kMade + kDrawn);
+      if (lane() == 0) counts_ = ptx::add_acq_rel(p_.shares, kMade + kDrawn);
     }
   }
 
@@ -60,7 +59,7 @@ class StripProduct {
     wait_for_shares();
     const float4 sum = add_shares();
     const unsigned words[2] = {round_pair({sum.x, sum.y}, T()), round_pair({sum.z, sum.w}, T())};
-    const int token = lane_ / 4, c = lane_ % 4;
+    const int lane = this->lane(), token = lane / 4, c = lane % 4;
 #pragma unroll
     for (int step = 0; step < C::kRankSteps; ++step) {
 #pragma unroll
@@ -70,52 +69,43 @@ class StripProduct {
         xv[step][0][b] = token >= p_.m || rank >= p_.rank ? 0 : c % 2 == 0 ? low : high;
       }
     }
-    count(kLeft);
+    counts_ = ptx::add_by_one(p_.shares, kLeft);
   }
 
-  // The last block leaves the word as it was found. Not at once: that would be to wait for what collect() added.
+  // The last block leaves the word as it was found. Not at once: collect() does not wait for the old counts.
   __device__ __forceinline__ void clear() const {
-    if (lane_ == 0 && counts_ / kLeft == uint32_t(p_.blocks) - 1) *p_.shares = 0;
+    if (counts_ / kLeft == uint32_t(p_.blocks) - 1) *p_.shares = 0;
   }
 
  private:
   const QuantizedStripParams& p_;
   StripShared<C> shared_;
-  const int lane_, shares_;
-  uint32_t counts_;  // before lane 0 added to them
+  const int shares_;
+  uint32_t counts_;  // before the block added to them, in one lane; 0 in others
 
-  // Nobody waits for the old counts before they are used. Of a number that is not sure to be the same in all lanes: such a
-  // one the compiler would add up over the lanes that add it, and wait.
-  __device__ __forceinline__ void count(uint32_t what) {
-    int lane = lane_;
-    ptx::keep(lane);
-    counts_ = 0;
-    if (lane_ == 0) counts_ = ptx::add_relaxed(p_.shares, what + lane);
+  // Computed each time: nothing takes registers meanwhile, that is computed of it either.
+  __device__ __forceinline__ static int lane() {
+    int thread = threadIdx.x;
+    ptx::keep(thread);
+    return thread % 32;
   }
 
-  __device__ __forceinline__ int drawn() const { return int(__shfl_sync(~0u, counts_, 0) % kMade); }
+  __device__ __forceinline__ int drawn() const { return int(__reduce_max_sync(~0u, counts_) % kMade); }
+
+  static constexpr int kChunk = 32, kChunks = kBlockColumns / kChunk;
+  using Rows = RowsOfV<1>[kChunks];
 
   // h of token t and eight 4i + c of the share lies in lane 16t + 4i + c, and is operand B of the step that multiplies
   // these columns; the other lanes have zeros there. So column 4t + i of the sums is what chunk i gives token t.
   __device__ __forceinline__ void make(int share) const {
-    constexpr int kChunk = 32, kChunks = kBlockColumns / kChunk;
-    int lane = lane_;
-    ptx::keep(lane);  // what is computed of it takes registers here alone
-    const int first = share * kBlockColumns, q = lane / 4, c = lane % 4;
-    const T* v = static_cast<const T*>(p_.from.v) + int64_t(first + 8 * c) * p_.rank + 2 * q;
+    const int lane = this->lane(), q = lane / 4, c = lane % 4, first = share * kBlockColumns;
+    Rows rows;
+    load_rows(rows, first + 8 * c, 2 * q);
     const Eight<T> h = compute_eight(lane / 16, first + lane % 16 * 8);
     __syncwarp();
-    float* slot = p_.slots + (share * p_.m + c / 2) * p_.rank + 2 * q;
+    float* slot = p_.slots + (share * p_.m + c / 2) * p_.rank;
 #pragma unroll 1
-    for (int rank = 0; rank < p_.rank; rank += 16) {
-      int pitch = p_.rank;
-      ptx::keep(pitch);  // its multiples would be kept in registers
-      RowsOfV<1> rows[kChunks];
-#pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        const bool inside = first + kChunk * chunk + 8 * c < p_.from.k && rank + 2 * q < p_.rank;
-        rows[chunk].load(v + kChunk * chunk * pitch + rank, pitch, inside);
-      }
+    for (int rank = 2 * q;;) {
       float sums[4] = {};
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -129,8 +119,22 @@ class StripProduct {
       }
       // Ranks 2q and 2q + 1, of chunks 2c and 2c + 1, and of those of the neighbour.
       const float low = add_neighbour(sums[0] + sums[1]), high = add_neighbour(sums[2] + sums[3]);
-      const bool stores = c % 2 == 0 && c / 2 < p_.m && rank + 2 * q < p_.rank;
+      const bool stores = c % 2 == 0 && c / 2 < p_.m && rank < p_.rank;
       if (stores) *reinterpret_cast<float2*>(slot + rank) = {low, high};
+      rank += 16;
+      if (rank - 2 * q >= p_.rank) break;
+      load_rows(rows, first + 8 * c, rank);
+    }
+  }
+
+  __device__ __forceinline__ void load_rows(Rows& rows, int column, int rank) const {
+    int pitch = p_.rank;
+    ptx::keep(pitch);  // its multiples would be kept in registers
+    const T* v = static_cast<const T*>(p_.from.v) + int64_t(column) * pitch + rank;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const bool inside = column + kChunk * chunk < p_.from.k && rank < p_.rank;
+      rows[chunk].load(v + kChunk * chunk * pitch, pitch, inside);
     }
   }
 
@@ -155,7 +159,7 @@ class StripProduct {
   }
 
   __device__ __forceinline__ void wait_for_shares() const {
-    if (lane_ == 0) {
+    if (lane() == 0) {
       while (int(ptx::load_acquire(p_.shares) % kLeft / kMade) < shares_) {
       }
     }
@@ -167,10 +171,10 @@ class StripProduct {
   __device__ __forceinline__ float4 add_shares() const {
     constexpr int kBatch = 8;  // loads under way
     const int fours = p_.m * p_.rank / 4, lanes = 1 << (32 - __clz(fours - 1)), groups = 32 / lanes;
-    const int four = lane_ % lanes;
+    const int lane = this->lane(), four = lane % lanes;
     const float4* slots = reinterpret_cast<const float4*>(p_.slots) + four;
     float4 sum{0.f, 0.f, 0.f, 0.f};
-    for (int first = lane_ / lanes; first < shares_; first += kBatch * groups) {
+    for (int first = lane / lanes; first < shares_; first += kBatch * groups) {
       float4 more[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
