@@ -215,22 +215,26 @@ class StripFinisher {
   __device__ __forceinline__ StripFinisher(const Params& p, StripShared<C> shared, int lane)
       : p_(p), shared_(shared), tile_(strip_tile<C>(p)), lane_(lane), q_(lane_ / 4), c_(lane_ % 4) {}
 
+  // Asks for what it needs for the first strips, weights all.
+  __device__ __forceinline__ void start() const {
+    clear_ranks();
+    for (int strip = 0; strip < C::kSides - 1; ++strip) copy_side(strip);
+  }
+
   // `bring` is called for xv when all is on its way that the first strip needs besides.
   template <typename Bring>
   __device__ __forceinline__ void run(Bring bring) {
     load_scales();
-    clear_factor();
     for (int strip = 0; strip < tile_.end; ++strip) {
-      const int stage = strip % C::kRing, round = strip / C::kRing, place = tile_.place(strip, p_);
-      copy_factor(place);
-      const RowSide rows = load_row_side(place);
+      const int stage = strip % C::kRing, round = strip / C::kRing;
+      copy_side(strip + C::kSides - 1);
       if (strip == 0) bring(xv_);
       ptx::barrier_wait(shared_.full(stage), round & 1);
       add_up(stage);
       __syncwarp();
       if (lane_ == 0) ptx::barrier_arrive(shared_.empty(stage));
-      finish(rows);
-      store(place);
+      finish(shared_.side(strip));
+      store(tile_.place(strip, p_));
     }
   }
 
@@ -279,11 +283,6 @@ class StripFinisher {
   uint32_t xv_[C::kRankSteps][C::kOctets][2];
   float sums_[C::kOctets][4];
 
-  // Scales and bias of a thread's rows q and q + 8.
-  struct RowSide {
-    float scale[2], bias[2];
-  };
-
   __device__ __forceinline__ void load_scales() {
 #pragma unroll
     for (int octet = 0; octet < C::kOctets; ++octet) {
@@ -296,34 +295,40 @@ class StripFinisher {
     }
   }
 
-  __device__ __forceinline__ RowSide load_row_side(int strip) const {
-    RowSide side{};
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = strip * kStripRows + q_ + 8 * h;
-      if (row >= p_.n) continue;
-      side.scale[h] = __ldg(p_.row_scales + row);
-      if (p_.bias != nullptr) side.bias[h] = float(static_cast<const T*>(p_.bias)[row]);
-    }
-    return side;
-  }
-
-  // Ranks that there are not count as zeros.
-  __device__ __forceinline__ void clear_factor() const {
-    if (kTokensMade && p_.rank == 0) return;
-    for (int i = p_.rank * C::kFactorPitch / 4 + lane_; i < C::kRanks * C::kFactorPitch / 4; i += 32) {
-      *ptx::shared_pointer<uint32_t>(shared_.factor(0) + i * 4) = 0;
+  // A step of mma takes 16 ranks: the ones that there are not count as zeros.
+  __device__ __forceinline__ void clear_ranks() const {
+    const int ranks = p_.rank % 16;  // 0 or 8
+    for (int i = lane_; ranks != 0 && i < C::kSides * 16; i += 32) {
+      const uint32_t behind = shared_.side(i / 16) + p_.rank * C::kFactorPitch;
+      *ptx::shared_pointer<uint4>(behind + i % 16 * 16) = {};
     }
   }
 
-  // u of the strip, eight of its rows by each lane.
-  __device__ __forceinline__ void copy_factor(int strip) const {
-    const int row = strip * kStripRows + lane_ % 2 * 8;
-    const T* u = static_cast<const T*>(p_.u) + row;
-    for (int rank = lane_ / 2; rank < p_.rank && row < p_.n; rank += 16) {
-      ptx::copy_ahead<16>(shared_.factor(rank) + lane_ % 2 * 16, u + int64_t(rank) * p_.n);
+  __device__ __forceinline__ void copy_side(int strip) const {
+    if (strip < tile_.end) {
+      const int row = tile_.place(strip, p_) * kStripRows;
+      const uint32_t side = shared_.side(strip);
+      copy_factor(side, row + lane_ % 2 * 8);
+      copy_rows<4, C::kRowScaleOffset, 0>(side, row, p_.row_scales);
+      if (p_.bias != nullptr) copy_rows<2, C::kBiasOffset, 4>(side, row, static_cast<const T*>(p_.bias));
     }
     ptx::commit_copies();
+  }
+
+  // Eight of u's rows by each lane.
+  __device__ __forceinline__ void copy_factor(uint32_t side, int row) const {
+    const T* u = static_cast<const T*>(p_.u) + row;
+    for (int rank = lane_ / 2; rank < p_.rank && row < p_.n; rank += 16) {
+      ptx::copy_ahead<16>(side + rank * C::kFactorPitch + lane_ % 2 * 16, u + int64_t(rank) * p_.n);
+    }
+  }
+
+  // 16 bytes by each of kLanes lanes from kFirst on.
+  template <int kLanes, int kOffset, int kFirst, typename Number>
+  __device__ __forceinline__ void copy_rows(uint32_t side, int row, const Number* numbers) const {
+    const int lane = lane_ - kFirst;
+    row += kStripRows / kLanes * lane;
+    if (lane >= 0 && lane < kLanes && row < p_.n) ptx::copy_ahead<16>(side + kOffset + lane * 16, numbers + row);
   }
 
   // The warps' sums, in the order of K's columns.
@@ -344,16 +349,13 @@ class StripFinisher {
     }
   }
 
-  __device__ __forceinline__ void finish(const RowSide& rows) {
-    ptx::wait_copies<0>();
+  __device__ __forceinline__ void finish(uint32_t side) {
+    ptx::wait_copies<C::kSides - 1>();
     __syncwarp();
-#pragma unroll
-    for (int octet = 0; octet < C::kOctets; ++octet) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums_[octet][i] *= a_[octet][i % 2] * rows.scale[i / 2];
-    }
+    const float* scales = ptx::shared_pointer<float>(side + C::kRowScaleOffset) + q_;
+    scale(scales[0], scales[8]);
     // Four matrices of 8 ranks by 8 rows: lane i says where rank i % 8 of number i / 8 lies.
-    const uint32_t corner = shared_.factor(lane_ / 16 * 8 + lane_ % 8) + lane_ / 8 % 2 * 16;
+    const uint32_t corner = side + (lane_ / 16 * 8 + lane_ % 8) * C::kFactorPitch + lane_ / 8 % 2 * 16;
 #pragma unroll
     for (int step = 0; step < C::kRankSteps; ++step) {
       if (16 * step >= p_.rank) break;
@@ -364,11 +366,24 @@ class StripFinisher {
         ptx::mma(sums_[octet], u, xv_[step][octet][0], xv_[step][octet][1], T());
       }
     }
-    __syncwarp();  // before the next strip's u comes
+    const T* bias = ptx::shared_pointer<T>(side + C::kBiasOffset) + q_;
+    if (p_.bias != nullptr) add(float(bias[0]), float(bias[8]));
+    __syncwarp();  // before another strip's side comes
+  }
+
+  // Of rows q and q + 8.
+  __device__ __forceinline__ void scale(float first, float second) {
 #pragma unroll
     for (int octet = 0; octet < C::kOctets; ++octet) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums_[octet][i] += rows.bias[i / 2];
+      for (int i = 0; i < 4; ++i) sums_[octet][i] *= a_[octet][i % 2] * (i < 2 ? first : second);
+    }
+  }
+  __device__ __forceinline__ void add(float first, float second) {
+#pragma unroll
+    for (int octet = 0; octet < C::kOctets; ++octet) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums_[octet][i] += i < 2 ? first : second;
     }
   }
 
@@ -392,6 +407,7 @@ __device__ __forceinline__ void finish_strips(const StripParams& p, StripShared<
   const int lane = threadIdx.x % 32;
   StripFinisher<C, T, StripParams> finisher(p, shared, lane);
   if (lane == 0) ptx::prefetch_map(&p.x8);
+  finisher.start();
   ptx::wait_for_kernel_before();
   finisher.bring_tokens();
   finisher.load_product();
@@ -403,6 +419,7 @@ __device__ __forceinline__ void finish_strips(const QuantizedStripParams& p, Str
   StripProduct<C, T> product(p, shared);
   const bool has_lorc = p.rank > 0;
   if (has_lorc) product.prefetch();
+  StripFinisher<C, T, QuantizedStripParams>(p, shared, threadIdx.x % 32).start();
   ptx::wait_for_kernel_before();
   if (has_lorc) product.draw();
   ptx::sync_threads(kBarriersReady, C::kThreads);
