@@ -173,6 +173,13 @@ __device__ __forceinline__ uint32_t add_acq_rel(uint32_t* to, uint32_t value) {
   return before;
 }
 
+// The same, without what others have written.
+__device__ __forceinline__ uint32_t add_release(uint32_t* to, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
+  return before;
+}
+
 // One lane of a warp adds, where no other memory is spoken of, and gets the old value; the others get 0. Elected, as what a
 // lane adds that the program chose is added up over lanes first, by code that waits for the old value.
 __device__ __forceinline__ uint32_t add_by_one(uint32_t* to, uint32_t value) {

@@ -421,9 +421,12 @@ __device__ __forceinline__ void finish_strips(const QuantizedStripParams& p, Str
   if (has_lorc) product.prefetch();
   StripFinisher<C, T, QuantizedStripParams>(p, shared, threadIdx.x % 32).start();
   ptx::wait_for_kernel_before();
-  if (has_lorc) product.draw();
-  ptx::sync_threads(kBarriersReady, C::kThreads);
-  if (has_lorc) product.make_shares();
+  if (has_lorc) {
+    product.draw();
+    product.make_shares();
+  } else {
+    ptx::sync_threads(kBarrierTokens, C::kThreads);
+  }
   int thread = threadIdx.x;
   ptx::keep(thread);  // what the finisher computes of it takes no registers meanwhile
   StripFinisher<C, T, QuantizedStripParams>(p, shared, thread % 32).run([&](auto& xv) {
@@ -455,6 +458,7 @@ __device__ __forceinline__ void run_strips(const Params& p, char* raw) {
       int thread = threadIdx.x;
       ptx::keep(thread);  // a worker that is made again takes no registers meanwhile
       StripWorker<C> worker(p, shared, thread, C::kAhead);
+      ptx::arrive_threads(kBarrierTokens, C::kThreads);
       ptx::sync_threads(kBarriersReady, C::kThreads);
       worker.run(true);
     } else {
@@ -467,8 +471,8 @@ __device__ __forceinline__ void run_strips(const Params& p, char* raw) {
   }
   if (threadIdx.x % 32 == 0) init_strip_barriers<C>(shared);
   __syncwarp();
-  // And on to x8: the others are still asking for weights.
-  if constexpr (!kMakesTokens) ptx::arrive_threads(kBarriersReady, C::kThreads);
+  // And on to x8, or x @ V: the others are still asking for weights.
+  ptx::arrive_threads(kBarriersReady, C::kThreads);
   if (p.bfloat) {
     finish_strips<C, __nv_bfloat16>(p, shared);
   } else {
