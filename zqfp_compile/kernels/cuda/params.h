@@ -69,7 +69,7 @@ struct QuantizedStripParams : StripParams {
   int source;  // zqfpSource
   // With LoRC (strip_product.cuh).
   uint32_t* shares;  // counts them; 0 between launches
-  float* slots;      // sums of each share: [k_blocks, m, rank]
+  float* slots;      // what each block of K adds: [k_blocks, m, rank]
 };
 
 // The rank that one LoRC step multiplies: its part of u takes as much shared memory as the codes of a block.

@@ -1,7 +1,7 @@
 // x @ V of tokens that strips' blocks make themselves (strip_tokens.cuh), by the warp that finishes strips, which has
 // nothing to do until the first one's sums are there. For each block to read all of V would take longer than the weights do.
-// So a share is what 128 columns add to 16 ranks of x @ V; blocks draw shares, leave their sums in the workspace, and all read
-// them there. What the first share takes of V and x is loaded while the others make x8.
+// So a share is what 128 columns add to 16 ranks of x @ V; blocks draw shares, leave their sums in the workspace, and all
+// read them there. What the first share takes of V and x is loaded while the others make x8.
 //
 // Blocks may come in any order, and late, where other kernels have processors: whoever has drawn a share is running, and
 // waits for no block before it has left the sums. So all shares that were drawn get made, and a block that waits for them
@@ -190,11 +190,11 @@ class StripProduct {
   // have the same add up every so-manieth block of K, and then each other's, always in the same order.
   __device__ __forceinline__ float4 add_shares() const {
     constexpr int kBatch = 8;  // loads under way
-    const int fours = p_.m * p_.rank / 4, lanes = 1 << (32 - __clz(fours - 1)), groups = 32 / lanes;
-    const int lane = this->lane(), four = lane % lanes;
+    const int fours = p_.m * p_.rank / 4, bits = 32 - __clz(fours - 1), lanes = 1 << bits, groups = 32 >> bits;
+    const int lane = this->lane(), four = lane & (lanes - 1);
     const float4* slots = reinterpret_cast<const float4*>(p_.slots) + four;
     float4 sum{0.f, 0.f, 0.f, 0.f};
-    for (int first = lane / lanes; first < p_.k_blocks; first += kBatch * groups) {
+    for (int first = lane >> bits; first < p_.k_blocks; first += kBatch * groups) {
       float4 more[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
