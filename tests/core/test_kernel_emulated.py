@@ -30,9 +30,9 @@ ZEROED_BYTES = 16384
 T8, T32, T64, T128_PAIR, T256_PAIR, T256, T128_NARROW, S8, S16, S8_G32 = range(10)
 # Those that quantize their tokens are numbered apart.
 QUANTIZED = 100
-Q2, Q2_G32 = QUANTIZED, QUANTIZED + 1
+Q2, Q2_G32, Q2_G128 = range(QUANTIZED, QUANTIZED + 3)
 GROUP_SIZE = {T8: 64, T32: 32, T64: 128, T128_PAIR: 64, T256_PAIR: 64, T256: 32, T128_NARROW: 128}
-GROUP_SIZE |= {S8: 64, S16: 128, S8_G32: 32, Q2: 64, Q2_G32: 32}
+GROUP_SIZE |= {S8: 64, S16: 128, S8_G32: 32, Q2: 64, Q2_G32: 32, Q2_G128: 128}
 
 
 class Problem(ctypes.Structure):
@@ -486,23 +486,36 @@ JOINED = [
     Joined(Q2_G32, m=2, n=40, k=6160, source=RMS_NORM, bfloat=True, per_token=False),  # rounds in two batches
     Joined(Q2, m=2, n=24, k=272, source=RMS_NORM, skip=False, sum=False),
     Joined(Q2, m=2, n=24, k=4096, source=RMS_NORM, sum=False, bias=False),
+    # With LoRC: shares of 128 columns, the last of them short; ranks that fill no step of 16; more blocks
+    # than shares, and fewer.
+    Joined(Q2, m=1, n=72, k=1040, rank=16),
+    Joined(Q2, m=1, n=72, k=16, rank=8, per_token=False, workers=5),
+    Joined(Q2_G32, m=1, n=136, k=2576, rank=24, source=SILU_MUL, bfloat=True, per_token=False),
+    Joined(Q2_G128, m=1, n=328, k=1040, rank=64, source=RMS_NORM, workers=4, outputs=(128, 192, 8)),
+    Joined(Q2, m=2, n=40, k=1200, rank=32, source=RMS_NORM, bfloat=True, bias=False),
+    Joined(Q2_G32, m=2, n=24, k=4240, rank=64, source=SILU_MUL, per_token=False),
+    Joined(Q2_G128, m=1, n=40, k=528, rank=40, source=RMS_NORM, skip=False, sum=False, per_token=False),
 ]
 
 
-@pytest.mark.parametrize("case", JOINED, ids=str)
-def test_strips_that_quantize_compute_the_reference(emulator, case):
-    """Of what the quantizer makes, which the tests above compare with its own."""
+def run_joined(emulator, case, workspace):
+    """Run the strips that quantize; return y, and what the reference needs: x8, a and xv of the quantizer.
+
+    The tests above compare the quantizer with its own reference.
+    """
     arrays, dtype = random_arrays(case)
     quantizer = Quantizer(
         "bfloat16" if case.bfloat else "float16",
         case.m,
         case.k,
         None if case.per_token else 0.02,
-        share=0 if case.per_token else 1,
-        size=64,
+        rank=case.rank,
+        share=0 if case.per_token and not case.rank else 1,
+        size=0 if case.rank else 64,
         threads=512,
     )
     x, other = (random_numbers(quantizer, case.m, case.k, seed=seed) for seed in (1, 2))
+    v = (random_v(quantizer) / (8 * case.k**0.5)).astype(dtype) if case.rank else None
     has_other = case.source == SILU_MUL or (case.source == RMS_NORM and case.skip)
     held = {
         "x": aligned(x),
@@ -511,12 +524,45 @@ def test_strips_that_quantize_compute_the_reference(emulator, case):
     }
     sums = [aligned(np.full_like(x, np.nan)) for _ in range(2)]
     summed = case.source == RMS_NORM and case.sum
-    codes, arrays["a"], _ = quantized(emulator, quantizer, sum=sums[0] if summed else None, **held)
+    codes, arrays["a"], arrays["xv"] = quantized(
+        emulator, quantizer, v, sum=sums[0] if summed else None, **held
+    )
     arrays["x8"] = E4M3FN.decode(codes)
     pointers = {name: pointer(array) for name, array in held.items()}
     given = Inputs(epsilon=EPSILON, **pointers, sum=pointer(sums[1]) if summed else None)
-    scale = None if case.per_token else arrays["a"]
-    source = (ctypes.byref(given), case.source, pointer(scale))
-    weights = {name: array for name, array in arrays.items() if name not in ("x8", "a")}
-    check(case, arrays, emulate(emulator, case, weights, dtype, new_workspace(), source))
+    scale, v = None if case.per_token else arrays["a"], optional(v)
+    source = (ctypes.byref(given), case.source, pointer(scale), pointer(v))
+    weights = {name: array for name, array in arrays.items() if name not in ("x8", "a", "xv")}
+    y = emulate(emulator, case, weights, dtype, workspace, source)
     assert sums[0].tobytes() == sums[1].tobytes()
+    return y, arrays
+
+
+@pytest.mark.parametrize("case", JOINED, ids=str)
+def test_strips_that_quantize_compute_the_reference(emulator, case):
+    y, arrays = run_joined(emulator, case, new_workspace())
+    check(case, arrays, y)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in JOINED if case.rank in (24, 32, 64) and case.n > 24], ids=str
+)
+def test_who_multiplies_a_share_changes_no_bit(emulator, case):
+    """One block after the other, when the first makes all of x @ V; all at once; and fewer blocks."""
+    results = set()
+    for order, workers in ((0, case.workers), (1, case.workers), (2, case.workers), (2, 2)):
+        dealt = dataclasses.replace(case, order=order, workers=workers)
+        results.add(run_joined(emulator, dealt, new_workspace())[0].tobytes())
+    assert len(results) == 1
+
+
+def test_a_workspace_serves_one_product_after_the_other(emulator):
+    """Sums of other layers, and of tiles that are cut, lie where new ones will."""
+    workspace = new_workspace()
+    for case in (JOINED[8], JOINED[11], CASES[2], JOINED[10], JOINED[8]):
+        if isinstance(case, Joined):
+            y, arrays = run_joined(emulator, case, workspace)
+        else:
+            arrays, dtype = random_arrays(case)
+            y = emulate(emulator, case, arrays, dtype, workspace)
+        check(case, arrays, y)

@@ -208,13 +208,19 @@ void run_given_strips(const Problem& problem) {
 }
 
 template <class C>
-void run_quantized_strips(const Problem& problem, const QuantizeInputs& inputs, int source, const float* scale) {
+void run_quantized_strips(const Problem& problem, const QuantizeInputs& inputs, int source, const float* scale,
+                          const void* v) {
   QuantizedStripParams p{};
   static_cast<QuantizeInputs&>(p.from) = inputs;
   p.from.scale = scale;
   p.from.m = problem.m;
   p.from.k = problem.k;
+  p.from.v = v;
   p.source = source;
+  p.u = problem.u;
+  p.rank = problem.rank;
+  p.shares = static_cast<uint32_t*>(problem.workspace);
+  p.slots = static_cast<float*>(problem.workspace) + 4096;
   run_strip_kernel<C>(problem, p);
 }
 
@@ -236,12 +242,13 @@ extern "C" int emulate(int config, const Problem* problem) {
   }
 }
 
-// A kernel of strips that quantises its tokens; source as in zqfp.h.
+// A kernel of strips that quantises its tokens; source as in zqfp.h; v null: no LoRC.
 extern "C" int emulate_quantized(int config, const Problem* problem, const QuantizeInputs* inputs, int source,
-                                 const float* scale) {
+                                 const float* scale, const void* v) {
   switch (config) {
-    case 0: run_quantized_strips<StripConfig<2, 64, 3, 3, 2>>(*problem, *inputs, source, scale); return 64;
-    case 1: run_quantized_strips<StripConfig<2, 32, 4, 2, 2>>(*problem, *inputs, source, scale); return 32;
+    case 0: run_quantized_strips<StripConfig<2, 64, 3, 3, 2>>(*problem, *inputs, source, scale, v); return 64;
+    case 1: run_quantized_strips<StripConfig<2, 32, 4, 2, 2>>(*problem, *inputs, source, scale, v); return 32;
+    case 2: run_quantized_strips<StripConfig<2, 128, 3, 3, 2>>(*problem, *inputs, source, scale, v); return 128;
     default: return -1;
   }
 }

@@ -224,7 +224,11 @@ T* shared_pointer(uint32_t address) {
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) { block->mbarriers[barrier].init(arrivals); }
 inline void fence_barrier_init() {}
 inline uint32_t load_acquire(const uint32_t* from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
+inline uint32_t add_by_one(uint32_t* to, uint32_t value) {
+  return threadIdx.x % 32 == 0 ? __atomic_fetch_add(to, value, __ATOMIC_RELAXED) : 0;
+}
 inline uint32_t add_acq_rel(uint32_t* to, uint32_t value) { return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST); }
+inline uint32_t add_release(uint32_t* to, uint32_t value) { return __atomic_fetch_add(to, value, __ATOMIC_RELEASE); }
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) { block->mbarriers.at(barrier).arrive(bytes); }
 inline void barrier_open(uint32_t barrier, uint32_t bytes) {
   barrier_init(barrier, 1);

@@ -138,13 +138,20 @@ int quantized_shared_bytes(const zqfpLinearDesc& desc, const zqfpActivation& x, 
 // A norm's sum that takes the place of what other blocks are still reading must be another kernel's.
 bool can_join(const zqfpLinearDesc& desc, const zqfpActivation& x) {
   const bool in_place = x.sum != nullptr && (x.sum == x.x || x.sum == x.other);
-  return desc.lorc_rank == 0 && x.x_dtype == desc.dtype && !in_place;
+  return x.x_dtype == desc.dtype && !in_place;
 }
+
+constexpr int64_t kMostJoinedTokens = 2;  // of all kernels that quantise
 
 }  // namespace
 
+int64_t joined_bytes(const zqfpLinearDesc& desc, int64_t m) {
+  const int64_t shares = divide_up(desc.k, kBlockColumns);
+  return shares * std::min(m, kMostJoinedTokens) * desc.lorc_rank * int64_t(sizeof(float));
+}
+
 zqfpStatus launch_joined(const zqfpLinearDesc& desc, const zqfpActivation& x, const zqfpLinearArgs& args, int64_t m,
-                         void* stream, bool* launched) {
+                         uint32_t* counter, float* sums, void* stream, bool* launched) {
   *launched = false;
   if (!can_join(desc, x)) return ZQFP_SUCCESS;
   int device = 0, processors = 0;
@@ -158,7 +165,12 @@ zqfpStatus launch_joined(const zqfpLinearDesc& desc, const zqfpActivation& x, co
   p.from.scale = x.scale;
   p.from.m = int(m);
   p.from.k = int(desc.k);
+  p.from.v = x.v;
   p.source = x.source;
+  p.u = args.u;
+  p.rank = desc.lorc_rank;
+  p.shares = counter;
+  p.slots = sums;
   const int bytes = quantized_shared_bytes(desc, x, *plan.kernel, p.blocks, stream);
   ZQFP_RETURN_IF_FAILED(launch_gemm(*plan.kernel, p.blocks, bytes, device, &p, stream));
   predecessor = {launch_count(), stream, p.blocks, bytes, {}};

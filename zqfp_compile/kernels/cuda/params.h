@@ -63,10 +63,13 @@ struct StripParams : LinearParams {
   FastDivisor by_blocks;
 };
 
-// Of the one that quantises its tokens as well (strip_tokens.cuh); x8, a and LoRC are not used.
+// Of the one that quantises its tokens as well (strip_tokens.cuh); x8, a and xv are not used.
 struct QuantizedStripParams : StripParams {
   QuantizeParams from;
   int source;  // zqfpSource
+  // With LoRC (strip_product.cuh).
+  uint32_t* shares;  // counts them; 0 between launches
+  float* slots;      // what each block of K adds: [k_blocks, m, rank]
 };
 
 // The rank that one LoRC step multiplies: its part of u takes as much shared memory as the codes of a block.

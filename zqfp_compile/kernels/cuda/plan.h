@@ -27,7 +27,7 @@ struct Plan {
 // kernel is null where the one that is wanted cannot compute the layer.
 Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuning& tuning);
 
-// Of zqfpQuantizedLinear without LoRC: kernel is null where the quantizer has one of its own.
+// Of zqfpQuantizedLinear: kernel is null where the quantizer has one of its own.
 Plan make_quantized_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuning& tuning);
 
 // A launch's shared memory: what a kernel of strips has, and x8 of its tokens.

@@ -173,6 +173,27 @@ __device__ __forceinline__ uint32_t add_acq_rel(uint32_t* to, uint32_t value) {
   return before;
 }
 
+// The same, without what others have written.
+__device__ __forceinline__ uint32_t add_release(uint32_t* to, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
+  return before;
+}
+
+// One lane of a warp adds, where no other memory is spoken of, and gets the old value; the others get 0. Elected, as what a
+// lane adds that the program chose is added up over lanes first, by code that waits for the old value.
+__device__ __forceinline__ uint32_t add_by_one(uint32_t* to, uint32_t value) {
+  uint32_t before = 0;
+  asm volatile(
+      "{\n.reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "@one atom.relaxed.gpu.global.add.u32 %0, [%1], %2;\n}"
+      : "+r"(before)
+      : "l"(to), "r"(value)
+      : "memory");
+  return before;
+}
+
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");

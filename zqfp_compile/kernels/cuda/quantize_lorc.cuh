@@ -6,8 +6,8 @@
 // 8c + 4s + {0, 1, 2, 3} for the four c: a sum does not mind the order. V is operand A: h goes in as it lies in memory.
 #pragma once
 
-#include "decode.h"
 #include "quantize_source.cuh"
+#include "rows_of_v.cuh"
 
 namespace zqfp {
 
@@ -46,31 +46,6 @@ struct LorcShared {
   float scale[S::kTokens];
   float warp_range[S::kWarps][S::kTokens];
   float parts[S::kWarps][32 * S::kRound];
-};
-
-// What a thread has of 32 rows of V: of rows 8c + 4s + i the ranks 2 * kPairs * q + 2p + {0, 1}.
-template <int kPairs>
-struct RowsOfV {
-  uint32_t word[2][4][kPairs];
-
-  // Not __ldg: the compiler would move that behind the wait for the kernel before.
-  template <typename T>
-  __device__ __forceinline__ void load(const T* from, int rank, bool inside) {
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const T* row = from + (4 * s + i) * rank;
-        if constexpr (kPairs == 1) {
-          word[s][i][0] = inside ? *reinterpret_cast<const uint32_t*>(row) : 0;
-        } else {
-          const uint2 two = inside ? *reinterpret_cast<const uint2*>(row) : uint2{0, 0};
-          word[s][i][0] = two.x;
-          word[s][i][1] = two.y;
-        }
-      }
-    }
-  }
 };
 
 // One thread's part.
@@ -247,9 +222,8 @@ class LorcQuantizer {
     for (int s = 0; s < 2; ++s) {
 #pragma unroll
       for (int p = 0; p < S::kPairs; ++p) {
-        const uint32_t row[4] = {v.word[s][0][p], v.word[s][1][p], v.word[s][2][p], v.word[s][3][p]};
-        const uint32_t a[4] = {prmt(row[0], row[1], 0x5410), prmt(row[0], row[1], 0x7632),
-                               prmt(row[2], row[3], 0x5410), prmt(row[2], row[3], 0x7632)};
+        uint32_t a[4];
+        v.operand(s, p, a);
 #pragma unroll
         for (int r = 0; r < S::kRows; ++r) {
           ptx::mma(sums_[r][p], a, h[r].word[2 * s], h[r].word[2 * s + 1], T());

@@ -1,4 +1,6 @@
 // zqfpQuantizedLinear: the quantizer and the linear layer in one kernel, or one after the other through the workspace.
+#include <algorithm>
+
 #include "check.h"
 #include "launch.h"
 #include "launch_joined.h"
@@ -8,9 +10,11 @@
 namespace zqfp {
 namespace {
 
-// What the quantizer leaves for the GEMM, behind the GEMM's own workspace.
+// What the quantizer leaves for the GEMM, behind the GEMM's own workspace; or one kernel's blocks for each other.
 struct Layout {
-  size_t x8, a, xv, end;
+  size_t sums;
+  size_t x8, a, xv;
+  size_t end;
 };
 
 zqfpStatus lay_out(const zqfpLinearDesc* desc, int64_t m, Layout* layout) {
@@ -20,10 +24,10 @@ zqfpStatus lay_out(const zqfpLinearDesc* desc, int64_t m, Layout* layout) {
   const auto behind = [](size_t at, int64_t bytes) {
     return size_t(divide_up(int64_t(at) + bytes, kAlignment) * kAlignment);
   };
-  layout->x8 = behind(linear, 0);
+  layout->sums = layout->x8 = behind(linear, 0);
   layout->a = behind(layout->x8, m * desc->k);
   layout->xv = behind(layout->a, 4 * (desc->per_token ? m : 1));
-  layout->end = behind(layout->xv, 2 * m * desc->lorc_rank);
+  layout->end = std::max(behind(layout->xv, 2 * m * desc->lorc_rank), behind(layout->sums, joined_bytes(*desc, m)));
   return ZQFP_SUCCESS;
 }
 
@@ -68,10 +72,11 @@ zqfpStatus zqfpQuantizedLinear(const zqfpLinearDesc* desc, const zqfpActivation*
   if (workspace_bytes < layout.end) {
     return fail(ZQFP_WORKSPACE_TOO_SMALL, "the workspace has %zu bytes, %zu are needed", workspace_bytes, layout.end);
   }
-  bool launched = false;
-  ZQFP_RETURN_IF_FAILED(launch_joined(*desc, *activation, *args, m, stream, &launched));
-  if (launched) return ZQFP_SUCCESS;
   char* const start = static_cast<char*>(workspace);
+  bool launched = false;
+  ZQFP_RETURN_IF_FAILED(launch_joined(*desc, *activation, *args, m, static_cast<uint32_t*>(workspace),
+                                      reinterpret_cast<float*>(start + layout.sums), stream, &launched));
+  if (launched) return ZQFP_SUCCESS;
   zqfpLinearArgs linear = *args;
   float* const a = desc->per_token ? reinterpret_cast<float*>(start + layout.a) : nullptr;
   void* const xv = start + layout.xv;

@@ -16,6 +16,7 @@
 #include "multiply.cuh"
 #include "params.h"
 #include "ptx.cuh"
+#include "strip_product.cuh"
 #include "strip_tokens.cuh"
 
 namespace zqfp {
@@ -208,48 +209,34 @@ class StripWorker {
 
 // The last warp: asks for x8, unless the others make it, and finishes strips. T: type of y, bias, xv and u. Thread 4q + c
 // holds, of eight tokens, rows q and q + 8 of tokens 2c and 2c + 1: sums[2h + i].
-template <class C, typename T, bool kTokensMade>
+template <class C, typename T, class Params>
 class StripFinisher {
  public:
-  __device__ __forceinline__ StripFinisher(const StripParams& p, StripShared<C> shared)
-      : p_(p), shared_(shared), tile_(strip_tile<C>(p)), lane_(threadIdx.x % 32), q_(lane_ / 4), c_(lane_ % 4) {}
+  __device__ __forceinline__ StripFinisher(const Params& p, StripShared<C> shared, int lane)
+      : p_(p), shared_(shared), tile_(strip_tile<C>(p)), lane_(lane), q_(lane_ / 4), c_(lane_ % 4) {}
 
-  __device__ __forceinline__ void run() {
-    if (lane_ == 0 && !kTokensMade) ptx::prefetch_map(&p_.x8);
-    ptx::wait_for_kernel_before();
-    if constexpr (kTokensMade) {
-      ptx::sync_threads(kBarriersReady, C::kThreads);
-    } else {
-      bring_tokens();
-    }
-    load_token_side();
-    clear_factor();
+  // Asks for what it needs for the first strips, weights all.
+  __device__ __forceinline__ void start() const {
+    clear_ranks();
+    for (int strip = 0; strip < C::kSides - 1; ++strip) copy_side(strip);
+  }
+
+  // `bring` is called for xv when all is on its way that the first strip needs besides.
+  template <typename Bring>
+  __device__ __forceinline__ void run(Bring bring) {
+    load_scales();
     for (int strip = 0; strip < tile_.end; ++strip) {
-      const int stage = strip % C::kRing, round = strip / C::kRing, place = tile_.place(strip, p_);
-      copy_factor(place);
-      const RowSide rows = load_row_side(place);
+      const int stage = strip % C::kRing, round = strip / C::kRing;
+      copy_side(strip + C::kSides - 1);
+      if (strip == 0) bring(xv_);
       ptx::barrier_wait(shared_.full(stage), round & 1);
       add_up(stage);
       __syncwarp();
       if (lane_ == 0) ptx::barrier_arrive(shared_.empty(stage));
-      finish(rows);
-      store(place);
+      finish(shared_.side(strip));
+      store(tile_.place(strip, p_));
     }
   }
-
- private:
-  const StripParams& p_;
-  StripShared<C> shared_;
-  StripTile tile_;
-  int lane_, q_, c_;
-  float a_[C::kOctets][2];
-  uint32_t xv_[C::kRankSteps == 0 ? 1 : C::kRankSteps][C::kOctets][2];
-  float sums_[C::kOctets][4];
-
-  // Scales and bias of a thread's rows q and q + 8.
-  struct RowSide {
-    float scale[2], bias[2];
-  };
 
   // Chunk by chunk, a tile of eight tokens and a block of K by each lane. What lies beyond x8 arrives as zeros.
   __device__ __forceinline__ void bring_tokens() const {
@@ -270,15 +257,9 @@ class StripFinisher {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void load_token_side() {
+  __device__ __forceinline__ void load_product() {
 #pragma unroll
     for (int octet = 0; octet < C::kOctets; ++octet) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int token = tile_.token + 8 * octet + 2 * c_ + i;
-        const float* a = kTokensMade ? shared_.token_scale(token) : p_.a + (p_.per_token ? token : 0);
-        a_[octet][i] = token < p_.m ? *a : 0.f;  // not __ldg: see load_eight
-      }
 #pragma unroll
       for (int step = 0; step < C::kRankSteps; ++step) {
 #pragma unroll
@@ -291,33 +272,63 @@ class StripFinisher {
     }
   }
 
-  __device__ __forceinline__ RowSide load_row_side(int strip) const {
-    RowSide side{};
+ private:
+  static constexpr bool kTokensMade = std::is_same_v<Params, QuantizedStripParams>;
+
+  const Params& p_;
+  StripShared<C> shared_;
+  StripTile tile_;
+  int lane_, q_, c_;
+  float a_[C::kOctets][2];
+  uint32_t xv_[C::kRankSteps][C::kOctets][2];
+  float sums_[C::kOctets][4];
+
+  __device__ __forceinline__ void load_scales() {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = strip * kStripRows + q_ + 8 * h;
-      if (row >= p_.n) continue;
-      side.scale[h] = __ldg(p_.row_scales + row);
-      if (p_.bias != nullptr) side.bias[h] = float(static_cast<const T*>(p_.bias)[row]);
-    }
-    return side;
-  }
-
-  // Ranks that there are not count as zeros.
-  __device__ __forceinline__ void clear_factor() const {
-    for (int i = p_.rank * C::kFactorPitch / 4 + lane_; i < C::kRanks * C::kFactorPitch / 4; i += 32) {
-      *ptx::shared_pointer<uint32_t>(shared_.factor(0) + i * 4) = 0;
+    for (int octet = 0; octet < C::kOctets; ++octet) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = tile_.token + 8 * octet + 2 * c_ + i;
+        const float* a = kTokensMade ? shared_.token_scale(token) : p_.a + (p_.per_token ? token : 0);
+        a_[octet][i] = token < p_.m ? *a : 0.f;  // not __ldg: see load_eight
+      }
     }
   }
 
-  // u of the strip, eight of its rows by each lane.
-  __device__ __forceinline__ void copy_factor(int strip) const {
-    const int row = strip * kStripRows + lane_ % 2 * 8;
-    const T* u = static_cast<const T*>(p_.u) + row;
-    for (int rank = lane_ / 2; rank < p_.rank && row < p_.n; rank += 16) {
-      ptx::copy_ahead<16>(shared_.factor(rank) + lane_ % 2 * 16, u + int64_t(rank) * p_.n);
+  // A step of mma takes 16 ranks: the ones that there are not count as zeros.
+  __device__ __forceinline__ void clear_ranks() const {
+    const int ranks = p_.rank % 16;  // 0 or 8
+    for (int i = lane_; ranks != 0 && i < C::kSides * 16; i += 32) {
+      const uint32_t behind = shared_.side(i / 16) + p_.rank * C::kFactorPitch;
+      *ptx::shared_pointer<uint4>(behind + i % 16 * 16) = {};
+    }
+  }
+
+  __device__ __forceinline__ void copy_side(int strip) const {
+    if (strip < tile_.end) {
+      const int row = tile_.place(strip, p_) * kStripRows;
+      const uint32_t side = shared_.side(strip);
+      copy_factor(side, row + lane_ % 2 * 8);
+      copy_rows<4, C::kRowScaleOffset, 0>(side, row, p_.row_scales);
+      if (p_.bias != nullptr) copy_rows<2, C::kBiasOffset, 4>(side, row, static_cast<const T*>(p_.bias));
     }
     ptx::commit_copies();
+  }
+
+  // Eight of u's rows by each lane.
+  __device__ __forceinline__ void copy_factor(uint32_t side, int row) const {
+    const T* u = static_cast<const T*>(p_.u) + row;
+    for (int rank = lane_ / 2; rank < p_.rank && row < p_.n; rank += 16) {
+      ptx::copy_ahead<16>(side + rank * C::kFactorPitch + lane_ % 2 * 16, u + int64_t(rank) * p_.n);
+    }
+  }
+
+  // 16 bytes by each of kLanes lanes from kFirst on.
+  template <int kLanes, int kOffset, int kFirst, typename Number>
+  __device__ __forceinline__ void copy_rows(uint32_t side, int row, const Number* numbers) const {
+    const int lane = lane_ - kFirst;
+    row += kStripRows / kLanes * lane;
+    if (lane >= 0 && lane < kLanes && row < p_.n) ptx::copy_ahead<16>(side + kOffset + lane * 16, numbers + row);
   }
 
   // The warps' sums, in the order of K's columns.
@@ -338,16 +349,13 @@ class StripFinisher {
     }
   }
 
-  __device__ __forceinline__ void finish(const RowSide& rows) {
-    ptx::wait_copies<0>();
+  __device__ __forceinline__ void finish(uint32_t side) {
+    ptx::wait_copies<C::kSides - 1>();
     __syncwarp();
-#pragma unroll
-    for (int octet = 0; octet < C::kOctets; ++octet) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums_[octet][i] *= a_[octet][i % 2] * rows.scale[i / 2];
-    }
+    const float* scales = ptx::shared_pointer<float>(side + C::kRowScaleOffset) + q_;
+    scale(scales[0], scales[8]);
     // Four matrices of 8 ranks by 8 rows: lane i says where rank i % 8 of number i / 8 lies.
-    const uint32_t corner = shared_.factor(lane_ / 16 * 8 + lane_ % 8) + lane_ / 8 % 2 * 16;
+    const uint32_t corner = side + (lane_ / 16 * 8 + lane_ % 8) * C::kFactorPitch + lane_ / 8 % 2 * 16;
 #pragma unroll
     for (int step = 0; step < C::kRankSteps; ++step) {
       if (16 * step >= p_.rank) break;
@@ -358,11 +366,24 @@ class StripFinisher {
         ptx::mma(sums_[octet], u, xv_[step][octet][0], xv_[step][octet][1], T());
       }
     }
-    __syncwarp();  // before the next strip's u comes
+    const T* bias = ptx::shared_pointer<T>(side + C::kBiasOffset) + q_;
+    if (p_.bias != nullptr) add(float(bias[0]), float(bias[8]));
+    __syncwarp();  // before another strip's side comes
+  }
+
+  // Of rows q and q + 8.
+  __device__ __forceinline__ void scale(float first, float second) {
 #pragma unroll
     for (int octet = 0; octet < C::kOctets; ++octet) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums_[octet][i] += rows.bias[i / 2];
+      for (int i = 0; i < 4; ++i) sums_[octet][i] *= a_[octet][i % 2] * (i < 2 ? first : second);
+    }
+  }
+  __device__ __forceinline__ void add(float first, float second) {
+#pragma unroll
+    for (int octet = 0; octet < C::kOctets; ++octet) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums_[octet][i] += i < 2 ? first : second;
     }
   }
 
@@ -380,6 +401,39 @@ class StripFinisher {
     }
   }
 };
+
+template <class C, typename T>
+__device__ __forceinline__ void finish_strips(const StripParams& p, StripShared<C> shared) {
+  const int lane = threadIdx.x % 32;
+  StripFinisher<C, T, StripParams> finisher(p, shared, lane);
+  if (lane == 0) ptx::prefetch_map(&p.x8);
+  finisher.start();
+  ptx::wait_for_kernel_before();
+  finisher.bring_tokens();
+  finisher.load_product();
+  finisher.run([](auto&) {});
+}
+
+template <class C, typename T>
+__device__ __forceinline__ void finish_strips(const QuantizedStripParams& p, StripShared<C> shared) {
+  StripProduct<C, T> product(p, shared);
+  const bool has_lorc = p.rank > 0;
+  if (has_lorc) product.prefetch();
+  StripFinisher<C, T, QuantizedStripParams>(p, shared, threadIdx.x % 32).start();
+  ptx::wait_for_kernel_before();
+  if (has_lorc) {
+    product.draw();
+    product.make_shares();
+  } else {
+    ptx::sync_threads(kBarrierTokens, C::kThreads);
+  }
+  int thread = threadIdx.x;
+  ptx::keep(thread);  // what the finisher computes of it takes no registers meanwhile
+  StripFinisher<C, T, QuantizedStripParams>(p, shared, thread % 32).run([&](auto& xv) {
+    if (has_lorc) product.collect(xv);
+  });
+  if (has_lorc) product.clear();
+}
 
 template <class C>
 __device__ __forceinline__ void init_strip_barriers(StripShared<C> shared) {
@@ -404,6 +458,7 @@ __device__ __forceinline__ void run_strips(const Params& p, char* raw) {
       int thread = threadIdx.x;
       ptx::keep(thread);  // a worker that is made again takes no registers meanwhile
       StripWorker<C> worker(p, shared, thread, C::kAhead);
+      ptx::arrive_threads(kBarrierTokens, C::kThreads);
       ptx::sync_threads(kBarriersReady, C::kThreads);
       worker.run(true);
     } else {
@@ -416,12 +471,12 @@ __device__ __forceinline__ void run_strips(const Params& p, char* raw) {
   }
   if (threadIdx.x % 32 == 0) init_strip_barriers<C>(shared);
   __syncwarp();
-  // And on to x8: the others are still asking for weights.
-  if constexpr (!kMakesTokens) ptx::arrive_threads(kBarriersReady, C::kThreads);
+  // And on to x8, or x @ V: the others are still asking for weights.
+  ptx::arrive_threads(kBarriersReady, C::kThreads);
   if (p.bfloat) {
-    StripFinisher<C, __nv_bfloat16, kMakesTokens>(p, shared).run();
+    finish_strips<C, __nv_bfloat16>(p, shared);
   } else {
-    StripFinisher<C, __half, kMakesTokens>(p, shared).run();
+    finish_strips<C, __half>(p, shared);
   }
 }
 

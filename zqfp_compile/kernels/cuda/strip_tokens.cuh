@@ -156,7 +156,10 @@ class TokenMaker {
 
   __device__ __forceinline__ void quantize(int token, float given, Batch& batch, bool held) const {
     const TokenNumbers numbers = numbers_of(token, given);
-    if (threadIdx.x == 0) *shared_.token_scale(token) = numbers.scale;
+    if (threadIdx.x == 0) {
+      *shared_.token_scale(token) = numbers.scale;
+      if constexpr (kNorm) *shared_.token_factor(token) = numbers.factor;
+    }
     const Divisor divide(numbers.scale);
     for_rounds(token, batch, held, [&](int column, const Raw& raw, const Column& gamma) {
       const Eight<T> h = source_.compute(raw, gamma, numbers.factor);
