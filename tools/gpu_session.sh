@@ -79,8 +79,11 @@ for contender in zqfp fp16 ort_int4 zqfp_lorc16 zqfp_lorc16_token; do
         --publish "$OUT/decode.json" --work "$work"
     rm -rf "$work"  # still full where the time was up
 done
-step sanitizer-memcheck 120 300 compute-sanitizer --tool memcheck $tests tests/gpu/test_w4a8_gemm.py -k 'odd_shapes and 520'
-step sanitizer-racecheck 120 300 compute-sanitizer --tool racecheck $tests tests/gpu/test_w4a8_gemm.py -k 'odd_shapes and 520 and (16 or 48)'
+sanitized="tests/gpu/test_w4a8_gemm.py tests/gpu/test_quantized_linear.py"
+step sanitizer-memcheck 120 300 compute-sanitizer --tool memcheck $tests $sanitized \
+    -k 'odd_shapes and 520 or multiplies_by_v and 72-1040'
+step sanitizer-racecheck 120 300 compute-sanitizer --tool racecheck $tests $sanitized \
+    -k 'odd_shapes and 520 and (16 or 48) or multiplies_by_v and 72-1040'
 
 printf '%s' "$summary"
 exit $failed

@@ -414,8 +414,10 @@ def test_tuning_can_be_undone(kernel_library):
     assert kernel_library.describe_plan(layer, 1) == chosen
 
 
-def test_schedules_deal_every_unit_once(repo_root, tmp_path):
-    source, program = repo_root / "tests" / "support" / "schedule_test.cpp", tmp_path / "schedule_test"
+@pytest.mark.parametrize("name", ["schedule_test", "sharing_test"])
+def test_what_the_host_plans(repo_root, tmp_path, name):
+    """Every unit of K is dealt once; kernels share multiprocessors with others, not with themselves."""
+    source, program = repo_root / "tests" / "support" / f"{name}.cpp", tmp_path / name
     include = repo_root / "zqfp_compile" / "kernels" / "cuda"
     subprocess.run(["g++", "-std=c++17", "-O1", "-I", include, source, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)

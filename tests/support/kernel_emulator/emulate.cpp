@@ -191,7 +191,7 @@ void run_strip_kernel(const Problem& problem, Params p) {
   p.strips = divide_up(problem.n, kStripRows);
   p.blocks = std::min(problem.workers, p.strips);
   p.by_blocks = FastDivisor::of(p.blocks);
-  const int bytes = C::kTokenOffset + C::kAlignment + token_bytes(C::kTokens, p.k_blocks);
+  const int bytes = C::kTokenOffset + C::kAlignment + token_bytes(C::kTokens, p.k_blocks) + C::kSides * side_bytes(p.rank);
   run_workers(p.blocks * divide_up(problem.m, C::kTokens), problem.order, [&](int worker) {
     run_cluster(worker, 1, C::kThreads, bytes, [&](char* raw) { run_strips<C>(p, raw); });
   });

@@ -15,6 +15,20 @@ constexpr bool share_processor(int64_t bytes, int64_t other) {
   return bytes + other + 2 * kReservedBytes <= kMaxSharedBytes + kReservedBytes;
 }
 
+// Too much for a second block. Alone: also more than the division that an attention kernel may have left (164 KB of it to
+// shared memory), as the next kernel could not share that; our own kernels leave all of it.
+constexpr int64_t kMoreThanHalf = (kMaxSharedBytes - kReservedBytes) / 2 + 128, kAlone = 164 * 1024 - kReservedBytes + 128;
+
+// What a kernel that quantises its tokens asks for, which needs so many bytes. A processor has room for two blocks of these
+// kernels, of which one shall be of the next. Both might be of this one, and take twice as long as those elsewhere, where it
+// follows kernels some of which leave a processor earlier than others; unless it asks for more than half.
+// `before`: what the kernel before asked for, if that makes x and has a block on each processor; 0: another one.
+constexpr int64_t asked_shared_bytes(int64_t bytes, int64_t before) {
+  if (before > 0 && share_processor(before, bytes)) return bytes;
+  const int64_t asked = before > 0 ? kMoreThanHalf : kAlone;
+  return bytes > asked ? bytes : asked;
+}
+
 constexpr int kMaxStages = 8;
 
 // A block has kRows * kSlices consumer warpgroups. Warpgroup (row, slice) multiplies 64 weight rows by kTokens tokens

@@ -51,7 +51,12 @@ using Strips = StripConfig<kTokens, ZQFP_GROUP, kAhead>;
 // Two blocks in a multiprocessor: one's weights are on their way while the one before still computes.
 template <int kAhead, int kWarpgroups>
 Kernel quantized_instance(const char* name) {
-  return strip_instance<StripConfig<2, ZQFP_GROUP, kAhead, kWarpgroups, 2>, QuantizedStripParams>(name);
+  using C = StripConfig<2, ZQFP_GROUP, kAhead, kWarpgroups, 2>;
+  constexpr int kRank = ZQFP_GROUP == 32 ? 0 : 32;
+  constexpr int kBytes =
+      C::kTokenOffset + C::kAlignment + token_bytes(2, 4096 / kBlockColumns) + C::kSides * side_bytes(kRank);
+  static_assert(share_processor(kAlone, kBytes), "of 4096 columns, behind the one that follows attention");
+  return strip_instance<C, QuantizedStripParams>(name);
 }
 
 }  // namespace

@@ -113,26 +113,15 @@ struct Predecessor {
 };
 thread_local Predecessor predecessor;
 
-// Whether x is what the last launch makes, so that no other kernel comes between, and whether that has a block on each
-// processor that leaves room for one of so many bytes.
-bool can_share(const zqfpActivation& x, const void* stream, int blocks, int bytes) {
+// Shared memory of the last launch, if it makes x, so that no other kernel comes between, and has a block on each
+// processor; else 0.
+int bytes_before(const zqfpActivation& x, const void* stream, int blocks) {
   const Predecessor& last = predecessor;
-  if (last.count != launch_count() || last.stream != stream || last.blocks < blocks) return false;
-  if (!share_processor(last.shared_bytes, bytes)) return false;
-  return std::any_of(last.outputs, last.outputs + kMaxOutputs, [&](const Output& output) {
+  if (last.count != launch_count() || last.stream != stream || last.blocks < blocks) return 0;
+  const bool makes_x = std::any_of(last.outputs, last.outputs + kMaxOutputs, [&](const Output& output) {
     return output.y != nullptr && (output.y == x.x || output.y == x.other);
   });
-}
-
-// A processor has room for two blocks of these kernels, of which one shall be of the next. Where that is not sure, after
-// other kernels, some of which leave a processor earlier than others, both might be of this one, and take twice as long as
-// those elsewhere. There it asks for more than half of the memory; and for more than the division that an attention kernel
-// may have left (164 KB of it to shared memory), as the next kernel could not share that.
-int quantized_shared_bytes(const zqfpLinearDesc& desc, const zqfpActivation& x, const Kernel& kernel, int blocks,
-                           const void* stream) {
-  constexpr int kAlone = 164 * 1024 - kReservedBytes + 128;
-  const int bytes = int(strip_shared_bytes(kernel, desc));
-  return can_share(x, stream, blocks, bytes) ? bytes : std::max(bytes, kAlone);
+  return makes_x ? last.shared_bytes : 0;
 }
 
 // A norm's sum that takes the place of what other blocks are still reading must be another kernel's.
@@ -171,7 +160,8 @@ zqfpStatus launch_joined(const zqfpLinearDesc& desc, const zqfpActivation& x, co
   p.rank = desc.lorc_rank;
   p.shares = counter;
   p.slots = sums;
-  const int bytes = quantized_shared_bytes(desc, x, *plan.kernel, p.blocks, stream);
+  const int bytes =
+      int(asked_shared_bytes(strip_shared_bytes(*plan.kernel, desc), bytes_before(x, stream, p.blocks)));
   ZQFP_RETURN_IF_FAILED(launch_gemm(*plan.kernel, p.blocks, bytes, device, &p, stream));
   predecessor = {launch_count(), stream, p.blocks, bytes, {}};
   std::copy(p.outputs, p.outputs + kMaxOutputs, predecessor.outputs);

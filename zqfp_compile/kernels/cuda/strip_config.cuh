@@ -16,25 +16,19 @@ struct StripConfig {
   static constexpr int kColumns = kStripSlices * Tokens;  // of wgmma's B
   static constexpr int kWarpgroups = Warpgroups, kWarps = kWarpgroups * 4;
   static constexpr int kThreads = (kWarps + 1) * 32;
-  // Strips whose sums have room, and that have what belongs to their rows. Where x @ V is made meanwhile, it comes later
-  // than the sums of the first strips, and other blocks' part of it may be later still.
-  static constexpr int kRing = Tokens < 8 ? 8 : Tokens == 8 ? 2 : 1;
-  static constexpr int kSides = Tokens < 8 ? kRing : 1;
+  // Strips whose sums have room. Where x @ V is made meanwhile, it comes later than the sums of the first strips, and other
+  // blocks' part of it may be later still.
+  static constexpr int kRing = Tokens < 8 ? 4 : Tokens == 8 ? 2 : 1;
+  static constexpr int kSides = side_count(Tokens);
   static constexpr int kRankSteps = 4;  // of 16 ranks
   static constexpr int kRanks = 16 * kRankSteps;
 
-  // Shared memory: barriers, factors and scales of tokens, sides of strips (u, row scales, bias), sums, pieces and x8
-  // (token_bytes).
+  // Shared memory: barriers, factors and scales of tokens, sums, pieces, x8 (token_bytes) and sides of strips (side_bytes).
   static constexpr int kBarrierBytes = 256;
   static constexpr int kTokenScaleOffset = kBarrierBytes - Tokens * 4;
   static constexpr int kTokenFactorOffset = kTokenScaleOffset - Tokens * 4;
   static_assert((kMaxStripChunks + 2 * kRing) * 8 <= kTokenFactorOffset);
-  static constexpr int kSideOffset = kBarrierBytes;
-  static constexpr int kFactorPitch = kStripRows * 2;  // from rank to rank
-  static constexpr int kRowScaleOffset = kRanks * kFactorPitch;
-  static constexpr int kBiasOffset = kRowScaleOffset + kStripRows * 4;
-  static constexpr int kSideBytes = (kBiasOffset + kStripRows * 2 + 127) / 128 * 128;
-  static constexpr int kSumOffset = kSideOffset + kSides * kSideBytes;
+  static constexpr int kSumOffset = kBarrierBytes;
   // Of a warp's lanes those that have sums of its quarter: 2c and 2c + 1 of eight tokens, or of two the ones with c = 0.
   static constexpr int kSumLanes = Tokens < 8 ? 8 : 32;
   static constexpr int kStripBytes = kWarps * kOctets * kSumLanes * 16;
@@ -53,6 +47,8 @@ struct StripShared {
   uint32_t base;
 
   __device__ __forceinline__ uint32_t chunk(int index) const { return base + index * 8; }
+  // In the kernels that make their tokens the first of them says that tokens are made.
+  __device__ __forceinline__ uint32_t tokens_made() const { return chunk(0); }
   __device__ __forceinline__ uint32_t full(int stage) const { return base + (kMaxStripChunks + stage) * 8; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(C::kRing + stage); }
   // Of a kernel that quantises its tokens. The factor is a norm's.
@@ -61,10 +57,6 @@ struct StripShared {
   }
   __device__ __forceinline__ float* token_factor(int token) const {
     return ptx::shared_pointer<float>(base + C::kTokenFactorOffset) + token;
-  }
-  // u of a strip, rank by rank, and behind it scales and bias of its rows.
-  __device__ __forceinline__ uint32_t side(int strip) const {
-    return base + C::kSideOffset + strip % C::kSides * C::kSideBytes;
   }
   // A lane's part of a warp's sums of eight tokens, or of two.
   __device__ __forceinline__ float4* sums(int stage, int slot, int octet, int lane) const {

@@ -198,8 +198,7 @@ class StripWorker {
 
   __device__ __forceinline__ void wait_for_room() const { ptx::barrier_wait(shared_.empty(stage_), parity_); }
   __device__ __forceinline__ void arrive() {
-    __syncwarp();
-    if (lane_ == 0) ptx::barrier_arrive(shared_.full(stage_));
+    ptx::barrier_arrive(shared_.full(stage_));
     ++left_;
     if (++stage_ < C::kRing) return;
     stage_ = 0;
@@ -218,6 +217,7 @@ class StripFinisher {
   // Asks for what it needs for the first strips, weights all.
   __device__ __forceinline__ void start() const {
     clear_ranks();
+#pragma unroll 1
     for (int strip = 0; strip < C::kSides - 1; ++strip) copy_side(strip);
   }
 
@@ -231,9 +231,8 @@ class StripFinisher {
       if (strip == 0) bring(xv_);
       ptx::barrier_wait(shared_.full(stage), round & 1);
       add_up(stage);
-      __syncwarp();
-      if (lane_ == 0) ptx::barrier_arrive(shared_.empty(stage));
-      finish(shared_.side(strip));
+      ptx::barrier_arrive(shared_.empty(stage));
+      finish(side(strip));
       store(tile_.place(strip, p_));
     }
   }
@@ -295,11 +294,17 @@ class StripFinisher {
     }
   }
 
+  // Behind x8.
+  __device__ __forceinline__ uint32_t side(int strip) const {
+    return shared_.tokens() + p_.columns * (C::kTokens * kStripSlices * kBlockColumns) +
+           strip % C::kSides * side_bytes(p_.rank);
+  }
+
   // A step of mma takes 16 ranks: the ones that there are not count as zeros.
   __device__ __forceinline__ void clear_ranks() const {
     const int ranks = p_.rank % 16;  // 0 or 8
     for (int i = lane_; ranks != 0 && i < C::kSides * 16; i += 32) {
-      const uint32_t behind = shared_.side(i / 16) + p_.rank * C::kFactorPitch;
+      const uint32_t behind = side(i / 16) + kSideFactorOffset + p_.rank * kSideRankBytes;
       *ptx::shared_pointer<uint4>(behind + i % 16 * 16) = {};
     }
   }
@@ -307,28 +312,28 @@ class StripFinisher {
   __device__ __forceinline__ void copy_side(int strip) const {
     if (strip < tile_.end) {
       const int row = tile_.place(strip, p_) * kStripRows;
-      const uint32_t side = shared_.side(strip);
-      copy_factor(side, row + lane_ % 2 * 8);
-      copy_rows<4, C::kRowScaleOffset, 0>(side, row, p_.row_scales);
-      if (p_.bias != nullptr) copy_rows<2, C::kBiasOffset, 4>(side, row, static_cast<const T*>(p_.bias));
+      const uint32_t to = side(strip);
+      copy_rows<4, 0, 0>(to, row, p_.row_scales);
+      if (p_.bias != nullptr) copy_rows<2, kSideBiasOffset, 4>(to, row, static_cast<const T*>(p_.bias));
+      copy_factor(to + kSideFactorOffset, row + lane_ % 2 * 8);
     }
     ptx::commit_copies();
   }
 
   // Eight of u's rows by each lane.
-  __device__ __forceinline__ void copy_factor(uint32_t side, int row) const {
+  __device__ __forceinline__ void copy_factor(uint32_t to, int row) const {
     const T* u = static_cast<const T*>(p_.u) + row;
     for (int rank = lane_ / 2; rank < p_.rank && row < p_.n; rank += 16) {
-      ptx::copy_ahead<16>(side + rank * C::kFactorPitch + lane_ % 2 * 16, u + int64_t(rank) * p_.n);
+      ptx::copy_ahead<16>(to + rank * kSideRankBytes + lane_ % 2 * 16, u + int64_t(rank) * p_.n);
     }
   }
 
   // 16 bytes by each of kLanes lanes from kFirst on.
   template <int kLanes, int kOffset, int kFirst, typename Number>
-  __device__ __forceinline__ void copy_rows(uint32_t side, int row, const Number* numbers) const {
+  __device__ __forceinline__ void copy_rows(uint32_t to, int row, const Number* numbers) const {
     const int lane = lane_ - kFirst;
     row += kStripRows / kLanes * lane;
-    if (lane >= 0 && lane < kLanes && row < p_.n) ptx::copy_ahead<16>(side + kOffset + lane * 16, numbers + row);
+    if (lane >= 0 && lane < kLanes && row < p_.n) ptx::copy_ahead<16>(to + kOffset + lane * 16, numbers + row);
   }
 
   // The warps' sums, in the order of K's columns.
@@ -352,21 +357,22 @@ class StripFinisher {
   __device__ __forceinline__ void finish(uint32_t side) {
     ptx::wait_copies<C::kSides - 1>();
     __syncwarp();
-    const float* scales = ptx::shared_pointer<float>(side + C::kRowScaleOffset) + q_;
+    const float* scales = ptx::shared_pointer<float>(side) + q_;
     scale(scales[0], scales[8]);
     // Four matrices of 8 ranks by 8 rows: lane i says where rank i % 8 of number i / 8 lies.
-    const uint32_t corner = side + (lane_ / 16 * 8 + lane_ % 8) * C::kFactorPitch + lane_ / 8 % 2 * 16;
+    const uint32_t corner =
+        side + kSideFactorOffset + (lane_ / 16 * 8 + lane_ % 8) * kSideRankBytes + lane_ / 8 % 2 * 16;
 #pragma unroll
     for (int step = 0; step < C::kRankSteps; ++step) {
       if (16 * step >= p_.rank) break;
       uint32_t u[4];
-      ptx::load_transposed(corner + step * 16 * C::kFactorPitch, u);
+      ptx::load_transposed(corner + step * 16 * kSideRankBytes, u);
 #pragma unroll
       for (int octet = 0; octet < C::kOctets; ++octet) {
         ptx::mma(sums_[octet], u, xv_[step][octet][0], xv_[step][octet][1], T());
       }
     }
-    const T* bias = ptx::shared_pointer<T>(side + C::kBiasOffset) + q_;
+    const T* bias = ptx::shared_pointer<T>(side + kSideBiasOffset) + q_;
     if (p_.bias != nullptr) add(float(bias[0]), float(bias[8]));
     __syncwarp();  // before another strip's side comes
   }
@@ -421,12 +427,8 @@ __device__ __forceinline__ void finish_strips(const QuantizedStripParams& p, Str
   if (has_lorc) product.prefetch();
   StripFinisher<C, T, QuantizedStripParams>(p, shared, threadIdx.x % 32).start();
   ptx::wait_for_kernel_before();
-  if (has_lorc) {
-    product.draw();
-    product.make_shares();
-  } else {
-    ptx::sync_threads(kBarrierTokens, C::kThreads);
-  }
+  if (has_lorc) product.make_shares();
+  ptx::barrier_wait(shared.tokens_made(), 0);
   int thread = threadIdx.x;
   ptx::keep(thread);  // what the finisher computes of it takes no registers meanwhile
   StripFinisher<C, T, QuantizedStripParams>(p, shared, thread % 32).run([&](auto& xv) {
@@ -439,8 +441,8 @@ template <class C>
 __device__ __forceinline__ void init_strip_barriers(StripShared<C> shared) {
   for (int i = 0; i < kMaxStripChunks; ++i) ptx::barrier_init(shared.chunk(i), 1);
   for (int stage = 0; stage < C::kRing; ++stage) {
-    ptx::barrier_init(shared.full(stage), C::kWarps);
-    ptx::barrier_init(shared.empty(stage), 1);
+    ptx::barrier_init(shared.full(stage), C::kWarps * 32);
+    ptx::barrier_init(shared.empty(stage), 32);
   }
   ptx::fence_barrier_init();
 }
@@ -458,8 +460,8 @@ __device__ __forceinline__ void run_strips(const Params& p, char* raw) {
       int thread = threadIdx.x;
       ptx::keep(thread);  // a worker that is made again takes no registers meanwhile
       StripWorker<C> worker(p, shared, thread, C::kAhead);
-      ptx::arrive_threads(kBarrierTokens, C::kThreads);
       ptx::sync_threads(kBarriersReady, C::kThreads);
+      if (thread == 0) ptx::barrier_arrive(shared.tokens_made());  // who has written the tokens' numbers
       worker.run(true);
     } else {
       StripWorker<C> worker(p, shared, threadIdx.x, 0);

@@ -17,11 +17,9 @@
 namespace zqfp {
 
 // What one word counts: shares drawn, one too many by each block; shares made; blocks that do not look at it any more. As
-// all is in one word, who adds to it has seen it before the last block clears it. x8 of more than 512 shares has no room in
+// all is in one word, who adds to it has seen it before the last block clears it. x8 of more than 1000 shares has no room in
 // shared memory.
 constexpr uint32_t kDrawn = 1, kMade = 1u << 12, kLeft = 1u << 22;
-
-constexpr int kBarrierTokens = 3;  // named barrier: tokens are made
 
 // One lane's part. T: type of x, V and xv.
 template <class C, typename T>
@@ -44,19 +42,17 @@ class StripProduct {
     }
   }
 
-  __device__ __forceinline__ void draw() { counts_ = ptx::add_by_one(p_.shares, kDrawn); }
-
+  // Draws shares until none is left, and makes them as soon as tokens are made.
   __device__ __forceinline__ void make_shares() {
     Share share;
-    bool more = load_drawn(share);
-    ptx::sync_threads(kBarrierTokens, C::kThreads);
+    counts_ = ptx::add_by_one(p_.shares, kDrawn);
 #pragma unroll 1
-    while (more) {
+    while (load_drawn(share)) {
+      ptx::barrier_wait(shared_.tokens_made(), 0);
       make(share);
       __syncwarp();
       counts_ = 0;
       if (lane() == 0) counts_ = ptx::add_release(p_.shares, kMade + kDrawn);
-      more = load_drawn(share);
     }
   }
 

@@ -16,11 +16,18 @@ constexpr int kMaxStripChunks = 8;
 constexpr int kMaxStripColumns = kMaxStripChunks * kStripChunk * kStripSlices * kBlockColumns;
 
 // Blocks of K in a quarter of it.
-ZQFP_HOST_DEVICE int slice_blocks(int k_blocks) { return (k_blocks + kStripSlices - 1) / kStripSlices; }
+ZQFP_HOST_DEVICE constexpr int slice_blocks(int k_blocks) { return (k_blocks + kStripSlices - 1) / kStripSlices; }
 
 // Bytes of x8 in shared memory, the last quarter filled up.
-ZQFP_HOST_DEVICE int token_bytes(int tokens, int k_blocks) {
+ZQFP_HOST_DEVICE constexpr int token_bytes(int tokens, int k_blocks) {
   return tokens * kStripSlices * slice_blocks(k_blocks) * kBlockColumns;
 }
+
+// What belongs to a strip's rows: their scales, bias and u, rank by rank, of which a step of mma takes 16. There is room
+// for several strips' where x @ V is made meanwhile.
+constexpr int kSideBiasOffset = kStripRows * 4, kSideFactorOffset = kSideBiasOffset + kStripRows * 2;
+constexpr int kSideRankBytes = kStripRows * 2;
+ZQFP_HOST_DEVICE constexpr int side_bytes(int rank) { return kSideFactorOffset + (rank + 15) / 16 * 16 * kSideRankBytes; }
+ZQFP_HOST_DEVICE constexpr int side_count(int tokens) { return tokens < 8 ? 4 : 1; }
 
 }  // namespace zqfp
