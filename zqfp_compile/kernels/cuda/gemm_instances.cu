@@ -83,6 +83,7 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       instance<256, 2, 1, 2, 0>("t256r2s1c2"),
       strip_instance<Strips<8, 2>>("t8w2"),
       strip_instance<Strips<16, 3>>("t16w3"),
+      strip_instance<Strips<8, 3>>("t8w3"),
       quantized_instance<3, 3>("t2w3g3q"),
 #ifdef ZQFP_VARIANTS
       instance<128, 1, 2, 1, 4>("t128r1s2p4"),
@@ -90,7 +91,6 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       instance<128, 2, 1, 2, 0>("t128r2s1c2"),
       instance<64, 1, 2, 1, 4>("t64r1s2p4"),
       instance<8, 1, 4, 1, 0>("t8r1s4"),
-      strip_instance<Strips<8, 3>>("t8w3"),
       strip_instance<Strips<8, 4>>("t8w4"),
       strip_instance<Strips<16, 2>>("t16w2"),
       quantized_instance<4, 2>("t2w4g2q"),

@@ -37,6 +37,7 @@ enum KernelId {
   kT256Pair,
   kT8Strips,
   kT16Strips,
+  kT8LongStrips,
   kT2QuantizedStrips,
   kKernelCount
 };

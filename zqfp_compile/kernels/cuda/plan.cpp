@@ -41,7 +41,20 @@ constexpr Cost kCosts[kT8Strips] = {
 struct StripCost {
   int block, least, end, token_block, launch;
 };
-constexpr StripCost kStripCosts[] = {{100, 1900, 250, 4, 300}, {125, 2100, 250, 4, 300}};  // kT8Strips, kT16Strips
+constexpr StripCost kStripCosts[kT2QuantizedStrips - kT8Strips] = {
+    {100, 1900, 250, 4, 300},  // kT8Strips
+    {125, 2100, 250, 4, 300},  // kT16Strips
+    {65, 1900, 200, 0, 2600},  // kT8LongStrips
+};
+
+// Three pieces ahead, not two.
+bool has_long_strips(const Kernel& kernel) { return kernel.strips && kernel.tokens == 8 && kernel.stages > 2; }
+
+// Whether strips are long, and several for each multiprocessor: then they are worth the start of the third piece.
+bool are_long_strips(const zqfpLinearDesc& desc) {
+  constexpr int64_t kLong = 8192;
+  return desc.k >= kLong && desc.n > int64_t(kStripRows) * kMaxProcessors;
+}
 
 // Strips whose x8 fits in shared memory, and its chunks among the barriers; of two blocks where a kernel quantises it.
 bool strips_fit(const Kernel& kernel, const zqfpLinearDesc& desc) {
@@ -92,7 +105,8 @@ Deal deal_cut(Schedule s, int processors, const Cost& cost, int rest) {
 
 // Strips are never cut.
 Deal deal_strips(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel, int processors) {
-  const StripCost& cost = kStripCosts[kernel.tokens > 8];
+  const int id = has_long_strips(kernel) ? kT8LongStrips : kernel.tokens > 8 ? kT16Strips : kT8Strips;
+  const StripCost& cost = kStripCosts[id - kT8Strips];
   Schedule s{};
   s.row_tiles = int(divide_up(desc.n, kStripRows));
   s.token_tiles = int(divide_up(m, kernel.tokens));
@@ -131,7 +145,7 @@ const Cost& cost_of(const KernelTable& table, int id) {
 // At most the next larger tile, which is what the workspace is made for. Pairs, which read the tokens from L2 half as
 // often, are faster only where a weight does not fit in L2 and is read again and again.
 bool is_candidate(const Kernel& kernel, const zqfpLinearDesc& desc, int64_t m) {
-  if (kernel.strips) return m <= kernel.tokens;
+  if (kernel.strips) return m <= kernel.tokens && (!has_long_strips(kernel) || are_long_strips(desc));
   constexpr int64_t kL2Bytes = 50 << 20, kManyTokens = 4096;
   return kernel.tokens < 2 * m + 8 && (kernel.cluster == 1 || (desc.n * desc.k / 2 > kL2Bytes && m >= kManyTokens));
 }
