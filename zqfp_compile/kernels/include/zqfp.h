@@ -127,8 +127,8 @@ typedef struct zqfpActivation {
 /* Quantizer and linear layer in one call, for tokens that no other layer needs quantized: zqfpLinear of what the
  * quantizer makes. x8, a and xv of args are not read: these lie in the workspace, which is one of zqfpLinear and more.
  * y is none of the activation's tensors. One token is one launch, but of a norm whose sum is x or skip, of a layer that has
- * another dtype than x, and of k above 26000 to 33000, by rank and group size; there x @ v is summed in another order than the quantizer's, always the
- * same one. */
+ * another dtype than x, and of k above 26000 to 33000, by rank and group size; there x @ v is summed in another order
+ * than the quantizer's, always the same one. */
 ZQFP_API zqfpStatus zqfpGetQuantizedWorkspaceSize(const zqfpLinearDesc* desc, int64_t m, size_t* bytes);
 ZQFP_API zqfpStatus zqfpQuantizedLinear(const zqfpLinearDesc* desc, const zqfpActivation* activation,
                                         const zqfpLinearArgs* args, int64_t m, void* workspace, size_t workspace_bytes,
