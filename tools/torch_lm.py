@@ -157,6 +157,11 @@ class ActivationQuantizer:
 class QuantLinear(nn.Module):
     """``y = x_hat W_hat^T + (x V) U + b`` in float32, returned in x's dtype (DESIGN section 2)."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    v: torch.Tensor | None
+    u: torch.Tensor | None
+
     def __init__(
         self,
         weight: torch.Tensor,
@@ -174,7 +179,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return [..., N] for x [..., K]."""
         y = nn.functional.linear(self.quantizer(x), self.weight, self.bias)
-        if self.v is not None:
+        if self.v is not None and self.u is not None:
             y += (x.float() @ self.v) @ self.u
         return y.to(x.dtype)
 
@@ -213,10 +218,10 @@ class Calibration:
         self.layers = decoder_layers(model)
         limit = batch or (CUDA_BATCH if model.device.type == "cuda" else 1)
         size = max(b for b in range(1, limit + 1) if len(windows) % b == 0)
-        ids = torch.from_numpy(windows).to(model.device).split(size)
+        parts = torch.split(torch.from_numpy(windows).to(model.device), size)
         # Masks and rotary tables depend on the batch's shape alone: one batch's serve all.
-        self.keywords = [keywords for _, keywords in self._calls(ids[0], list(self.layers))]
-        self.inputs = [self._calls(part, [self.layers[0]])[0][0] for part in ids]
+        self.keywords = [keywords for _, keywords in self._calls(parts[0], list(self.layers))]
+        self.inputs = [self._calls(part, [self.layers[0]])[0][0] for part in parts]
 
     @torch.no_grad()
     def _calls(
@@ -314,7 +319,7 @@ class _Work:
         quantizer: ActivationQuantizer,
         moments: InputMoments | None,
     ) -> None:
-        linear = layer.get_submodule(name)
+        linear = _linears(layer)[name]
         parent_name, _, attribute = name.rpartition(".")
         parent = layer.get_submodule(parent_name)
         weight, lorc, bits = quantize_linear(linear.weight, self.config, moments, label)
@@ -377,7 +382,8 @@ def _add(
 
 def _run(layer: nn.Module, hidden: torch.Tensor, keywords: dict[str, Any]) -> torch.Tensor:
     output = layer(hidden, **keywords)
-    return output[0] if isinstance(output, tuple) else output
+    moved: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return moved
 
 
 def _input_of(layer: nn.Module, name: str, hidden: torch.Tensor, keywords: dict[str, Any]) -> torch.Tensor:
@@ -397,13 +403,18 @@ def _input_of(layer: nn.Module, name: str, hidden: torch.Tensor, keywords: dict[
     return found[0]
 
 
+def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
+    """Return the layer's unquantised linears by name."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+
+
 def _input_groups(layer: nn.Module, hidden: torch.Tensor, keywords: dict[str, Any]) -> list[list[str]]:
     """Return the names of the layer's linears, grouped by the input they share, in order of execution.
 
     Raises:
         ValueError: When a linear did not run: its input would be unknown.
     """
-    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    linears = _linears(layer)
     groups: list[tuple[torch.Tensor, list[str]]] = []
 
     def recorder(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
