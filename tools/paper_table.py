@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from results import FIELDS, add_row, hardware, today  # noqa: E402
-from torch_lm import PRODUCT_WEIGHTS, Calibration, QuantConfig, quantized  # noqa: E402
+from torch_lm import ALGORITHMS, PRODUCT_WEIGHTS, Calibration, QuantConfig, quantized  # noqa: E402
 from torch_models import LoadedModel, Tokens, load, perplexity  # noqa: E402
 
 from zqfp_compile.calibrate.samples import take_windows  # noqa: E402
@@ -107,7 +107,7 @@ def _weight_format_rows() -> Rows:
             tuning=PUBLISHED,
         )
         for weights in FOUR_BIT + EIGHT_BIT
-        for algorithm in ("rtn", "gptq")
+        for algorithm in ALGORITHMS
     }
 
 

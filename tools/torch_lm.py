@@ -18,7 +18,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from torch import nn
 from torch_models import decoder_layers
 
 from zqfp_compile.quantize.activation import ACTIVATION_MAX, fake_quantize_activation
-from zqfp_compile.quantize.layer import LayerOptions, quantize_layer
+from zqfp_compile.quantize.layer import Algorithm, LayerOptions, quantize_layer
 from zqfp_compile.quantize.lorc import LowRank, low_rank_factors
 from zqfp_compile.quantize.moments import InputMoments
 from zqfp_compile.quantize.reference import (
@@ -46,6 +46,7 @@ ACTIVATIONS = {
     "int8-asym": "int8-asym",
     "none": "none",
 }
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 FACTOR_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "fp8": 8}
 
 # Tokens whose moments are added at once; rows of calibration windows run at once on a GPU.
@@ -63,7 +64,7 @@ class QuantConfig:
         activation_scale: ``tensor`` (static, from the calibration's range) or ``token`` (dynamic).
         constraint: Scale constraint of the 4-bit formats; reference formats and FP8 have none.
         group_size: Weights along K per group scale; 0 is a whole row.
-        algorithm: ``rtn`` or ``gptq``.
+        algorithm: One of :data:`ALGORITHMS`.
         lorc_rank: 0 for no compensation.
         lorc_dtype: Storage of its factors.
         lorc_metric: ``moments`` weighs the error with the input's second moment; ``plain`` is the papers'
@@ -77,7 +78,7 @@ class QuantConfig:
     activation_scale: str = "tensor"
     constraint: str = "e4m3"
     group_size: int = 64
-    algorithm: str = "rtn"
+    algorithm: Algorithm = "rtn"
     lorc_rank: int = 0
     lorc_dtype: str = "float16"
     lorc_metric: str = "moments"
@@ -89,7 +90,7 @@ class QuantConfig:
             "activations": tuple(ACTIVATIONS),
             "activation_scale": ("tensor", "token"),
             "constraint": ("none", "m1", "m2", "e4m3"),
-            "algorithm": ("rtn", "gptq"),
+            "algorithm": ALGORITHMS,
             "lorc_dtype": tuple(FACTOR_BITS),
             "lorc_metric": ("moments", "plain"),
         }
@@ -102,7 +103,7 @@ class QuantConfig:
         """Return the options of one layer."""
         tuning = {key: value for key, value in self.tuning.items() if key != "cross"}
         return LayerOptions(
-            algorithm=self.algorithm,  # type: ignore[arg-type]
+            algorithm=self.algorithm,
             weight_format=PRODUCT_WEIGHTS.get(self.weights, "e2m1"),
             group_size=self.group_size,
             scale_constraint=self.constraint,
