@@ -23,7 +23,7 @@ OPSET = 18
 
 def export(family: str, dtype: str, folder: Path) -> None:
     """Export one tiny model with its KV cache as ``folder/model.onnx``."""
-    from optimum.exporters.onnx import onnx_export_from_model  # type: ignore[import-not-found]
+    from optimum.exporters.onnx import onnx_export_from_model
 
     folder.mkdir()
     model = make_model(family, dtype)

@@ -245,8 +245,7 @@ def _graph(writer: Writer, linears: Linears, max_length: int) -> onnx.GraphProto
     writer.small("ones", np.ones(shape.hidden, np.float16))
     writer.op("Gather", [writer.half("embed", shape.vocab, shape.hidden), "input_ids"], ["x"])
     writer.widths |= dict.fromkeys(("x", "l0.norm"), shape.hidden)
-    norm = {"epsilon": 1e-5}
-    writer.op("SimplifiedLayerNormalization", ["x", "ones"], ["l0.norm"], axis=-1, **norm)
+    writer.op("SimplifiedLayerNormalization", ["x", "ones"], ["l0.norm"], axis=-1, epsilon=1e-5)
     total = "x"
     for i in range(shape.layers):
         _attention(writer, linears, i)
@@ -325,7 +324,7 @@ def _interface(shape: Shape) -> tuple[list[Any], list[Any]]:
         info("total_length", TensorProto.INT32, []),
     ]
     outputs = [info("logits", F16, ["batch", shape.vocab])]
-    cache = ["batch", shape.kv_heads, "max_length", shape.head_size]
+    cache: list[str | int] = ["batch", shape.kv_heads, "max_length", shape.head_size]
     for i in range(shape.layers):
         for part in ("key", "value"):
             inputs.append(info(f"past.{i}.{part}", F16, cache))

@@ -119,9 +119,9 @@ class CutlassContender:
             except RuntimeError as error:
                 print(f"{name} does not run for M = {m}: {error}")
                 continue
-            error = float((y.float() - wanted).norm() / wanted.norm())
-            if error < 0.02:  # 14 bits of the tensor core's sums; a wrong index gives 1
+            relative = float((y.float() - wanted).norm() / wanted.norm())
+            if relative < 0.02:  # 14 bits of the tensor core's sums; a wrong index gives 1
                 calls[name] = call
             else:
-                print(f"{name} is wrong for M = {m}: relative error {error:.1e}")
+                print(f"{name} is wrong for M = {m}: relative error {relative:.1e}")
         return calls

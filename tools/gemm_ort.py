@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from onnx import TensorProto, helper, numpy_helper
+
+Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
 
 
 def available() -> str | None:
@@ -21,10 +23,9 @@ def available() -> str | None:
     return None
 
 
-def _model(
-    op_type: str, n: int, k: int, weights: dict[str, np.ndarray[Any, Any]], **attributes: int
-) -> bytes:
-    node = helper.make_node(op_type, ["x", *weights], ["y"], domain="com.microsoft", **attributes)
+def _model(op_type: str, n: int, k: int, weights: Arrays, **attributes: int) -> bytes:
+    node = helper.make_node(op_type, ["x", *weights], ["y"], domain="com.microsoft")
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
     graph = helper.make_graph(
         [node],
         "gemm",
@@ -47,7 +48,7 @@ def fp4_model(n: int, k: int, rng: np.random.Generator) -> bytes:
     """MatMulBlockQuantizedFp4Weight: E2M1 in blocks of 16 with E4M3 scales, float16 activations."""
     codes = rng.integers(0, 256, (n, k // 2), dtype=np.uint8)
     scales = rng.integers(0x18, 0x40, (n, k // 16), dtype=np.uint8)
-    weights = {"w": codes, "s": scales, "s2": np.array([0.001], np.float32)}
+    weights: Arrays = {"w": codes, "s": scales, "s2": np.array([0.001], np.float32)}
     return _model("MatMulBlockQuantizedFp4Weight", n, k, weights, block_size=16)
 
 

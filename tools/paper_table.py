@@ -40,14 +40,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from results import FIELDS, add_row, hardware, today  # noqa: E402
-from torch_lm import PRODUCT_WEIGHTS, Calibration, QuantConfig, quantized  # noqa: E402
+from torch_lm import ALGORITHMS, PRODUCT_WEIGHTS, Calibration, QuantConfig, quantized  # noqa: E402
 from torch_models import LoadedModel, Tokens, load, perplexity  # noqa: E402
 
 from zqfp_compile.calibrate.samples import take_windows  # noqa: E402
 
 # GPTQ as published: no repetitions, no descent after it, no correction of drift, scales by plain error.
 PUBLISHED = {"sweeps": 0, "repeats": 0, "correction": 0.0, "importance": "none"}
-LORC_PUBLISHED = {"lorc_rank": 8, "lorc_metric": "plain"}
 FOUR_BIT = ("fp4-e2m1", "fp4-e3m0", "int4", "int4-asym")
 EIGHT_BIT = ("int8", "int8-asym", "fp8-e4m3", "fp8-e5m2")
 QUICK = {"samples": 4, "length": 256, "limit_tokens": 4096}
@@ -84,17 +83,16 @@ def _class_rows() -> Rows:
     rows: Rows = {}
     for name, (eight, four, activations) in CLASSES.items():
         for bits, weights in (("w8a8", eight), ("w4a8", four)):
-            for lorc, options in (("", {}), ("/lorc8", LORC_PUBLISHED)):
-                rows[f"{bits}/{name}/gptq{lorc}"] = QuantConfig(
-                    weights=weights,
-                    activations=activations,
-                    activation_scale="token",
-                    constraint="none",
-                    group_size=64 if bits == "w4a8" else 0,
-                    algorithm="gptq",
-                    tuning=PUBLISHED,
-                    **options,
-                )
+            gptq = QuantConfig(
+                weights=weights,
+                activations=activations,
+                activation_scale="token",
+                constraint="none",
+                group_size=64 if bits == "w4a8" else 0,
+                algorithm="gptq",
+                tuning=PUBLISHED,
+            )
+            rows |= {f"{bits}/{name}/gptq": gptq, f"{bits}/{name}/gptq/lorc8": _published_lorc(gptq)}
     return rows
 
 
@@ -109,7 +107,7 @@ def _weight_format_rows() -> Rows:
             tuning=PUBLISHED,
         )
         for weights in FOUR_BIT + EIGHT_BIT
-        for algorithm in ("rtn", "gptq")
+        for algorithm in ALGORITHMS
     }
 
 
@@ -117,17 +115,21 @@ def _constraint_rows() -> Rows:
     """What a scale constraint costs, and what LoRC pays back."""
     rows: Rows = {}
     for constraint in ("none", "m1", "m2", "e4m3"):
-        common: dict[str, Any] = {"constraint": constraint}
-        published = {**common, "tuning": PUBLISHED}
-        rows[f"constraint/{constraint}/rtn"] = QuantConfig(**published)
-        rows[f"constraint/{constraint}/rtn/lorc8"] = QuantConfig(**published, **LORC_PUBLISHED)
-        rows[f"constraint/{constraint}/gptq"] = QuantConfig(**published, algorithm="gptq")
-        rows[f"constraint/{constraint}/gptq/lorc8"] = QuantConfig(
-            **published, algorithm="gptq", **LORC_PUBLISHED
-        )
-        rows[f"constraint/{constraint}/ours"] = QuantConfig(**common, algorithm="gptq")
-        rows[f"constraint/{constraint}/ours/lorc32"] = QuantConfig(**common, algorithm="gptq", lorc_rank=32)
+        rtn = QuantConfig(constraint=constraint, tuning=PUBLISHED)
+        gptq = dataclasses.replace(rtn, algorithm="gptq")
+        ours = QuantConfig(constraint=constraint, algorithm="gptq")
+        rows[f"constraint/{constraint}/rtn"] = rtn
+        rows[f"constraint/{constraint}/rtn/lorc8"] = _published_lorc(rtn)
+        rows[f"constraint/{constraint}/gptq"] = gptq
+        rows[f"constraint/{constraint}/gptq/lorc8"] = _published_lorc(gptq)
+        rows[f"constraint/{constraint}/ours"] = ours
+        rows[f"constraint/{constraint}/ours/lorc32"] = dataclasses.replace(ours, lorc_rank=32)
     return rows
+
+
+def _published_lorc(config: QuantConfig) -> QuantConfig:
+    """Return the configuration with LoRC as published."""
+    return dataclasses.replace(config, lorc_rank=8, lorc_metric="plain")
 
 
 def rows_of_file(path: Path) -> Rows:

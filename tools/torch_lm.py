@@ -18,7 +18,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from torch import nn
 from torch_models import decoder_layers
 
 from zqfp_compile.quantize.activation import ACTIVATION_MAX, fake_quantize_activation
-from zqfp_compile.quantize.layer import LayerOptions, quantize_layer
+from zqfp_compile.quantize.layer import Algorithm, LayerOptions, quantize_layer
 from zqfp_compile.quantize.lorc import LowRank, low_rank_factors
 from zqfp_compile.quantize.moments import InputMoments
 from zqfp_compile.quantize.reference import (
@@ -46,6 +46,7 @@ ACTIVATIONS = {
     "int8-asym": "int8-asym",
     "none": "none",
 }
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 FACTOR_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "fp8": 8}
 
 # Tokens whose moments are added at once; rows of calibration windows run at once on a GPU.
@@ -63,7 +64,7 @@ class QuantConfig:
         activation_scale: ``tensor`` (static, from the calibration's range) or ``token`` (dynamic).
         constraint: Scale constraint of the 4-bit formats; reference formats and FP8 have none.
         group_size: Weights along K per group scale; 0 is a whole row.
-        algorithm: ``rtn`` or ``gptq``.
+        algorithm: One of :data:`ALGORITHMS`.
         lorc_rank: 0 for no compensation.
         lorc_dtype: Storage of its factors.
         lorc_metric: ``moments`` weighs the error with the input's second moment; ``plain`` is the papers'
@@ -77,7 +78,7 @@ class QuantConfig:
     activation_scale: str = "tensor"
     constraint: str = "e4m3"
     group_size: int = 64
-    algorithm: str = "rtn"
+    algorithm: Algorithm = "rtn"
     lorc_rank: int = 0
     lorc_dtype: str = "float16"
     lorc_metric: str = "moments"
@@ -89,7 +90,7 @@ class QuantConfig:
             "activations": tuple(ACTIVATIONS),
             "activation_scale": ("tensor", "token"),
             "constraint": ("none", "m1", "m2", "e4m3"),
-            "algorithm": ("rtn", "gptq"),
+            "algorithm": ALGORITHMS,
             "lorc_dtype": tuple(FACTOR_BITS),
             "lorc_metric": ("moments", "plain"),
         }
@@ -102,7 +103,7 @@ class QuantConfig:
         """Return the options of one layer."""
         tuning = {key: value for key, value in self.tuning.items() if key != "cross"}
         return LayerOptions(
-            algorithm=self.algorithm,  # type: ignore[arg-type]
+            algorithm=self.algorithm,
             weight_format=PRODUCT_WEIGHTS.get(self.weights, "e2m1"),
             group_size=self.group_size,
             scale_constraint=self.constraint,
@@ -157,6 +158,11 @@ class ActivationQuantizer:
 class QuantLinear(nn.Module):
     """``y = x_hat W_hat^T + (x V) U + b`` in float32, returned in x's dtype (DESIGN section 2)."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    v: torch.Tensor | None
+    u: torch.Tensor | None
+
     def __init__(
         self,
         weight: torch.Tensor,
@@ -174,7 +180,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return [..., N] for x [..., K]."""
         y = nn.functional.linear(self.quantizer(x), self.weight, self.bias)
-        if self.v is not None:
+        if self.v is not None and self.u is not None:
             y += (x.float() @ self.v) @ self.u
         return y.to(x.dtype)
 
@@ -213,10 +219,10 @@ class Calibration:
         self.layers = decoder_layers(model)
         limit = batch or (CUDA_BATCH if model.device.type == "cuda" else 1)
         size = max(b for b in range(1, limit + 1) if len(windows) % b == 0)
-        ids = torch.from_numpy(windows).to(model.device).split(size)
+        parts = torch.split(torch.from_numpy(windows).to(model.device), size)
         # Masks and rotary tables depend on the batch's shape alone: one batch's serve all.
-        self.keywords = [keywords for _, keywords in self._calls(ids[0], list(self.layers))]
-        self.inputs = [self._calls(part, [self.layers[0]])[0][0] for part in ids]
+        self.keywords = [keywords for _, keywords in self._calls(parts[0], list(self.layers))]
+        self.inputs = [self._calls(part, [self.layers[0]])[0][0] for part in parts]
 
     @torch.no_grad()
     def _calls(
@@ -314,7 +320,7 @@ class _Work:
         quantizer: ActivationQuantizer,
         moments: InputMoments | None,
     ) -> None:
-        linear = layer.get_submodule(name)
+        linear = _linears(layer)[name]
         parent_name, _, attribute = name.rpartition(".")
         parent = layer.get_submodule(parent_name)
         weight, lorc, bits = quantize_linear(linear.weight, self.config, moments, label)
@@ -377,7 +383,8 @@ def _add(
 
 def _run(layer: nn.Module, hidden: torch.Tensor, keywords: dict[str, Any]) -> torch.Tensor:
     output = layer(hidden, **keywords)
-    return output[0] if isinstance(output, tuple) else output
+    moved: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return moved
 
 
 def _input_of(layer: nn.Module, name: str, hidden: torch.Tensor, keywords: dict[str, Any]) -> torch.Tensor:
@@ -397,13 +404,18 @@ def _input_of(layer: nn.Module, name: str, hidden: torch.Tensor, keywords: dict[
     return found[0]
 
 
+def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
+    """Return the layer's unquantised linears by name."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+
+
 def _input_groups(layer: nn.Module, hidden: torch.Tensor, keywords: dict[str, Any]) -> list[list[str]]:
     """Return the names of the layer's linears, grouped by the input they share, in order of execution.
 
     Raises:
         ValueError: When a linear did not run: its input would be unknown.
     """
-    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    linears = _linears(layer)
     groups: list[tuple[torch.Tensor, list[str]]] = []
 
     def recorder(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
