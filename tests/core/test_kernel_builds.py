@@ -1,4 +1,4 @@
-"""Builds of the kernels for finding faults compile, which nothing else does; slow machine code fails them."""
+"""Builds of the kernels for finding faults and for trials compile; slow machine code fails them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,14 @@ def build(repo_root: Path, folder: Path, file: str, *variables: str) -> subproce
 
 @pytest.mark.parametrize(
     ("option", "file", "sign"),
-    [("DEBUG_WAIT", "gemm_64.o.log", b"barrier_wait"), ("TRACE", "gemm_64.o", b"zqfpReadTrace")],
+    [
+        ("DEBUG_WAIT", "gemm_64.o.log", b"barrier_wait"),
+        ("TRACE", "gemm_64.o", b"zqfpReadTrace"),
+        ("VARIANTS", "gemm_64.o", b"t2w4g3q"),
+    ],
 )
 def test_it_compiles(option: str, file: str, sign: bytes, repo_root: Path, tmp_path: Path) -> None:
-    """One group size, about 5 s: the sign shows that the option was heard (a wait that is a function)."""
+    """One group size, 5 to 15 s: the sign shows that the option was heard (a wait that is a function)."""
     done = build(repo_root, tmp_path, "gemm_64.o", f"{option}=1")
     assert done.returncode == 0, done.stderr[-4000:]
     assert sign in (tmp_path / file).read_bytes()

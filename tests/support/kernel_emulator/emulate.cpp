@@ -43,7 +43,7 @@ void run_cluster(int index, int blocks, int block_threads, int shared_bytes, Bod
         threadIdx.x = thread;
         blockDim.x = block_threads;
         blockIdx.x = index * blocks + rank;
-        body(emulator::block->base);
+        body(emulator::block->memory.data);
       });
     }
   }
@@ -191,7 +191,7 @@ void run_strip_kernel(const Problem& problem, Params p) {
   p.strips = divide_up(problem.n, kStripRows);
   p.blocks = std::min(problem.workers, p.strips);
   p.by_blocks = FastDivisor::of(p.blocks);
-  const int bytes = C::kTokenOffset + C::kAlignment + token_bytes(C::kTokens, p.k_blocks) + C::kSides * side_bytes(p.rank);
+  const int bytes = C::kSharedBytes + layer_bytes(C::kTokens, p.k_blocks, p.rank);
   run_workers(p.blocks * divide_up(problem.m, C::kTokens), problem.order, [&](int worker) {
     run_cluster(worker, 1, C::kThreads, bytes, [&](char* raw) { run_strips<C>(p, raw); });
   });
@@ -237,7 +237,7 @@ extern "C" int emulate(int config, const Problem* problem) {
     case 6: run<Config<128, 1, 2, 128, 1, 0>>(*problem); return 128;
     case 7: run_given_strips<StripConfig<8, 64, 2>>(*problem); return 64;
     case 8: run_given_strips<StripConfig<16, 128, 3>>(*problem); return 128;
-    case 9: run_given_strips<StripConfig<8, 32, 4>>(*problem); return 32;
+    case 9: run_given_strips<StripConfig<8, 32, 3>>(*problem); return 32;
     default: return -1;
   }
 }

@@ -6,6 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
+#include <sys/mman.h>
 
 #include <chrono>
 #include <cmath>
@@ -113,14 +114,32 @@ struct Cluster {
   int threads;
 };
 
-struct Block {
-  // NaN in any format: what nobody writes must not be used.
-  explicit Block(size_t bytes) : memory(bytes + 2048, char(0xff)) {
-    // As on a GPU, the dynamic shared memory does not start where swizzled tiles may.
-    base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024) + 16;
+// NaN in any format, so that what nobody writes is not used; and a page behind it that nobody may touch.
+class Memory {
+ public:
+  explicit Memory(size_t bytes) : mapped_((bytes + 2 * kPage - 1) / kPage * kPage) {
+    void* start = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED) abort();
+    start_ = static_cast<char*>(start);
+    char* const guard = start_ + mapped_ - kPage;
+    if (mprotect(guard, kPage, PROT_NONE) != 0) abort();
+    data = guard - (bytes + 15) / 16 * 16;
+    std::memset(data, 0xff, guard - data);
   }
-  std::vector<char> memory;
-  char* base;  // shared address 1024 + 16
+  ~Memory() { munmap(start_, mapped_); }
+  Memory(const Memory&) = delete;
+
+  char* data;  // aligned to 16
+
+ private:
+  static constexpr size_t kPage = 4096;
+  size_t mapped_;
+  char* start_;
+};
+
+struct Block {
+  explicit Block(size_t bytes) : memory(bytes) {}
+  Memory memory;
   std::map<uint32_t, MBarrier> mbarriers;
   Barrier named[16];
   Exchange warpgroups[5], warps[32];
@@ -128,8 +147,13 @@ struct Block {
   int rank;
   int threads;
 
-  char* at(uint32_t address) { return base - 16 + (address - 1024); }
-  uint32_t address(const void* pointer) { return uint32_t(static_cast<const char*>(pointer) - base) + 1024 + 16; }
+  // As on a GPU, the dynamic shared memory does not start where swizzled tiles may.
+  static constexpr uint32_t kStart = 1024 + 16;
+  char* at(uint32_t address) {
+    if (address < kStart) abort();
+    return memory.data + (address - kStart);
+  }
+  uint32_t address(const void* pointer) { return uint32_t(static_cast<const char*>(pointer) - memory.data) + kStart; }
 };
 
 inline thread_local Block* block;

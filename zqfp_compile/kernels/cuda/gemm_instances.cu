@@ -37,7 +37,7 @@ Kernel strip_instance(const char* name) {
           0,
           C::kAhead,
           C::kThreads,
-          C::kTokenOffset + C::kAlignment,
+          C::kSharedBytes,
           0,
           reinterpret_cast<const void*>(&strip_kernel<C, Params>),
           &prepared,
@@ -50,14 +50,20 @@ using Strips = StripConfig<kTokens, ZQFP_GROUP, kAhead>;
 
 // Two blocks in a multiprocessor: one's weights are on their way while the one before still computes.
 template <int kAhead, int kWarpgroups>
+using QuantizedStrips = StripConfig<2, ZQFP_GROUP, kAhead, kWarpgroups, 2>;
+
+template <int kAhead, int kWarpgroups>
 Kernel quantized_instance(const char* name) {
-  using C = StripConfig<2, ZQFP_GROUP, kAhead, kWarpgroups, 2>;
-  constexpr int kRank = ZQFP_GROUP == 32 ? 0 : 32;
-  constexpr int kBytes =
-      C::kTokenOffset + C::kAlignment + token_bytes(2, 4096 / kBlockColumns) + C::kSides * side_bytes(kRank);
-  static_assert(share_processor(kAlone, kBytes), "of 4096 columns, behind the one that follows attention");
+  using C = QuantizedStrips<kAhead, kWarpgroups>;
+  constexpr int kTooMany = C::kSharedBytes + layer_bytes(2, kMaxShares / C::kRankSteps + 1, C::kRanks);
+  static_assert(!share_processor(kTooMany, kTooMany), "more shares than can be counted have no room");
   return strip_instance<C, QuantizedStripParams>(name);
 }
+
+// Of the kernel that plans choose, 4096 columns.
+constexpr int kBesideAttention =
+    QuantizedStrips<3, 3>::kSharedBytes + layer_bytes(2, 4096 / kBlockColumns, ZQFP_GROUP == 32 ? 0 : 32);
+static_assert(share_processor(kAlone, kBesideAttention), "room behind the one that follows attention");
 
 }  // namespace
 

@@ -13,7 +13,7 @@ struct Kernel {
   int tokens, rows, slices, cluster, promote;
   int stages;
   int threads;
-  int shared_bytes;  // of kernels of strips: without x8
+  int shared_bytes;  // of kernels of strips: without layer_bytes (strips.h)
   int partial_floats;
   const void* function;
   std::atomic<uint64_t>* prepared;  // devices, one bit each, on which it may use its shared memory

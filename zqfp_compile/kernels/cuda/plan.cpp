@@ -153,8 +153,7 @@ bool is_candidate(const Kernel& kernel, const zqfpLinearDesc& desc, int64_t m) {
 }  // namespace
 
 int64_t strip_shared_bytes(const Kernel& kernel, const zqfpLinearDesc& desc) {
-  return kernel.shared_bytes + token_bytes(kernel.tokens, int(divide_up(desc.k, kBlockColumns))) +
-         side_count(kernel.tokens) * side_bytes(int(desc.lorc_rank));
+  return kernel.shared_bytes + layer_bytes(kernel.tokens, int(divide_up(desc.k, kBlockColumns)), desc.lorc_rank);
 }
 
 Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuning& tuning) {

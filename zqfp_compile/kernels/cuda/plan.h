@@ -30,7 +30,7 @@ Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuni
 // Of zqfpQuantizedLinear: kernel is null where the quantizer has one of its own.
 Plan make_quantized_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuning& tuning);
 
-// A launch's shared memory: what a kernel of strips has, and x8 of its tokens.
+// A launch's shared memory: what a kernel of strips has, and what depends on the layer.
 int64_t strip_shared_bytes(const Kernel& kernel, const zqfpLinearDesc& desc);
 
 // Whether all of a schedule's numbers fit in the kernel's integers.

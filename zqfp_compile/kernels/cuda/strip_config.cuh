@@ -23,7 +23,7 @@ struct StripConfig {
   static constexpr int kRankSteps = 4;  // of 16 ranks
   static constexpr int kRanks = 16 * kRankSteps;
 
-  // Shared memory: barriers, factors and scales of tokens, sums, pieces, x8 (token_bytes) and sides of strips (side_bytes).
+  // Shared memory: barriers, factors and scales of tokens, sums, pieces; then x8 and sides of strips (layer_bytes).
   static constexpr int kBarrierBytes = 256;
   static constexpr int kTokenScaleOffset = kBarrierBytes - Tokens * 4;
   static constexpr int kTokenFactorOffset = kTokenScaleOffset - Tokens * 4;
@@ -40,6 +40,7 @@ struct StripConfig {
   static constexpr int kPieceBytes = kCodeBytes + 32 * kScaleCopy;
   static constexpr int kTokenOffset = (kPieceOffset + kWarps * Ahead * kPieceBytes + 1023) / 1024 * 1024;
   static constexpr int kAlignment = 1024;
+  static constexpr int kSharedBytes = kTokenOffset + kAlignment;  // without layer_bytes
 };
 
 template <class C>

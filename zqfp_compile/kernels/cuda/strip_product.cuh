@@ -17,9 +17,9 @@
 namespace zqfp {
 
 // What one word counts: shares drawn, one too many by each block; shares made; blocks that do not look at it any more. As
-// all is in one word, who adds to it has seen it before the last block clears it. x8 of more than 1000 shares has no room in
-// shared memory.
+// all is in one word, who adds to it has seen it before the last block clears it.
 constexpr uint32_t kDrawn = 1, kMade = 1u << 12, kLeft = 1u << 22;
+constexpr int kMaxShares = kLeft / kMade - 1;
 
 // One lane's part. T: type of x, V and xv.
 template <class C, typename T>

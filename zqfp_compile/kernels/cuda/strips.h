@@ -30,4 +30,9 @@ constexpr int kSideRankBytes = kStripRows * 2;
 ZQFP_HOST_DEVICE constexpr int side_bytes(int rank) { return kSideFactorOffset + (rank + 15) / 16 * 16 * kSideRankBytes; }
 ZQFP_HOST_DEVICE constexpr int side_count(int tokens) { return tokens < 8 ? 4 : 1; }
 
+// Shared memory that depends on the layer: x8, and behind it the sides.
+ZQFP_HOST_DEVICE constexpr int layer_bytes(int tokens, int k_blocks, int rank) {
+  return token_bytes(tokens, k_blocks) + side_count(tokens) * side_bytes(rank);
+}
+
 }  // namespace zqfp
