@@ -248,6 +248,7 @@ T* shared_pointer(uint32_t address) {
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) { block->mbarriers[barrier].init(arrivals); }
 inline void fence_barrier_init() {}
 inline uint32_t load_acquire(const uint32_t* from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
+inline void store_relaxed(uint32_t* to, uint32_t value) { __atomic_store_n(to, value, __ATOMIC_RELAXED); }
 inline uint32_t add_by_one(uint32_t* to, uint32_t value) {
   return threadIdx.x % 32 == 0 ? __atomic_fetch_add(to, value, __ATOMIC_RELAXED) : 0;
 }

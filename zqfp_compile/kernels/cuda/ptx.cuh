@@ -200,6 +200,11 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
   return value;
 }
 
+// A write to what other blocks add to, ordered by nothing but the old values that they saw.
+__device__ __forceinline__ void store_relaxed(uint32_t* to, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
 // ---- cluster, named barriers, registers ----------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t cluster_block() {

@@ -76,7 +76,7 @@ class StripProduct {
 
   // The last block leaves the word as it was found. Not at once: collect() does not wait for the old counts.
   __device__ __forceinline__ void clear() const {
-    if (counts_ / kLeft == uint32_t(p_.blocks) - 1) *p_.shares = 0;
+    if (counts_ / kLeft == uint32_t(p_.blocks) - 1) ptx::store_relaxed(p_.shares, 0);
   }
 
  private:
