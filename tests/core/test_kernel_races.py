@@ -2,8 +2,8 @@
 
 The ones that are marked for it have blocks that wait for each other: tiles that are cut, and x @ V in shares.
 compute-sanitizer's racecheck sees shared memory only, and follows neither an mbarrier on which one lane
-arrives for its warp nor named barriers on which some threads only arrive (docs/performance.md). The threads are
-the GPU's here, and the emulator's barriers and atomics order what the PTX memory model lets them order.
+arrives for its warp nor named barriers on which some threads only arrive (docs/performance.md). Here the
+threads are the GPU's, and barriers and atomics order what the PTX memory model lets them order.
 """
 
 from __future__ import annotations
