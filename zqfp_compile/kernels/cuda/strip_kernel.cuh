@@ -294,7 +294,7 @@ class StripFinisher {
     }
   }
 
-  // Behind x8.
+  // Behind x8: token_bytes, from columns, as k_blocks would take registers that there are not.
   __device__ __forceinline__ uint32_t side(int strip) const {
     return shared_.tokens() + p_.columns * (C::kTokens * kStripSlices * kBlockColumns) +
            strip % C::kSides * side_bytes(p_.rank);
