@@ -16,10 +16,11 @@ if torch.cuda.get_device_capability() != (9, 0):
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 EPSILON = 1e-5
-# Of codes, and of tokens' scales: h computed in float32 may be rounded to its type the other way than in
+# Of codes, and of tokens' scales, on average: h computed in float32 may be rounded to its type the other way than in
 # float64.
 OFF_BY_A_STEP = 1e-4
 OTHER_SCALES = 5e-3
+DEVIATIONS = 5  # standard ones that their count may be above the average: x is random
 SCALES = [None, 0.02]
 SHAPES = [
     (1, 16),
@@ -86,6 +87,12 @@ class RmsNorm:
         assert place is None or torch.equal(place, self.sum)
 
 
+def at_most(rate, count):
+    """How many of ``count`` that come up at a rate may."""
+    mean = rate * count
+    return 1 + mean + DEVIATIONS * mean**0.5
+
+
 def check(library, problem, scale):
     """x8 and a are those of h, but for what is written above; returns them."""
     made, wanted = outputs(problem.h, scale), outputs(problem.h, scale)
@@ -96,10 +103,10 @@ def check(library, problem, scale):
     same = (made.a == wanted.a).expand(len(problem.h))
     if problem.h.dtype == torch.float32:  # many differ in the last place, which hardly ever changes a code
         same = torch.ones_like(same)
-    assert int((~same).sum()) <= 1 + OTHER_SCALES * len(same)
+    assert int((~same).sum()) <= at_most(OTHER_SCALES, len(same))
     steps = (ordered(made.x8) - ordered(wanted.x8)).abs()
     assert int(steps.max()) <= 1
-    assert int(steps[same].count_nonzero()) <= 1 + OFF_BY_A_STEP * steps.numel()
+    assert int(steps[same].count_nonzero()) <= at_most(OFF_BY_A_STEP, steps.numel())
     return made
 
 

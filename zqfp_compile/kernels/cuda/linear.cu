@@ -160,8 +160,9 @@ zqfpStatus launch_joined(const zqfpLinearDesc& desc, const zqfpActivation& x, co
   p.rank = desc.lorc_rank;
   p.shares = counter;
   p.slots = sums;
-  const int bytes =
-      int(asked_shared_bytes(strip_shared_bytes(*plan.kernel, desc), bytes_before(x, stream, p.blocks)));
+  const int before = bytes_before(x, stream, p.blocks);
+  const int bytes = int(asked_shared_bytes(strip_shared_bytes(*plan.kernel, desc), before));
+  p.waits = before > 0;
   ZQFP_RETURN_IF_FAILED(launch_gemm(*plan.kernel, p.blocks, bytes, device, &p, stream));
   predecessor = {launch_count(), stream, p.blocks, bytes, {}};
   std::copy(p.outputs, p.outputs + kMaxOutputs, predecessor.outputs);

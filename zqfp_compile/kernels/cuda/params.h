@@ -67,6 +67,7 @@ struct StripParams : LinearParams {
 struct QuantizedStripParams : StripParams {
   QuantizeParams from;
   int source;  // zqfpSource
+  bool waits;  // for long: the kernel before is one of these, which lets the next one start when it does itself
   // With LoRC (strip_product.cuh).
   uint32_t* shares;  // counts them; 0 between launches
   float* slots;      // what each block of K adds: [k_blocks, m, rank]

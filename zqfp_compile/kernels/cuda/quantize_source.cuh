@@ -117,15 +117,7 @@ class Norm {
   }
 
   // s: the sum, rounded to T.
-  __device__ __forceinline__ Eight<T> add(const Raw& raw) const {
-    Eight<T> s;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 x = raw.x.pair(i), skip = raw.skip.pair(i);
-      s.set_pair(i, {x.x + skip.x, x.y + skip.y});
-    }
-    return s;
-  }
+  __device__ __forceinline__ static Eight<T> add(const Raw& raw) { return raw.x.add(raw.skip); }
 
   __device__ __forceinline__ static float add_squares(const Eight<T>& s, float squares) {
 #pragma unroll

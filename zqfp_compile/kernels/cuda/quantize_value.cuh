@@ -89,6 +89,25 @@ struct Eight {
     }
   }
 
+  // The sum, rounded once. Of two 16-bit numbers float32 has the sum exactly, or near enough to round it to the same.
+  __device__ __forceinline__ Eight add(const Eight& other) const {
+    Eight sum;
+#pragma unroll
+    for (int i = 0; i < int(2 * sizeof(T)); ++i) {
+      if constexpr (sizeof(T) == 4) {
+        sum.word[i] = __float_as_uint(__uint_as_float(word[i]) + __uint_as_float(other.word[i]));
+      } else {
+        sum.word[i] = add_pairs(word[i], other.word[i]);
+      }
+    }
+    return sum;
+  }
+
+  __device__ __forceinline__ static uint32_t add_pairs(uint32_t a, uint32_t b) {
+    using Pair = PairOf<T>;
+    return word_of(__hadd2_rn(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b)));
+  }
+
   // The largest magnitude, or `range` if that is larger. NaN is none.
   __device__ __forceinline__ float widen(float range) const {
     if constexpr (sizeof(T) == 4) {

@@ -18,6 +18,9 @@ struct TokenStatistics {
 };
 
 // One thread's part. The threads go round a token's eights, one each.
+//
+// What follows the wait for the kernel before is time in which no memory is busy. So weights are loaded and divided by before
+// it, and where the wait is long the first warp goes through the rest once with zeros, so that its instructions are there.
 template <class C, class Source>
 class TokenMaker {
  public:
@@ -32,19 +35,24 @@ class TokenMaker {
 
   __device__ __forceinline__ void run() {
     clear();
-    prefetch_weights();
-    ptx::wait_for_kernel_before();
-    const float given = p_.scale != nullptr ? *p_.scale : 0.f;
-    const bool looks = kNorm || p_.scale == nullptr;
     Batch batch;
-    if (looks) {
+    held() ? load_columns(0, batch) : prefetch_columns();
+    const float scale = p_.scale != nullptr ? *p_.scale : 1.f;
+    Divisor divide(scale);
+    if (p_.scale != nullptr && threadIdx.x < p_.m) *shared_.token_scale(threadIdx.x) = scale;
 #pragma unroll 1
-      for (int token = 0; token < p_.m; ++token) look(token, batch);
-      ptx::sync_threads(kBarrierStatistics, kMakers);
+    for (rehearses_ = all_.waits && threadIdx.x < 32;; rehearses_ = false) {
+      if (!rehearses_) ptx::wait_for_kernel_before();
+      const int tokens = rehearses_ ? 1 : p_.m;
+      if (looks()) {
+#pragma unroll 1
+        for (int token = 0; token < tokens; ++token) look(token, batch);
+        if (!rehearses_) ptx::sync_threads(kBarrierStatistics, kMakers);
+      }
+#pragma unroll 1
+      for (int token = 0; token < tokens; ++token) quantize(token, divide, batch);
+      if (!rehearses_) break;
     }
-    const bool held = looks && p_.m == 1 && rounds_ <= kHeld;
-#pragma unroll 1
-    for (int token = 0; token < p_.m; ++token) quantize(token, given, batch, held);
     ptx::publish_to_wgmma();
   }
 
@@ -62,15 +70,21 @@ class TokenMaker {
   StripShared<C> shared_;
   const int rounds_;
   const Source source_;
+  bool rehearses_;
+
+  // Whether a token is looked at before it is quantised; whether the batch has room for all of it meanwhile.
+  __device__ __forceinline__ bool looks() const { return kNorm || p_.scale == nullptr; }
+  __device__ __forceinline__ bool held() const { return p_.m == 1 && rounds_ <= kHeld; }
 
   __device__ __forceinline__ static int column(int round) { return 8 * (round * kMakers + threadIdx.x); }
 
-  // Goes through a token's rounds; `held`: they are in the batch.
+  // Goes through a token's rounds; `loaded`: they are in the batch.
   template <typename Body>
-  __device__ __forceinline__ void for_rounds(int token, Batch& batch, bool held, Body body) const {
+  __device__ __forceinline__ void for_rounds(int token, Batch& batch, bool loaded, Body body) const {
 #pragma unroll 1
     for (int first = 0; first < rounds_; first += kHeld) {
-      if (!held) load(token, first, batch);
+      if (!loaded) load(token, first, batch);
+      if (!held()) load_columns(first, batch);
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         if (column(first + i) < p_.k) body(column(first + i), batch.raw[i], batch.gamma[i]);
@@ -82,8 +96,21 @@ class TokenMaker {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int at = column(first + i);
-      batch.raw[i] = source_.load(int64_t(token) * p_.k + at, at < p_.k);
-      batch.gamma[i] = Source::load_column(p_, at, at < p_.k);
+      batch.raw[i] = source_.load(int64_t(token) * p_.k + at, at < p_.k && !rehearses_);
+    }
+  }
+
+  __device__ __forceinline__ void load_columns(int first, Batch& batch) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      batch.gamma[i] = Source::load_column(p_, column(first + i), column(first + i) < p_.k);
+    }
+  }
+
+  // Into L2.
+  __device__ __forceinline__ void prefetch_columns() const {
+    for (int round = 0; kNorm && round < rounds_; ++round) {
+      if (column(round) < p_.k) ptx::prefetch(static_cast<const T*>(p_.gamma) + column(round));
     }
   }
 
@@ -100,14 +127,6 @@ class TokenMaker {
     }
   }
 
-  // Into L2: what no kernel before makes may be asked for before the wait.
-  __device__ __forceinline__ void prefetch_weights() const {
-    if (p_.scale != nullptr && threadIdx.x == 0) ptx::prefetch(p_.scale);
-    for (int round = 0; kNorm && round < rounds_; ++round) {
-      if (column(round) < p_.k) ptx::prefetch(static_cast<const T*>(p_.gamma) + column(round));
-    }
-  }
-
   __device__ __forceinline__ TokenStatistics* statistics(int token) const {
     return reinterpret_cast<TokenStatistics*>(shared_.sums(0, 0, 0, 0)) + token * C::kWarps;
   }
@@ -117,12 +136,12 @@ class TokenMaker {
     TokenStatistics seen{0.f, 0.f};
     for_rounds(token, batch, false, [&](int column, Raw& raw, const Column& gamma) {
       if constexpr (kNorm) {
-        const Eight<T> s = source_.add(raw);
+        const Eight<T> s = Source::add(raw);
         Source::keep_sum(s, raw);
         seen.squares = Source::add_squares(s, seen.squares);
         if (p_.scale == nullptr) seen.range = Source::widen(s, gamma, seen.range);
         const int eight = column / 8, owner = eight - all_.by_blocks.divide(eight) * all_.blocks;
-        if (p_.sum == nullptr || owner != int(blockIdx.x)) return;
+        if (p_.sum == nullptr || owner != int(blockIdx.x) || rehearses_) return;
         store_eight(s, static_cast<T*>(p_.sum) + int64_t(token) * p_.k + column);
       } else {
         seen.range = source_.compute(raw).widen(seen.range);
@@ -133,18 +152,18 @@ class TokenMaker {
     if (threadIdx.x % 32 == 0) statistics(token)[threadIdx.x / 32] = seen;
   }
 
-  // Scale and, of a norm, factor of a token.
+  // Scale, if it is not given, and, of a norm, factor of a token.
   struct TokenNumbers {
     float scale;
     typename Source::Row factor;
   };
 
-  __device__ __forceinline__ TokenNumbers numbers_of(int token, float given) const {
-    TokenNumbers numbers{given, {}};
-    if (!kNorm && p_.scale != nullptr) return numbers;
+  __device__ __forceinline__ TokenNumbers numbers_of(int token) const {
+    TokenNumbers numbers{};
+    if (!looks()) return numbers;
     const int lane = threadIdx.x % 32;
     TokenStatistics seen{0.f, 0.f};
-    if (lane < C::kWarps) seen = statistics(token)[lane];
+    if (lane < (rehearses_ ? 1 : C::kWarps)) seen = statistics(token)[lane];
     if constexpr (kNorm) {
       numbers.factor = Source::factor_of(add_lanes(seen.squares), p_.k, p_.epsilon);
       if (p_.scale == nullptr) numbers.scale = Source::scale_of(largest_of_lanes(seen.range), numbers.factor);
@@ -154,14 +173,16 @@ class TokenMaker {
     return numbers;
   }
 
-  __device__ __forceinline__ void quantize(int token, float given, Batch& batch, bool held) const {
-    const TokenNumbers numbers = numbers_of(token, given);
-    if (threadIdx.x == 0) {
-      *shared_.token_scale(token) = numbers.scale;
-      if constexpr (kNorm) *shared_.token_factor(token) = numbers.factor;
+  __device__ __forceinline__ void quantize(int token, Divisor& divide, Batch& batch) const {
+    const TokenNumbers numbers = numbers_of(token);
+    if constexpr (kNorm) {
+      if (threadIdx.x == 0) *shared_.token_factor(token) = numbers.factor;
     }
-    const Divisor divide(numbers.scale);
-    for_rounds(token, batch, held, [&](int column, const Raw& raw, const Column& gamma) {
+    if (p_.scale == nullptr) {
+      if (threadIdx.x == 0) *shared_.token_scale(token) = numbers.scale;
+      divide = Divisor(numbers.scale);
+    }
+    for_rounds(token, batch, looks() && held(), [&](int column, const Raw& raw, const Column& gamma) {
       const Eight<T> h = source_.compute(raw, gamma, numbers.factor);
       *ptx::shared_pointer<uint2>(shared_place(token, column / 16 * 16) + column % 16) = quantize_eight(h, divide);
     });

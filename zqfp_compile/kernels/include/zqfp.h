@@ -119,7 +119,7 @@ typedef struct zqfpActivation {
   const void* other;  /* [m, k]: up; skip of a norm or null */
   const void* gamma;  /* [k] of a norm, a weight: it is not made by a kernel shortly before on the stream */
   float epsilon;      /* of a norm */
-  const float* scale; /* [1] of a layer that is not per token, else null */
+  const float* scale; /* [1] of a layer that is not per token, else null; not made shortly before either */
   void* sum;          /* [m, k], written, of a norm, or null; it may be x or skip */
   const void* v;      /* [k, lorc_rank] with LoRC, where x_dtype is the layer's dtype, else null */
 } zqfpActivation;
