@@ -483,19 +483,20 @@ class Joined(Case):
     sum: bool = True
 
 
+# With order = 1 the first warp rehearses (strip_tokens.cuh).
 JOINED = [
-    Joined(Q2, m=1, n=72, k=1040),
+    Joined(Q2, m=1, n=72, k=1040, order=1),
     Joined(Q2, m=1, n=8, k=16, per_token=False, workers=1),
-    Joined(Q2, m=2, n=136, k=4240, source=SILU_MUL, workers=5),  # three rounds of the threads
+    Joined(Q2, m=2, n=136, k=4240, source=SILU_MUL, workers=5, order=1),  # three rounds of the threads
     Joined(Q2_G32, m=2, n=40, k=528, source=SILU_MUL, bfloat=True, per_token=False),
-    Joined(Q2, m=1, n=328, k=1040, source=RMS_NORM, workers=4, outputs=(128, 192, 8)),
+    Joined(Q2, m=1, n=328, k=1040, source=RMS_NORM, workers=4, outputs=(128, 192, 8), order=1),
     Joined(Q2_G32, m=2, n=40, k=6160, source=RMS_NORM, bfloat=True, per_token=False),  # rounds in two batches
     Joined(Q2, m=2, n=24, k=272, source=RMS_NORM, skip=False, sum=False),
-    Joined(Q2, m=2, n=24, k=4096, source=RMS_NORM, sum=False, bias=False),
+    Joined(Q2, m=2, n=24, k=4096, source=RMS_NORM, sum=False, bias=False, per_token=False, order=1),
     # With LoRC: shares of 128 columns, the last of them short; ranks that fill no step of 16; more blocks
     # than shares, and fewer.
     Joined(Q2, m=1, n=72, k=1040, rank=16),
-    Joined(Q2, m=1, n=72, k=16, rank=8, per_token=False, workers=5),
+    Joined(Q2, m=1, n=72, k=16, rank=8, per_token=False, workers=5, order=1),
     Joined(Q2_G32, m=1, n=136, k=2576, rank=24, source=SILU_MUL, bfloat=True, per_token=False),
     Joined(Q2_G128, m=1, n=328, k=1040, rank=64, source=RMS_NORM, workers=4, outputs=(128, 192, 8)),
     Joined(Q2, m=2, n=40, k=1200, rank=32, source=RMS_NORM, bfloat=True, bias=False),

@@ -16,8 +16,8 @@ if torch.cuda.get_device_capability() != (9, 0):
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 EPSILON = 1e-5
-# Of codes, and of tokens' scales, on average: h computed in float32 may be rounded to its type the other way than in
-# float64.
+# Of codes, and of tokens' scales, on average: h computed in float32 may be rounded to its type the other
+# way than in float64.
 OFF_BY_A_STEP = 1e-4
 OTHER_SCALES = 5e-3
 DEVIATIONS = 5  # standard ones that their count may be above the average: x is random

@@ -219,6 +219,7 @@ void run_quantized_strips(const Problem& problem, const QuantizeInputs& inputs, 
   p.source = source;
   p.u = problem.u;
   p.rank = problem.rank;
+  p.waits = problem.order != 0;  // both ways among the tests
   p.shares = static_cast<uint32_t*>(problem.workspace);
   p.slots = static_cast<float*>(problem.workspace) + 4096;
   run_strip_kernel<C>(problem, p);
