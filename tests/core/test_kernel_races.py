@@ -2,7 +2,7 @@
 
 The ones that are marked for it have blocks that wait for each other: tiles that are cut, and x @ V in shares.
 compute-sanitizer's racecheck sees shared memory only, and follows neither an mbarrier on which one lane
-arrives for its warp nor named barriers on which some threads only arrive (docs/performance.md). Here the
+arrives for its warp nor named barriers on which some threads only arrive (docs/kernel.md). Here the
 threads are the GPU's, and barriers and atomics order what the PTX memory model lets them order.
 """
 
