@@ -6,6 +6,7 @@ On a GPU, after ``make kernels hosts`` (and with onnxruntime-gpu installed):
     python tools/bench_decode.py --publish docs/results/decode.json
     python tools/bench_decode.py --preset qwen2.5-1.5b --publish docs/results/decode.json
     python tools/bench_decode.py --contenders fp16 zqfp zqfp_two_launches    # what join-quantizers saves
+    python tools/bench_decode.py --contenders zqfp ort_int4 --batches 1 --prefill 0 --turns 5
 
 Without one, to see that it works:
 
@@ -15,8 +16,10 @@ Without one, to see that it works:
 Models have the shape of the preset and random weights, and are made in --work (7B: 14 GB for float16,
 deleted when it is measured). A contender's steps, measured in one session, are a token behind --context
 cached ones for each batch, and one prompt of --prefill tokens. Buffers are bound, the cache is written in
-place, and on a GPU decode steps are replayed as CUDA graphs (--no-cuda-graph: not). A row with the same
-contender, step, model and hardware replaces the older one in --publish.
+place, and on a GPU decode steps are replayed as CUDA graphs (--no-cuda-graph: not). With --turns the
+contenders take turns, each time in a session of its own, and their models are kept meanwhile; a row then has
+the median of its turns, and each of them. A row with the same contender, step, model and hardware replaces
+the older one in --publish.
 """
 
 from __future__ import annotations
@@ -28,8 +31,10 @@ import datetime
 import json
 import platform
 import shlex
+import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +73,24 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     if arguments.check:
         return check(work, arguments.contenders)
-    rows: list[dict[str, Any]] = []
+    steps = [Step(batch, 1, arguments.context) for batch in arguments.batches]
+    steps += [Step(1, arguments.prefill, 0)] if arguments.prefill else []
+    contenders = [Contender(CONTENDERS[name], shape, steps, work) for name in arguments.contenders]
     failed = False
-    for name in arguments.contenders:
-        try:
-            for row in measure(CONTENDERS[name], shape, arguments, work):
-                rows.append(row)
-                print(show(row), flush=True)
-                publish(arguments.publish, [row])
-        except (
-            Exception
-        ) as error:  # ONNX Runtime's have no common base; one contender must not cost the others
-            failed = True
-            print(f"{name}: {' '.join(str(error).split())[:400]}", file=sys.stderr)
-    print(summary(rows))
+    for turn in range(1, arguments.turns + 1):
+        for contender in contenders:
+            try:
+                for row in contender.take_turn(arguments):
+                    print(show(row), flush=True)
+                    publish(arguments.publish, [row])
+            except (
+                Exception
+            ) as error:  # ONNX Runtime's have no common base; one contender must not cost the others
+                failed = True
+                print(f"{contender.linears.name}: {' '.join(str(error).split())[:400]}", file=sys.stderr)
+            if turn == arguments.turns:
+                contender.delete_model()
+    print(summary([row for contender in contenders for row in contender.rows.values()]))
     return int(failed)
 
 
@@ -98,6 +107,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, help="cached tokens when decoding")
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prompt; 0: none")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--turns", type=int, default=1, help="of each contender, one after the other")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--no-cuda-graph", action="store_true")
     parser.add_argument("--work", type=Path, help="folder for models; a temporary one by default")
@@ -109,6 +119,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.profile and arguments.device != "cuda":
         parser.error("--profile is of a GPU")
+    if arguments.turns < 1:
+        parser.error(f"--turns: {arguments.turns} is below 1")
     return arguments
 
 
@@ -120,40 +132,66 @@ def shape_of(arguments: argparse.Namespace) -> Shape:
     )
 
 
-def measure(linears: Linears, shape: Shape, arguments: argparse.Namespace, work: Path) -> Any:
-    """Yield one row per step of one contender."""
-    steps = [Step(batch, 1, arguments.context) for batch in arguments.batches]
-    steps += [Step(1, arguments.prefill, 0)] if arguments.prefill else []
-    library = library_of(linears, arguments.device)
-    path, linear_bytes = write_model(work, shape, linears, max(step.past + step.sequence for step in steps))
-    try:
+class Contender:
+    """One contender's model and times.
+
+    Attributes:
+        rows: What its turns have measured so far, by step.
+    """
+
+    def __init__(self, linears: Linears, shape: Shape, steps: list[Step], work: Path) -> None:
+        self.linears, self.shape, self.steps, self.work = linears, shape, steps, work
+        self.rows: dict[Step, dict[str, Any]] = {}
+        self._times: dict[Step, list[float]] = {step: [] for step in steps}
+        self._model: tuple[Path, int] | None = None
+
+    def take_turn(self, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+        """Measure every step in a new session; yield one row for each."""
+        path, linear_bytes = self._write_model()
         before = gpu_bytes_used(arguments.device)
         graphs = arguments.device == "cuda" and not arguments.no_cuda_graph
+        library = library_of(self.linears, arguments.device)
         session = open_session(path, arguments.device, library, graph=graphs)
         memory = None if before is None else gpu_bytes_used(arguments.device) - before
-        for number, step in enumerate(steps, 1):
+        for number, step in enumerate(self.steps, 1):
             graph = number if graphs and step.phase == "decode" else None
-            runner = Runner(session, shape, step, arguments.device, graph)
-            milliseconds = runner.milliseconds(arguments.repeats)
+            runner = Runner(session, self.shape, step, arguments.device, graph)
+            self._times[step].append(round(runner.milliseconds(arguments.repeats), 4))
             if arguments.profile:
                 print(gpu_times(runner), flush=True)
-            yield {
-                "model": model_name(shape, arguments),
-                "contender": linears.name,
+            self.rows[step] = {
+                "model": model_name(self.shape, arguments),
+                "contender": self.linears.name,
                 "phase": step.phase,
                 "batch": step.batch,
                 "context": step.past + step.sequence,
-                "ms": round(milliseconds, 4),
-                "tokens_per_s": round(1e3 * step.batch * step.sequence / milliseconds, 1),
+                **times_of(step, self._times[step]),
                 "linear_weight_bytes": linear_bytes,
-                "bits_per_weight": round(8 * linear_bytes / shape.linear_weights, 3),
+                "bits_per_weight": round(8 * linear_bytes / self.shape.linear_weights, 3),
                 "session_gpu_bytes": memory,
                 "cuda_graph": graph is not None,
                 **surroundings(arguments.device),
             }
-    finally:
-        for file in work.glob(f"{path.name}*"):
-            file.unlink()
+            yield self.rows[step]
+
+    def _write_model(self) -> tuple[Path, int]:
+        if self._model is None:
+            longest = max(step.past + step.sequence for step in self.steps)
+            self._model = write_model(self.work, self.shape, self.linears, longest)
+        return self._model
+
+    def delete_model(self) -> None:
+        """Make room for the next one's."""
+        if self._model is not None:
+            for file in self.work.glob(f"{self._model[0].name}*"):
+                file.unlink()
+
+
+def times_of(step: Step, turns: list[float]) -> dict[str, Any]:
+    """The median of the turns, in milliseconds, and each where there are several."""
+    median = round(statistics.median(turns), 4)
+    rate = round(1e3 * step.batch * step.sequence / median, 1)
+    return {"ms": median, "tokens_per_s": rate, **({"ms_by_turn": list(turns)} if len(turns) > 1 else {})}
 
 
 def library_of(linears: Linears, device: str) -> Path | None:
@@ -260,9 +298,10 @@ def show(row: dict[str, Any]) -> str:
         "" if row["session_gpu_bytes"] is None else f", {row['session_gpu_bytes'] / 1e9:.2f} GB on the GPU"
     )
     graph = ", CUDA graph" if row["cuda_graph"] else ""
+    turns = f", median of {len(row['ms_by_turn'])}" if "ms_by_turn" in row else ""
     return (
         f"{row['contender']:18} {row['phase']:8} batch {row['batch']:2}: {row['ms']:9.3f} ms, "
-        f"{row['tokens_per_s']:9.1f} tokens/s, {row['bits_per_weight']:.2f} bits{memory}{graph}"
+        f"{row['tokens_per_s']:9.1f} tokens/s, {row['bits_per_weight']:.2f} bits{memory}{graph}{turns}"
     )
 
 

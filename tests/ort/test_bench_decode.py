@@ -47,3 +47,20 @@ def test_every_contender_has_a_row_per_step(make, repo_root: Path, tmp_path: Pat
     bits = {row["contender"]: row["bits_per_weight"] for row in rows}
     assert (bits["fp16"], bits["ort_int4"]) == (16, 4.5)
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_contenders_take_turns(repo_root: Path, tmp_path: Path) -> None:
+    """One after the other; a row has the median of its turns, and their models are gone afterwards."""
+    published, work = tmp_path / "decode.json", tmp_path / "work"
+    command = [sys.executable, "tools/bench_decode.py", "--device", "cpu", *SHAPE.split(), *STEPS.split()]
+    command += ["--contenders", "fp16", "ort_int4", "--turns", "3"]
+    command += ["--publish", str(published), "--work", str(work)]
+    done = subprocess.run(
+        command, cwd=repo_root, check=True, timeout=120, capture_output=True, encoding="utf-8"
+    )
+    order = [line.split()[0] for line in done.stdout.splitlines() if "prefill  batch  1" in line]
+    assert order == ["fp16", "ort_int4"] * 3
+    for row in json.loads(published.read_text()):
+        assert len(row["ms_by_turn"]) == 3
+        assert row["ms"] == sorted(row["ms_by_turn"])[1]
+    assert list(work.iterdir()) == []
