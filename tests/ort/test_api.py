@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +95,14 @@ def test_two_runs_and_the_written_recipe_give_the_same_artifact(tiny_model, tmp_
         tiny_model("qwen2"), dataclasses.replace(recipe, lorc_rank=4), output=tmp_path / "x"
     )
     assert _weights(other.folder) != _weights(first.folder)
+
+
+def test_peak_memory_is_that_of_the_process(tiny_model, tmp_path: Path) -> None:
+    """Not of what an application that embeds the compiler has run before: that is not the compile's."""
+    other = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + (1 << 30)
+    subprocess.run([sys.executable, "-c", f"b'1' * {other}"], check=True)
+    result = compile_model(tiny_model("qwen2"), quick(evaluate=False), output=tmp_path / "out")
+    assert 1 << 20 < result.report.peak_rss_bytes < other
 
 
 def test_external_data_gives_the_same_artifact(tiny_model, tmp_path: Path) -> None:

@@ -320,11 +320,9 @@ def _bytes_on_disk(model: Path) -> int:
 
 
 def _peak_rss() -> int:
-    """Return the largest resident size of this process or of its builder, whichever is larger, in bytes."""
-    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    """Return the largest resident size of this process in bytes; what its children had is in ``resources``."""
     unit = 1 if sys.platform == "darwin" else 1024
-    largest: int = max(resource.getrusage(item).ru_maxrss for item in who)
-    return unit * largest
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def tool_versions() -> dict[str, str]:

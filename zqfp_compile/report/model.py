@@ -323,7 +323,8 @@ class Report:
         attention: Attentions on FP8 operands; empty when none is.
         warnings: What a reader must know before trusting the numbers.
         seconds: Wall time per step, in run order.
-        peak_rss_bytes: Peak resident memory of the process.
+        peak_rss_bytes: Peak resident memory of the process since it began; ``resources`` counts what the
+            compile used, with its workers and the builder.
         resources: Estimated and measured memory, disk and time.
         versions: Package name to version.
         created: UTC time, ISO 8601.
