@@ -320,7 +320,7 @@ def _bytes_on_disk(model: Path) -> int:
 
 
 def _peak_rss() -> int:
-    """Return the largest resident size of this process in bytes; what its children had is in ``resources``."""
+    """Return the largest resident size of this process in bytes; ``resources`` has its children's as well."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
