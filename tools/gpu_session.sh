@@ -6,7 +6,7 @@
 #   hosts        ONNX Runtime's CUDA provider against its CPU        check     decoders on the GPU against the CPU
 #   variants     every kernel, tiles whole and cut, overlap          decode    tokens per second, decode.json
 #   sanitizer    compute-sanitizer over a few shapes                 products  layers apart and as one
-#   quantizer    the activation quantizer
+#   quantizer    the activation quantizer                           turns     tokens per second at batch 1, in turns
 #
 # Each step has its own time limit and a failing one stops no other; then the exit code is 1. Results and the whole log (session.log) go to
 # $OUT (build/gpu); the summary at the end fits in 12,000 characters. Build first, on any machine with nvcc:
@@ -20,7 +20,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu}
 site=$PWD/build/gpu-site
-steps=" ${*:-smoke correctness hosts variants table quantizer products check decode sanitizer} "
+steps=" ${*:-smoke correctness hosts variants table quantizer products check decode turns sanitizer} "
 summary="" failed=0 status=0
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -80,6 +80,9 @@ for contender in zqfp fp16 ort_int4 zqfp_lorc16 zqfp_lorc16_token; do
     rm -rf "$work"  # still full where the time was up
 done
 sanitized="tests/gpu/test_w4a8_gemm.py tests/gpu/test_quantized_linear.py"
+step turns 240 600 "$PYTHON" tools/bench_decode.py --contenders zqfp zqfp_lorc16 ort_int4 fp16 --batches 1 --prefill 0 \
+    --turns 4 --work "$work"
+rm -rf "$work"
 step sanitizer-memcheck 120 300 compute-sanitizer --tool memcheck $tests $sanitized \
     -k 'odd_shapes and 520 or multiplies_by_v and 72-1040'
 step sanitizer-racecheck 120 300 compute-sanitizer --tool racecheck $tests $sanitized \
