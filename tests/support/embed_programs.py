@@ -27,10 +27,11 @@ def build(folder: Path, **options: Path) -> Path:
     if shutil.which("cmake") is None or shutil.which("c++") is None:
         pytest.skip("no CMake or no C++ compiler")
     given = [f"-D{name.upper()}={path}" for name, path in options.items()]
-    for command in (
+    commands: tuple[list[str | Path], ...] = (
         ["cmake", "-S", ROOT / "tools" / "embed_cpp", "-B", folder, "-DCMAKE_CXX_FLAGS=-Werror", *given],
         ["cmake", "--build", folder],
-    ):
+    )
+    for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder

@@ -49,7 +49,7 @@ class Fused:
         return f"{kind}-{scale}-{self.dtype.name.lower()}-r{self.rank}-k{self.k}"
 
 
-FUSED = ({}, {"norm": True}, {"norm": True, "skip": True})
+FUSED: tuple[dict[str, bool], ...] = ({}, {"norm": True}, {"norm": True, "skip": True})
 
 
 def variants(kinds: Sequence[dict[str, bool]] = FUSED, **fixed: Any) -> list[Fused]:
@@ -199,4 +199,5 @@ def code_steps(codes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         magnitude = (array & 0x7F).astype(np.int64)
         return np.where(array & 0x80, -magnitude, magnitude)
 
-    return np.abs(position(codes) - position(wanted))
+    steps: np.ndarray = np.abs(position(codes) - position(wanted))
+    return steps

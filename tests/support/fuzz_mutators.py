@@ -73,7 +73,8 @@ def mutate_model(data: bytes, rng: random.Random) -> bytes:
         return mutate_bytes(data, rng)
     for _ in range(rng.randint(1, 3)):
         _change_message(rng.choice(list(_messages(model))), rng)
-    return model.SerializeToString()
+    changed: bytes = model.SerializeToString()
+    return changed
 
 
 def _messages(message: Message) -> Iterator[Message]:

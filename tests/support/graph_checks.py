@@ -20,6 +20,8 @@ from random_blocks import BLOCK_LIMIT, random_graph
 from random_graphs import SIZES, RandomGraph
 
 from passes._sites import is_w4a8
+from passes.quantize_activations import QuantizeActivations
+from passes.quantize_weights import QuantizeWeights
 from zqfp_compile import CompileResult, Recipe, compile_model
 from zqfp_compile.backends.ort import create_session, run_session
 from zqfp_compile.calibrate.widen import uses_bfloat16, widen_bfloat16
@@ -51,7 +53,7 @@ def random_recipe(seed: int, graph: RandomGraph) -> dict[str, Any]:
     weights = choose.choices(("fp4", "int4", "fp8", "none"), (6, 2, 2, 1))[0]
     constraint = choose.choice(("e4m3", "e4m3", "m1", "m2", "none"))
     activations = choose.choices(("none", "fp8", "int8", "fp8-e5m2"), (4, 4, 1, 1))[0]
-    options = {
+    options: dict[str, Any] = {
         "target": "none",
         "evaluate": False,
         "weights": weights,
@@ -135,10 +137,12 @@ def write(graph: RandomGraph, proto: onnx.ModelProto, folder: Path, *, external:
     path = folder / "model.onnx"
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    options = {"save_as_external_data": True, "size_threshold": 100, "location": "data"} if external else {}
-    onnx.save(copy, path, **options)
+    if external:
+        onnx.save(copy, path, save_as_external_data=True, size_threshold=100, location="data")
+    else:
+        onnx.save(copy, path)
     # A leading axis for the number of samples; numpy cannot write bfloat16.
-    arrays = {
+    arrays: dict[str, Any] = {
         name: array[None].astype(np.float32) if array.dtype.name == "bfloat16" else array[None]
         for name, array in graph.feed(0, **SIZES).items()
     }
@@ -154,7 +158,7 @@ def compile_checked(path: Path, options: dict[str, Any]) -> Compiled | ZqfpError
             result = compile_model(path, recipe)
         except ZqfpError as error:
             return error
-    plans = [pass_.plan for pass_ in ran if pass_.name in ("quantize-activations", "quantize-weights")]
+    plans = [pass_.plan for pass_ in ran if isinstance(pass_, QuantizeActivations | QuantizeWeights)]
     return Compiled(result, plans[-1])
 
 
@@ -192,6 +196,7 @@ def check_choice(graph: RandomGraph, compiled: Compiled, options: dict[str, Any]
     report = compiled.result.report
     assert all(layer.rewritten or layer.reason for layer in report.layers)
     checked = len(plan.rewritten) + len(plan.stored_embeddings)
+    assert report.certificate is not None
     assert (report.certificate.layers_checked, report.certificate.mismatches) == (checked, 0)
 
 
@@ -265,7 +270,8 @@ def check_variant(
     kind = choose.choice(VARIANTS)
     if kind == "nodes" and (compiled.plan.caches or compiled.plan.attentions):
         kind = "order"  # a cache with an Identity in it is left alone, with a reason
-    proto, names, external = graph.proto, {}, choose.random() < 0.3
+    proto, external = graph.proto, choose.random() < 0.3
+    names: dict[str, str] = {}
     if kind == "names":
         proto, names = other_names(proto, choose)
     elif kind in ("order", "nodes", "constants"):
@@ -300,7 +306,7 @@ def packed(compiled: Compiled) -> dict[str, list[str]]:
     found = {}
     for node in artifact.graph:
         if is_w4a8(node):
-            constants = [value and value.const_value for value in node.inputs]
+            constants = [None if value is None else value.const_value for value in node.inputs]
             found[str(node.outputs[0].name)] = [
                 "" if tensor is None else hashlib.sha256(tensor.tobytes()).hexdigest() for tensor in constants
             ]

@@ -39,7 +39,9 @@ def reference_model(original: onnx.ModelProto, artifact: ir.Model, plan: QuantPl
     in the artifact's order, so that ONNX Runtime computes the same bits.
     """
     model = renamed(original, {}, lambda node: "")  # ONNX Runtime refuses duplicate node names
-    linears = {site.output: (site, node) for site, node in w4a8_nodes(artifact, plan)}
+    linears: dict[str, tuple[LinearSite, ir.Node | None]] = {
+        site.output: (site, node) for site, node in w4a8_nodes(artifact, plan)
+    }
     if not plan.quantizes_weights:
         linears = {site.output: (site, None) for site in plan.linears}
     tables = {site.output: site for site in plan.stored_embeddings}
@@ -53,8 +55,7 @@ def reference_model(original: onnx.ModelProto, artifact: ir.Model, plan: QuantPl
             site = tables[output]
             name = f"{site.name}.codes"
             gather = next(item for item in artifact.graph if item.name == site.node)
-            made = gather.inputs[0].producer()
-            codes, rows = (value.const_value.numpy().astype(np.float32) for value in made.inputs)
+            codes, rows = (array.astype(np.float32) for array in _constant_inputs(gather.inputs[0]))
             model.graph.initializer.append(tensor_proto(f"reference/{name}", codes * rows[:, None]))
             gathered = f"reference/{name}/rows"
             axis = {item.name: item.i for item in node.attribute}
@@ -103,6 +104,14 @@ def stored_weight(artifact: ir.Model, plan: QuantPlan, site: LinearSite) -> np.n
     return weight if low_rank is None else weight + (low_rank[0] @ low_rank[1]).T
 
 
+def _constant_inputs(value: ir.Value | None) -> list[np.ndarray]:
+    """What the node that makes a value reads, which is all constant."""
+    made = None if value is None else value.producer()
+    assert made is not None
+    tensors = [None if source is None else source.const_value for source in made.inputs]
+    return [tensor.numpy() for tensor in tensors if tensor is not None]
+
+
 class _Linear:
     """One linear's nodes in the reference, named after its output."""
 
@@ -111,7 +120,7 @@ class _Linear:
         self._made: list[onnx.NodeProto] = []
         self._prefix = f"reference/{node.output[0]}/"
 
-    def _op(self, kind: str, *inputs: str, **attributes: object) -> str:
+    def _op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         output = f"{self._prefix}{len(self._made)}"
         self._made.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
@@ -194,7 +203,7 @@ def _decoded(
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
     """W_hat [N, K] and the LoRC factors, of the tensors that ``node`` has in the artifact."""
     tensors = w4a8_tensors(node)
-    lorc = [None if node.inputs[i] is None else node.inputs[i].const_value for i in _LORC]
+    lorc = [None if value is None else value.const_value for value in (node.inputs[i] for i in _LORC)]
     stored = LinearTensors(tensors.codes, tensors.group_scales, tensors.row_scales, *lorc)
     here = plan.replace(tensors={site.name: stored})
     return here.quantized_weight(site).dequantize(), here.low_rank(site)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import onnx
 from onnx import helper
@@ -127,7 +128,7 @@ def other_constants(proto: onnx.ModelProto, random: random.Random) -> onnx.Model
     return copy
 
 
-def _replace(field: object, items: list) -> None:
+def _replace(field: Any, items: list[Any]) -> None:
     copies = [type(item).FromString(item.SerializeToString()) for item in items]
     del field[:]
     field.extend(copies)

@@ -83,7 +83,8 @@ def _ring(count: int) -> onnx.ModelProto:
 
 
 def _latin1(model: onnx.ModelProto) -> bytes:
-    return model.SerializeToString().replace(b"node_y", b"node_\xe9")
+    data: bytes = model.SerializeToString()
+    return data.replace(b"node_y", b"node_\xe9")
 
 
 _WEIGHT = linear().graph.initializer[0]

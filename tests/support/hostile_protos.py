@@ -16,11 +16,13 @@ SHAPE = [4, 8]
 WEIGHT = np.arange(32, dtype=np.float32).reshape(SHAPE)
 
 
-def node(op: str, inputs: list[str], output: str, **attributes: object) -> onnx.NodeProto:
+def node(op: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
     return helper.make_node(op, inputs, [output], name=f"node_{output}", **attributes)
 
 
-def proto(nodes: list[onnx.NodeProto], initializers: tuple = (), **kwargs: Any) -> onnx.ModelProto:
+def proto(
+    nodes: list[onnx.NodeProto], initializers: tuple[onnx.TensorProto, ...] = (), **kwargs: Any
+) -> onnx.ModelProto:
     """``x`` [2, 4] -> ``y``."""
     graph = helper.make_graph(
         nodes,

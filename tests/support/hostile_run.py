@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -134,7 +134,7 @@ class HostileRunner:
             seconds,
         )
 
-    def _wait(self, function: object, limit: float, *arguments: object) -> int | None:
+    def _wait(self, function: Callable[..., object], limit: float, *arguments: object) -> int | None:
         """Return the exit code of a function in a process of its own, ``None`` at the limit."""
         process = self._context.Process(target=function, args=arguments)
         process.start()

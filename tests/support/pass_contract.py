@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import onnx_ir as ir
 
 from zqfp_compile import pass_runner
 from zqfp_compile.pass_base import Pass, PassResult
+from zqfp_compile.registry import create_pass
 
 
 def digest(model: ir.Model) -> str:
@@ -41,14 +43,10 @@ class _Checked:
 def checked_passes() -> Iterator[list[Pass]]:
     """Every pass that a compile runs meanwhile is checked; yields the list of them, growing."""
     ran: list[Pass] = []
-    create = pass_runner.create_pass
 
     def create_checked(name: str, **options: object) -> _Checked:
-        ran.append(create(name, **options))
+        ran.append(create_pass(name, **options))
         return _Checked(ran[-1])
 
-    pass_runner.create_pass = create_checked
-    try:
+    with mock.patch.object(pass_runner, "create_pass", create_checked):
         yield ran
-    finally:
-        pass_runner.create_pass = create

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -149,7 +150,7 @@ def _norm(g: Maker) -> None:
     wide = g.op("Cast", [x], x.shape, F32, to=F32)
     square = g.op("Mul", [wide, wide], x.shape, F32)
     shape = (*x.shape[:-1], 1)
-    axes = {"axes": [-1]} if g.opset < 18 else {}
+    axes: dict[str, Any] = {"axes": [-1]} if g.opset < 18 else {}
     inputs = [square] if g.opset < 18 else [square, g.ints(-1)]
     mean = g.op("ReduceMean", inputs, shape, F32, keepdims=1, **axes)
     epsilon = g.const(np.array(1e-2, np.float32))
@@ -171,7 +172,7 @@ def _split(g: Maker) -> None:
     if x is None:
         return
     shape = (*x.shape[:-1], x.width // 2)
-    attributes = {"num_outputs": 2} if g.opset >= 18 and g.chance(0.5) else {}
+    attributes: dict[str, Any] = {"num_outputs": 2} if g.opset >= 18 and g.chance(0.5) else {}
     inputs: list[Value] = [x]
     if g.opset >= 18 and not attributes:
         inputs.append(g.ints(x.width // 2, x.width // 2))
@@ -355,7 +356,7 @@ def _function(g: Maker) -> None:
             y = g.op(kind, [x, w], x.shape, domain=LOCAL)
             g.graph.inlined |= {y.name} if g.opset < RAISED else set()
         else:
-            attributes = {"alpha": 0.25} if kind == "Leak" else {}
+            attributes: dict[str, Any] = {"alpha": 0.25} if kind == "Leak" else {}
             y = g.op(kind, [x], x.shape, domain=LOCAL, **attributes)
         g.live.append(y)
 

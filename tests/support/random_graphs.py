@@ -20,10 +20,15 @@ from graph_variants import live_names
 from onnx import TensorProto, helper
 
 F32, F16, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
-NUMPY = {kind: ir.DataType(kind).numpy() for kind in (F32, F16, BF16, TensorProto.DOUBLE, TensorProto.INT64)}
+NUMPY: dict[int, np.dtype[Any]] = {
+    kind: ir.DataType(kind).numpy() for kind in (F32, F16, BF16, TensorProto.DOUBLE, TensorProto.INT64)
+}
 NUMPY |= {TensorProto.BOOL: np.dtype(bool), TensorProto.INT8: np.dtype(np.int8)}
 VOCABULARY = 11  # no linear but an lm_head has as many outputs
-NUMBERS = {TensorProto.INT64: VOCABULARY, TensorProto.BOOL: 2}  # inputs that are no floats, below
+NUMBERS: dict[int, int] = {
+    TensorProto.INT64: VOCABULARY,
+    TensorProto.BOOL: 2,
+}  # inputs that are no floats, below
 RAISED = 21  # models of an older opset are raised: their functions are inlined, dead nodes removed
 LOCAL = "local"  # domain of the functions
 WIDTHS = (1, 4, 6, 8, 16, 24, 33, 40, 64, 72)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from onnx import TensorProto
@@ -42,7 +43,7 @@ def _gemm(g: Maker, x: Value, n: int | None) -> Value:
     flipped = g.chance(0.6)
     w = weight(g, x.width, n, flipped=flipped, dtype=x.dtype)
     n = int(w.shape[0]) if flipped else w.width
-    attributes = {"transB": 1} if flipped else {"transB": 0} if g.chance(0.3) else {}
+    attributes: dict[str, Any] = {"transB": 1} if flipped else {"transB": 0} if g.chance(0.3) else {}
     if g.chance(0.3):
         attributes["alpha"] = g.random.choice((0.5, 2.0, -1.0, 0.1, 0.0))
     inputs = [x, w]
@@ -89,7 +90,7 @@ def _shared(g: Maker, k: int, n: int | None) -> Value | None:
 def _chain(g: Maker, value: Value, steps: list[str], dtype: int) -> Value:
     for step in steps:
         if step == "Transpose":
-            perm = {} if g.chance(0.5) else {"perm": [1, 0]}
+            perm: dict[str, Any] = {} if g.chance(0.5) else {"perm": [1, 0]}
             value = g.op("Transpose", [value], value.shape[::-1], value.dtype, **perm)
         elif step == "Keep":
             value = g.op("Transpose", [value], value.shape, value.dtype, perm=[0, 1])
@@ -120,7 +121,8 @@ def weight_array(g: Maker, shape: tuple[int, int], dtype: int) -> np.ndarray:
         array *= g.random.choice((1e-3, 1e-6, 1e-20, 1e-38))
     elif kind == "large" and dtype != F16:
         array *= 1e3
-    return array.astype(np.float32).astype(NUMPY[dtype])
+    rounded: np.ndarray = array.astype(np.float32).astype(NUMPY[dtype])
+    return rounded
 
 
 def declined(g: Maker, x: Value) -> Value:

@@ -59,8 +59,10 @@ def _duplicate(proto: onnx.ModelProto, random: random.Random) -> Names:
 
 # What the passes call new values and nodes: constants of their own, or behind a value's or a layer's name.
 _CONSTANTS = ("one", "last_axis", "smallest_range", "largest_e4m3", "all_axes_but_0_of_2", "minus.x.scale")
-_BEHIND = (".scale", ".x8", ".float", ".dequantized", ".codes", ".row_scales", ".bias", ".amax", ".quantized")
-_BEHIND += ("/MatMul", "/w_hat", "/w8", "/cast", "_2")
+_BEHIND = (
+    *(".scale", ".x8", ".float", ".dequantized", ".codes", ".row_scales", ".bias", ".amax", ".quantized"),
+    *("/MatMul", "/w_hat", "/w8", "/cast", "_2"),
+)
 
 
 def _ours(proto: onnx.ModelProto, random: random.Random) -> Names:

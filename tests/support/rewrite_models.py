@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -156,7 +157,7 @@ def layer_tensors(case: Case, rng: np.random.Generator) -> LinearTensors:
     )
 
 
-def random_factors(case: Case, rng: np.random.Generator) -> dict[str, ir.Tensor]:
+def random_factors(case: Case, rng: np.random.Generator) -> dict[str, Any]:
     """V and U in the layer's type; in FP8 every code but NaN, times any scale."""
     shapes = {"lorc_v": (case.k, case.rank), "lorc_u": (case.rank, case.n)}
     if not case.lorc_fp8:
@@ -208,9 +209,11 @@ def unreadable(model: ir.Model, plan: QuantPlan) -> QuantPlan:
             value.const_value = sealed(value.const_value)
     tensors = {}
     for layer, old in plan.tensors.items():
-        fields = [getattr(old, spec.name) for spec in dataclasses.fields(old)]
-        new = [known.setdefault(id(tensor), sealed(tensor)) for tensor in fields]
-        tensors[layer] = LinearTensors(*new)
+        fields = {spec.name: getattr(old, spec.name) for spec in dataclasses.fields(old)}
+        new: dict[str, Any] = {
+            name: known.setdefault(id(tensor), sealed(tensor)) for name, tensor in fields.items()
+        }
+        tensors[layer] = LinearTensors(**new)
     return plan.replace(tensors=tensors)
 
 
@@ -227,7 +230,11 @@ def mixed_plan(case: Case, **precisions: SitePrecision) -> QuantPlan:
     tensors = dict(plan.tensors)
     for name, precision in named.items():
         lorc = precision.lorc_rank > 0
-        wanted = {"weight_format": precision.weight_format, "lorc": lorc, "rank": precision.lorc_rank}
+        wanted: dict[str, Any] = {
+            "weight_format": precision.weight_format,
+            "lorc": lorc,
+            "rank": precision.lorc_rank,
+        }
         wanted["n"] = case.rows(name.removeprefix("attn."))
         del tensors[name]
         if precision.weight_format != "none":
@@ -261,8 +268,10 @@ def quantized_activation(case: Case, x: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def factors(case: Case, tensors: LinearTensors) -> tuple[np.ndarray, np.ndarray]:
     """V and U as the graph multiplies by them: FP8 times scale in float32, rounded to the layer's type."""
+    assert tensors.lorc_v is not None and tensors.lorc_u is not None
     v, u = (t.numpy().astype(np.float32) for t in (tensors.lorc_v, tensors.lorc_u))
     if case.lorc_fp8:
+        assert tensors.lorc_v_scale is not None and tensors.lorc_u_scale is not None
         v = v * tensors.lorc_v_scale.numpy()[None, :]
         u = u * tensors.lorc_u_scale.numpy()[:, None]
     # Tests run BFLOAT16 models as FLOAT.
@@ -274,7 +283,7 @@ def reference(case: Case, plan: QuantPlan, model: ir.Model, layer: str, x: np.nd
     """y = a R (x8 @ w8^T) + (x @ V) @ U + beta C in float64; ``model`` is the float model with the bias."""
     weight, tensors = decoded(plan, layer), plan.tensors[layer]
     x8, a = quantized_activation(case, x)
-    y = a * (x8 @ weight.fp8_weight().astype(np.float64).T) * weight.row_scales.astype(np.float64)
+    y: np.ndarray = a * (x8 @ weight.fp8_weight().astype(np.float64).T) * weight.row_scales.astype(np.float64)
     if tensors.lorc_v is not None and tensors.lorc_u is not None:
         v, u = factors(case, tensors)
         y = y + (x.astype(np.float64) @ v) @ u

@@ -7,7 +7,7 @@ import numpy as np
 from zqfp_compile.recipe import Recipe
 from zqfp_compile.report import histograms, model
 
-KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+KINDS: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 KINDS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 EVIL = "</svg><script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
 
@@ -105,6 +105,7 @@ def mixed_report() -> model.Report:
         weight_format, bits, rank = formats[(i + i // 7) % len(formats)]
         rewritten = weight_format != "none"
         reason = None if rewritten else "kept in float by mixed precision"
+        assert layer.k is not None and layer.n is not None
         with_lorc = bits + rank * 16 * (layer.k + layer.n) / (layer.k * layer.n)
         sqnr = layer.sqnr_db if rewritten else None
         shape = (layer.name, layer.k, layer.n)
