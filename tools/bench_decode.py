@@ -76,6 +76,16 @@ def main() -> int:
     steps = [Step(batch, 1, arguments.context) for batch in arguments.batches]
     steps += [Step(1, arguments.prefill, 0)] if arguments.prefill else []
     contenders = [Contender(CONTENDERS[name], shape, steps, work) for name in arguments.contenders]
+    with contextlib.ExitStack() as models:  # none stays, however it ends
+        for contender in contenders:
+            models.callback(contender.delete_model)
+        failed = take_turns(contenders, arguments)
+    print(summary([row for contender in contenders for row in contender.rows.values()]))
+    return int(failed)
+
+
+def take_turns(contenders: list[Contender], arguments: argparse.Namespace) -> bool:
+    """Print and publish what the turns measure; tell whether one failed."""
     failed = False
     for turn in range(1, arguments.turns + 1):
         for contender in contenders:
@@ -88,10 +98,9 @@ def main() -> int:
             ) as error:  # ONNX Runtime's have no common base; one contender must not cost the others
                 failed = True
                 print(f"{contender.linears.name}: {' '.join(str(error).split())[:400]}", file=sys.stderr)
-            if turn == arguments.turns:
+            if turn == arguments.turns:  # room for the next one's
                 contender.delete_model()
-    print(summary([row for contender in contenders for row in contender.rows.values()]))
-    return int(failed)
+    return failed
 
 
 def parse() -> argparse.Namespace:
@@ -181,10 +190,11 @@ class Contender:
         return self._model
 
     def delete_model(self) -> None:
-        """Make room for the next one's."""
+        """Delete its files, if there are any."""
         if self._model is not None:
             for file in self.work.glob(f"{self._model[0].name}*"):
                 file.unlink()
+            self._model = None
 
 
 def times_of(step: Step, turns: list[float]) -> dict[str, Any]:

@@ -49,6 +49,22 @@ def test_every_contender_has_a_row_per_step(make, repo_root: Path, tmp_path: Pat
     assert list((tmp_path / "work").iterdir()) == []
 
 
+def test_an_interrupted_run_leaves_no_model(repo_root: Path, tmp_path: Path, monkeypatch) -> None:
+    """A model of 7B has 14 GB."""
+    monkeypatch.syspath_prepend(repo_root / "tools")
+    import bench_decode
+
+    def interrupted(*_: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_decode.Runner, "milliseconds", interrupted)
+    options = [*SHAPE.split(), *STEPS.split(), "--contenders", "fp16", "ort_int4", "--turns", "2"]
+    monkeypatch.setattr("sys.argv", ["bench_decode.py", "--device", "cpu", *options, "--work", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        bench_decode.main()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_contenders_take_turns(repo_root: Path, tmp_path: Path) -> None:
     """One after the other; a row has the median of its turns, and their models are gone afterwards."""
     published, work = tmp_path / "decode.json", tmp_path / "work"
