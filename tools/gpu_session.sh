@@ -79,10 +79,10 @@ for contender in zqfp fp16 ort_int4 zqfp_lorc16 zqfp_lorc16_token; do
         --publish "$OUT/decode.json" --work "$work"
     rm -rf "$work"  # still full where the time was up
 done
-sanitized="tests/gpu/test_w4a8_gemm.py tests/gpu/test_quantized_linear.py"
 step turns 240 600 "$PYTHON" tools/bench_decode.py --contenders zqfp zqfp_lorc16 ort_int4 fp16 --batches 1 --prefill 0 \
     --turns 4 --work "$work"
 rm -rf "$work"
+sanitized="tests/gpu/test_w4a8_gemm.py tests/gpu/test_quantized_linear.py"
 step sanitizer-memcheck 120 300 compute-sanitizer --tool memcheck $tests $sanitized \
     -k 'odd_shapes and 520 or multiplies_by_v and 72-1040'
 step sanitizer-racecheck 120 300 compute-sanitizer --tool racecheck $tests $sanitized \

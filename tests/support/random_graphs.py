@@ -25,10 +25,8 @@ NUMPY: dict[int, np.dtype[Any]] = {
 }
 NUMPY |= {TensorProto.BOOL: np.dtype(bool), TensorProto.INT8: np.dtype(np.int8)}
 VOCABULARY = 11  # no linear but an lm_head has as many outputs
-NUMBERS: dict[int, int] = {
-    TensorProto.INT64: VOCABULARY,
-    TensorProto.BOOL: 2,
-}  # inputs that are no floats, below
+# Inputs that are no floats are below these.
+NUMBERS: dict[int, int] = {TensorProto.INT64: VOCABULARY, TensorProto.BOOL: 2}
 RAISED = 21  # models of an older opset are raised: their functions are inlined, dead nodes removed
 LOCAL = "local"  # domain of the functions
 WIDTHS = (1, 4, 6, 8, 16, 24, 33, 40, 64, 72)

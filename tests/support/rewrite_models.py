@@ -234,8 +234,8 @@ def mixed_plan(case: Case, **precisions: SitePrecision) -> QuantPlan:
             "weight_format": precision.weight_format,
             "lorc": lorc,
             "rank": precision.lorc_rank,
+            "n": case.rows(name.removeprefix("attn.")),
         }
-        wanted["n"] = case.rows(name.removeprefix("attn."))
         del tensors[name]
         if precision.weight_format != "none":
             tensors[name] = layer_tensors(dataclasses.replace(case, **wanted), rng)

@@ -12,7 +12,7 @@ pytest.importorskip("tensorrt_rtx", reason="the demo builds a TensorRT-RTX engin
 
 @pytest.mark.slow
 def test_smollm2_compiles_as_the_readme_says(smollm2, tmp_path):
-    """As a process of its own: the peak of memory would be that of all tests, and of what they start."""
+    """As a process of its own: the peak of memory would be that of all tests."""
     folder = tmp_path / "smollm2.zqfp"
     options = ["--target", "tensorrt-rtx", "--eval-tokens", "2048"]
     subprocess.run([*PROGRAM, smollm2, "--output", folder, *options], check=True)
