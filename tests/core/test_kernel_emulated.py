@@ -24,7 +24,7 @@ from zqfp_compile.kernels import reference
 from zqfp_compile.kernels.packing import pack_codes, pack_group_scales
 
 POINTERS = ("x8", "xv", "u", "codes", "group_scales", "bias", "row_scales", "a", "y", "workspace")
-INTEGERS = ("m", "n", "k", "rank", "per_token", "bfloat", "workers", "cut", "order")
+INTEGERS = ("m", "n", "k", "rank", "per_token", "bfloat", "gated", "workers", "cut", "order")
 ZEROED_BYTES = 16384
 
 # emulate.cpp's kernels by number: tokens, rows, slices, cluster, promotion; and their group size.
@@ -58,6 +58,12 @@ class Case:
     bias: bool = True
     outputs: tuple[int, ...] = ()
     order: int = 0
+    gated: bool = False
+
+    @property
+    def width(self) -> int:
+        """Columns of y."""
+        return self.n // 2 if self.gated else self.n
 
 
 CASES = [
@@ -172,7 +178,7 @@ def expected(case, arrays):
 
 def written(case, y):
     """The outputs, which lie one after the other, side by side: [M, N]."""
-    ends = case.m * np.cumsum(case.outputs or (case.n,))[:-1]
+    ends = case.m * np.cumsum(case.outputs or (case.width,))[:-1]
     return np.concatenate([part.reshape(case.m, -1) for part in np.split(y, ends)], axis=1)
 
 
@@ -184,7 +190,7 @@ def new_workspace():
 
 
 def emulate(emulator, case, arrays, dtype, workspace, source=None):
-    """Run the kernel on a poisoned output; return y [M, N], checked for what any call leaves behind.
+    """Run the kernel on a poisoned output; return y [M, N or N / 2], checked for what any call leaves behind.
 
     ``source``: what x8 and a are made of by the kernel itself.
     """
@@ -193,7 +199,7 @@ def emulate(emulator, case, arrays, dtype, workspace, source=None):
         memory["x8"] = aligned(E4M3FN.encode(arrays["x8"]).view(np.uint8))
     memory["codes"] = aligned(pack_codes(arrays["codes"]))
     memory["group_scales"] = aligned(pack_group_scales(arrays["group_scales"], GROUP_SIZE[case.kernel]))
-    memory["y"] = aligned(np.full((case.m, case.n), np.nan, dtype))
+    memory["y"] = aligned(np.full((case.m, case.width), np.nan, dtype))
     memory["workspace"] = workspace
     problem = Problem(
         **{name: array.ctypes.data for name, array in memory.items()},
@@ -567,6 +573,34 @@ def test_who_multiplies_a_share_changes_no_bit(emulator, case):
         dealt = dataclasses.replace(case, order=order, workers=workers)
         results.add(run_joined(emulator, dealt, new_workspace())[0].tobytes())
     assert len(results) == 1
+
+
+# Rows that end inside a block, and a strip; tiles that are stored in each of the ways that there are.
+GATED = [
+    Case(T8, m=5, n=80, k=1040, rank=40),
+    Case(T8, m=20, n=144, k=400, cut=False, bfloat=True),
+    Case(T32, m=33, n=336, k=528, rank=24, workers=4),
+    Case(T64, m=70, n=208, k=1040, rank=40, workers=4, bias=False),
+    Case(T128_PAIR, m=150, n=336, k=528, rank=40, bfloat=True),
+    Case(T256, m=257, n=80, k=272, rank=16, workers=2, per_token=False),
+    Case(S8, m=5, n=80, k=1040, rank=40),
+    Case(S16, m=15, n=208, k=400, rank=48, workers=4, bfloat=True),
+    Joined(Q2, m=1, n=80, k=1040, rank=16, bfloat=True, source=RMS_NORM, order=1),
+    Joined(Q2_G32, m=2, n=176, k=528, bias=False),
+]
+
+
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_a_gated_layer_writes_silu_of_gate_times_up(emulator, case):
+    def run(case):
+        if isinstance(case, Joined):
+            return run_joined(emulator, case, new_workspace())[0]
+        return emulate(emulator, case, *random_arrays(case), new_workspace())
+
+    h, wanted = run(dataclasses.replace(case, gated=True)), reference.gated(run(case))
+    # What is gated are the same numbers, so that but one rounding is between them.
+    rounding = ROUNDING["bfloat16" if case.bfloat else "float16"]
+    assert np.allclose(h.astype(np.float64), wanted, rtol=rounding, atol=2.0**-24)
 
 
 def test_a_workspace_serves_one_product_after_the_other(emulator):

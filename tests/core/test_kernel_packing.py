@@ -10,6 +10,7 @@ from zqfp_compile.formats.codebook import E2M1
 from zqfp_compile.formats.minifloat import E4M3FN
 from zqfp_compile.formats.scales import legal_scales
 from zqfp_compile.kernels.packing import (
+    gated_order,
     pack_codes,
     pack_group_scales,
     packed_sizes,
@@ -100,6 +101,17 @@ def test_every_scale_lies_where_the_docstring_says(group_size):
         # Bit 7 completes the E4M3 number nearest to 1.5 * s.
         one_and_a_half = E4M3FN.encode(np.float32([1.5 * scale])).view(np.uint8)[0]
         assert (byte & 0x7F) + 4 + (byte >> 7) == one_and_a_half
+
+
+def test_rows_of_a_gated_layer_take_turns():
+    gate, up = np.arange(16), 100 + np.arange(16)
+    rows = np.concatenate([gate, up])[gated_order(16)]
+    assert np.array_equal(rows, np.concatenate([gate[:8], up[:8], gate[8:], up[8:]]))
+
+
+def test_a_gated_layer_has_whole_turns():
+    with pytest.raises(ValueError, match="12 features are no multiple of 8"):
+        gated_order(12)
 
 
 def test_scales_come_as_float32_e4m3_or_bits():

@@ -3,6 +3,7 @@
 make kernels && python -m pytest -q tests/gpu/test_quantized_linear.py
 """
 
+import dataclasses
 import itertools
 
 import pytest
@@ -222,9 +223,28 @@ def test_a_sum_in_place(kernel_library):
     assert torch.equal(activation.x, total)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("rank", [0, 16])
+def test_gated(kernel_library, m, source, rank, request):
+    """The same numbers, gated, and one of two places may be rounded the other way."""
+    n, k = 1104, 1040
+    layer = Layer(n, k, 64, lorc_rank=rank, per_token=False)
+    weight, factors = random_weight(n, k, 64), random_factors(n, k, rank)
+    linear = TorchLinear(kernel_library, layer, weight, max_rows=m, scale=0.03, **factors)
+    activation = random_activation(source, m, k, torch.float16)
+    request.getfixturevalue("one_launch")
+    gate, up = linear.quantized(activation).double().reshape(m, -1, 2, 8).unbind(2)
+    linear.layer = dataclasses.replace(layer, gated=True)
+    got = linear.quantized(activation, empty(linear, m))
+    wanted = (gate / (1 + torch.exp(-gate)) * up).reshape(m, -1).half()
+    torch.testing.assert_close(got, wanted, rtol=2.0**-10, atol=2.0**-24)
+
+
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize("m", [1, 4])
-def test_a_chain_in_a_graph_without_waiting(kernel_library, m, rank):
+def test_a_chain_in_a_graph_without_waiting(kernel_library, m, rank, gated):
     """Each layer reads what the one before wrote: what a missing wait between kernels would spoil.
 
     With LoRC, of the second layers alone, kernels of one kind come after those of the other.
@@ -232,7 +252,7 @@ def test_a_chain_in_a_graph_without_waiting(kernel_library, m, rank):
     width, inner, layers = 4096, 2048, 8
     gammas = torch.randn(layers, width, device="cuda").half()
     start = torch.randn(m, width, device="cuda").half()
-    wide = Layer(2 * inner, width, 64, outputs=(inner, inner))
+    wide = Layer(2 * inner, width, 64, outputs=() if gated else (inner, inner), gated=gated)
     narrow = Layer(width, inner, 64, lorc_rank=rank)
     v, u = (torch.randn(inner, rank) / 45, torch.randn(rank, width) / 100) if rank else (None, None)
     up, down = (
@@ -250,8 +270,10 @@ def test_a_chain_in_a_graph_without_waiting(kernel_library, m, rank):
         x, skip = start, start
         for i, gamma in enumerate(gammas):
             norm = Activation(Source.RMS_NORM, x, skip, gamma, EPSILON, sum_=sums[i])
-            gate, factor = up[i].quantized(norm, middles[i])
-            skip = down[i].quantized(Activation(Source.SILU_MUL, gate, factor), outputs[i])
+            h = up[i].quantized(norm, middles[i])
+            activation = Activation(Source.PLAIN, h) if gated else Activation(Source.SILU_MUL, *h)
+            skip = down[i].quantized(activation, outputs[i])
             x = sums[i]
 
-    check_replays(kernel_library, run, [*sums, *itertools.chain.from_iterable(middles), *outputs])
+    written = middles if gated else itertools.chain.from_iterable(middles)
+    check_replays(kernel_library, run, [*sums, *written, *outputs])

@@ -3,6 +3,7 @@
 make kernels && python -m pytest -q tests/gpu/test_w4a8_gemm.py
 """
 
+import dataclasses
 import os
 
 import numpy as np
@@ -136,6 +137,31 @@ def test_several_outputs(kernel_library, outputs, m):
     Problem(kernel_library, layer, max_rows=m).check(m)
 
 
+# Of two numbers rounded once that were nearly the same.
+LAST_PLACE = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def check_gated(library, layer, m):
+    """The gated layer's y against SiLU times up of the y that the same kernel writes without."""
+    problem = Problem(library, layer, max_rows=m)
+    problem.linear.weight.row_scales.mul_(1 / 16)  # no product overflows
+    x8, a, xv = problem.linear.quantize(problem.input(m))
+    gate, up = problem.linear.multiply(x8, a, xv).double().reshape(m, -1, 2, 8).unbind(2)
+    wanted = (gate / (1 + torch.exp(-gate)) * up).reshape(m, -1).to(layer.dtype)
+    problem.linear.layer = dataclasses.replace(layer, gated=True)
+    h = torch.full_like(wanted, float("nan"))
+    problem.linear.multiply(x8, a, xv, h)
+    torch.testing.assert_close(h, wanted, rtol=LAST_PLACE[layer.dtype], atol=2.0**-24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rank", [0, 24])
+@pytest.mark.parametrize("m", [1, 5, 16, 48, 100, 200, 1000, 2048])
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (720, 1040), (22016, 528)])
+def test_gated(kernel_library, n, k, m, rank, dtype):
+    check_gated(kernel_library, Layer(n, k, 64, lorc_rank=rank, dtype=dtype), m)
+
+
 @pytest.mark.parametrize("cut", [0, 1])
 def test_every_kernel(kernel_library, cut):
     """Each kernel of the table, also where no plan would choose it, with whole and with cut tiles."""
@@ -148,6 +174,7 @@ def test_every_kernel(kernel_library, cut):
             for n, k, m in ((1096, 1168, 70), (64, 4096, 5), (4096, 1024, 300)):
                 layer = Layer(n, k, 64, lorc_rank=40)
                 Problem(kernel_library, layer, max_rows=m).check(m)
+            check_gated(kernel_library, Layer(1104, 1168, 64, lorc_rank=40), 70)
         except AssertionError as error:
             failures.append(f"{name}: {error}")
         finally:

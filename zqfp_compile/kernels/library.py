@@ -22,7 +22,7 @@ import torch
 from zqfp_compile.errors import MissingDependencyError, ZqfpError
 
 NAME = "libzqfp.so"
-ABI_VERSION = 4
+ABI_VERSION = 5
 VARIABLE = "ZQFP_KERNELS"
 # ZQFP_WORKSPACE_ZEROED_BYTES: where a workspace must be zero before a call, and is zero after it.
 WORKSPACE_ZEROED_BYTES = 16384
@@ -78,6 +78,8 @@ class Layer:
         per_token: Whether a is [M] or [1].
         outputs: n of each of up to MAX_OUTPUTS layers that are one, all but the last multiples of 64; empty:
             one output of n.
+        gated: Whether rows are gate and up, in turns of eight (``packing.gated_order``), and y is
+            silu(gate) * up, [M, n / 2]. n is a multiple of 16 then, and there are no ``outputs``.
     """
 
     n: int
@@ -87,6 +89,12 @@ class Layer:
     dtype: torch.dtype = torch.float16
     per_token: bool = True
     outputs: tuple[int, ...] = ()
+    gated: bool = False
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each output."""
+        return self.outputs or ((self.n // 2,) if self.gated else (self.n,))
 
 
 class _Desc(ctypes.Structure):
@@ -97,6 +105,7 @@ class _Desc(ctypes.Structure):
         ("lorc_rank", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
         ("per_token", ctypes.c_int32),
+        ("gated", ctypes.c_int32),
         ("outputs", ctypes.c_int64 * MAX_OUTPUTS),
     )
 
@@ -118,7 +127,8 @@ class LayerTensors:
         codes: uint8, ``packing.pack_codes``.
         group_scales: uint8, ``packing.pack_group_scales``.
         row_scales: float32 [N].
-        y: The layer's dtype [M, N], or one such tensor for each of its ``outputs``; written.
+        y: The layer's dtype [M, N], or one such tensor for each of its ``outputs``, or [M, N / 2] of a gated
+            layer; written.
         bias: The layer's dtype [N], or ``None``.
         u: The layer's dtype [r, N], or ``None``.
     """
@@ -475,7 +485,7 @@ def load_library() -> Library:
 def _desc(layer: Layer) -> ctypes._CArgObject:
     dtype = _DTYPES.get(layer.dtype, 0)
     numbers = (layer.n, layer.k, layer.group_size, layer.lorc_rank, dtype, int(layer.per_token))
-    return ctypes.byref(_Desc(*numbers, (ctypes.c_int64 * MAX_OUTPUTS)(*layer.outputs)))
+    return ctypes.byref(_Desc(*numbers, int(layer.gated), (ctypes.c_int64 * MAX_OUTPUTS)(*layer.outputs)))
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
@@ -512,7 +522,7 @@ def _check_layer(layer: Layer, tensors: LayerTensors, m: int, packed: tuple[int,
     _require(tensors.codes, "codes", (packed[0],), (torch.uint8,))
     _require(tensors.group_scales, "group_scales", (packed[1],), (torch.uint8,))
     _require(tensors.row_scales, "row_scales", (layer.n,), (torch.float32,))
-    for y, n in zip(tensors.outputs, layer.outputs or (layer.n,), strict=True):
+    for y, n in zip(tensors.outputs, layer.widths, strict=True):
         _require(y, "y", (m, n), (layer.dtype,))
     _require_optional(tensors.bias, "bias", (layer.n,), layer.dtype)
     _require_optional(tensors.u, "u", (layer.lorc_rank, layer.n), layer.dtype)

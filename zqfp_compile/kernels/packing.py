@@ -41,6 +41,8 @@ from zqfp_compile.formats.codebook import E2M1
 from zqfp_compile.formats.minifloat import E4M3FN
 
 BLOCK_ROWS = 64
+# A gated layer's rows are so many of gate, then as many of up: a thread has rows q and q + 8, one of each.
+GATED_ROWS = 8
 BLOCK_COLUMNS = 128
 GROUP_SIZES = (32, 64, 128)
 
@@ -55,6 +57,20 @@ _SIGN_SHIFT = (8 * np.arange(4, dtype=np.uint32) + 7) - np.array([[0], [4]], dty
 def padded_shape(n: int, k: int) -> tuple[int, int]:
     """Return N and K rounded up to whole blocks; the packed codes are INT4 of that many elements."""
     return -(-n // BLOCK_ROWS) * BLOCK_ROWS, -(-k // BLOCK_COLUMNS) * BLOCK_COLUMNS
+
+
+def gated_order(features: int) -> npt.NDArray[np.int64]:
+    """Return where each row of a gated layer is among gate's rows with up's below them: int64 [2 F].
+
+    Raises:
+        ValueError: When F is no multiple of GATED_ROWS.
+    """
+    if features % GATED_ROWS:
+        raise ValueError(f"{features} features are no multiple of {GATED_ROWS}")
+    order: npt.NDArray[np.int64] = (
+        np.arange(2 * features).reshape(2, -1, GATED_ROWS).swapaxes(0, 1).reshape(-1)
+    )
+    return order
 
 
 def packed_sizes(n: int, k: int, group_size: int) -> tuple[int, int]:

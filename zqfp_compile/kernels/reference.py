@@ -60,6 +60,16 @@ def silu_mul(gate: npt.NDArray[Any], up: npt.NDArray[Any]) -> DoubleArray:
     return h
 
 
+def gated(y: npt.NDArray[Any]) -> DoubleArray:
+    """Return h = silu(gate) * up of a gated layer, unrounded: float64 [M, N / 2].
+
+    Args:
+        y: [M, N], rounded to the layer's type: eight columns of gate, eight of up, and so on.
+    """
+    turns = y.reshape(len(y), -1, 2, 8)
+    return silu_mul(turns[:, :, 0], turns[:, :, 1]).reshape(len(y), -1)
+
+
 def rms_norm(
     x: npt.NDArray[Any], skip: npt.NDArray[Any] | None, gamma: npt.NDArray[Any], epsilon: float
 ) -> tuple[npt.NDArray[Any], DoubleArray]:

@@ -99,7 +99,7 @@ class TorchLinear:
     def multiply(
         self, x8: torch.Tensor, a: torch.Tensor, xv: torch.Tensor | None, y: Output | None = None
     ) -> Output:
-        """Return y [M, N] of what :meth:`quantize` gives, or one such tensor for each of the layer's outputs.
+        """Return y [M, N] of what :meth:`quantize` gives, or that of a gated layer or one of several outputs.
 
         It is written into ``y`` when given.
         """
@@ -125,10 +125,7 @@ class TorchLinear:
 
     def empty(self, m: int) -> Output:
         """Return uninitialised outputs of M rows."""
-        made = tuple(
-            torch.empty((m, n), dtype=self.layer.dtype, device="cuda")
-            for n in self.layer.outputs or (self.layer.n,)
-        )
+        made = tuple(torch.empty((m, n), dtype=self.layer.dtype, device="cuda") for n in self.layer.widths)
         return made if self.layer.outputs else made[0]
 
     def __call__(self, x: torch.Tensor) -> Output:

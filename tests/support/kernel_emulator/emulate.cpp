@@ -17,7 +17,7 @@ struct Problem {
   const float *row_scales, *a;
   void* y;
   void* workspace;
-  int m, n, k, rank, per_token, bfloat, workers, cut;
+  int m, n, k, rank, per_token, bfloat, gated, workers, cut;
   int order;           // of the workers: 0 the last first, 1 the first first, 2 all at once
   int outputs[kMaxOutputs];  // n of each; y has one after the other
 };
@@ -141,12 +141,13 @@ void fill(const Problem& problem, LinearParams* p) {
   for (int i = 0; i < kMaxOutputs; ++i) {
     const int n = problem.outputs[i];
     void* y = static_cast<uint16_t*>(problem.y) + int64_t(problem.m) * row;
-    p->outputs[i] = {y, n == 0 ? p->row_blocks : row / kBlockRows, n};
+    p->outputs[i] = {y, n == 0 ? p->row_blocks : row / kBlockRows, problem.gated ? n / 2 : n};
     row += n;
   }
   p->k_blocks = divide_up(problem.k, kBlockColumns);
   p->per_token = problem.per_token;
   p->bfloat = problem.bfloat;
+  p->gated = problem.gated;
 }
 
 template <typename Run>

@@ -6,6 +6,16 @@
 namespace zqfp {
 namespace {
 
+zqfpStatus check_gated(const zqfpLinearDesc& d) {
+  if (d.gated != 0 && d.gated != 1) return fail(ZQFP_INVALID_VALUE, "gated = %d is not 0 or 1", d.gated);
+  if (d.gated == 0) return ZQFP_SUCCESS;
+  if (d.n % kGatedRows != 0) {
+    return fail(ZQFP_NOT_SUPPORTED, "n = %lld of a gated layer is not a multiple of 16", (long long)d.n);
+  }
+  if (d.outputs[0] != 0) return fail(ZQFP_NOT_SUPPORTED, "a gated layer has one output, outputs are given");
+  return ZQFP_SUCCESS;
+}
+
 zqfpStatus check_outputs(const zqfpLinearDesc& d) {
   int64_t sum = 0;
   for (int i = 0; i < ZQFP_MAX_OUTPUTS; ++i) {
@@ -61,6 +71,7 @@ zqfpStatus check_desc(const zqfpLinearDesc* desc) {
     return fail(ZQFP_NOT_SUPPORTED, "no kernel for LoRC rank %d: multiples of 8 up to 64", d.lorc_rank);
   }
   if (d.dtype == ZQFP_FLOAT32) return fail(ZQFP_NOT_SUPPORTED, "no kernel for float32 outputs: float16 or bfloat16");
+  ZQFP_RETURN_IF_FAILED(check_gated(d));
   return check_outputs(d);
 }
 

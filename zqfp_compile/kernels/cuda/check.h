@@ -11,6 +11,7 @@ constexpr int64_t kMaxTokens = 1 << 24;
 
 // Rows of the weight that one warpgroup multiplies: an output begins with a block of them.
 constexpr int64_t kOutputRows = 64;
+constexpr int64_t kGatedRows = 16;
 
 zqfpStatus check_dtype(int32_t dtype);
 zqfpStatus check_desc(const zqfpLinearDesc* desc);

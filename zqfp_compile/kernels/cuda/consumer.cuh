@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "gated.cuh"
 #include "multiply.cuh"
 #include "output.cuh"
 
@@ -105,9 +106,9 @@ class Consumer {
     }
     add_bias(bias, sums);
     if (p_.bfloat) {
-      store<true>(tile, sums);
+      store<__nv_bfloat16>(tile, sums);
     } else {
-      store<false>(tile, sums);
+      store<__half>(tile, sums);
     }
     trace_.stamp(Step::kStored);
   }
@@ -372,28 +373,17 @@ class Consumer {
     for (int i = 0; i < kCount; ++i) sums[i] += bias.row[i / 2 % 2];
   }
 
-  template <bool kBfloat>
-  __device__ __forceinline__ static uint32_t pack(float first, float second) {
-    if constexpr (kBfloat) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
-      return *reinterpret_cast<const uint32_t*>(&pair);
-    } else {
-      const __half2 pair = __floats2half2_rn(first, second);
-      return *reinterpret_cast<const uint32_t*>(&pair);
-    }
-  }
-
   // Through shared memory, where the tile is turned to rows of tokens, 64 tokens at a time.
-  template <bool kBfloat>
+  template <typename T>
   __device__ __forceinline__ void store(const Tile& tile, const Sums& sums) {
 #pragma unroll
     for (int part = 0; part < C::kTokens; part += C::kOutTokens) {
       if constexpr (C::kStoreApart) {
         ptx::barrier_wait(shared_.out_empty(row_, out_.stage), out_.parity ^ 1);
-        turn<kBfloat>(sums + part / 2, shared_.out(row_, out_.stage));
+        turn<T>(sums + part / 2, shared_.out(row_, out_.stage));
         hand_over(tile.row_block + row_, tile.token + part);
       } else {
-        turn<kBfloat>(sums + part / 2, shared_.out(row_, 0));
+        p_.gated ? turn_gated<T>(sums + part / 2) : turn<T>(sums + part / 2, shared_.out(row_, 0));
         sync_warpgroup();
         store_rows(tile, part);
         sync_warpgroup();
@@ -402,7 +392,7 @@ class Consumer {
   }
 
   // 64 rows of kOutTokens tokens into rows of tokens. In a slot of a ring, pieces of 16 bytes lie as slot_piece says.
-  template <bool kBfloat>
+  template <typename T>
   __device__ __forceinline__ void turn(const float* sums, uint32_t staging) const {
     const int token = thread_ % 8, piece = thread_ / 32 * 2 + thread_ % 32 / 8 % 2;
     const uint32_t corner =
@@ -410,7 +400,21 @@ class Consumer {
 #pragma unroll
     for (int j = 0; j < C::kOutTokens / 8; ++j) {
       const float* d = sums + j * 4;
-      ptx::store_transposed(corner + j * 8 * C::kOutPitch, pack<kBfloat>(d[0], d[1]), pack<kBfloat>(d[2], d[3]));
+      ptx::store_transposed(corner + j * 8 * C::kOutPitch, round_pair({d[0], d[1]}, T()), round_pair({d[2], d[3]}, T()));
+    }
+  }
+
+  // The same of h, of which a warp's 16 rows are one piece; two times eight tokens at once, where there are. Slots of a ring
+  // hold gate and up instead: the storer computes h.
+  template <typename T>
+  __device__ __forceinline__ void turn_gated(const float* sums) const {
+    constexpr int kAtOnce = C::kOutTokens < 16 ? 1 : 2;
+    const uint32_t corner = shared_.out(row_, 0) + thread_ % (8 * kAtOnce) * C::kOutPitch + thread_ / 32 * 16;
+#pragma unroll
+    for (int j = 0; j < C::kOutTokens / 8; j += kAtOnce) {
+      const float *d = sums + j * 4, *e = d + 4 * (kAtOnce - 1);
+      ptx::store_transposed(corner + j * 8 * C::kOutPitch, gate_pair<T>({d[0], d[1]}, {d[2], d[3]}),
+                            gate_pair<T>({e[0], e[1]}, {e[2], e[3]}));
     }
   }
 
@@ -431,16 +435,16 @@ class Consumer {
     hand_over(0, -1);
   }
 
-  // 128 bytes of a row by eight threads.
+  // 128 bytes of a row by eight threads, 64 of h by four.
   __device__ __forceinline__ void store_rows(const Tile& tile, int part) const {
     const char* staging = ptx::shared_pointer<char>(shared_.out(row_, 0));
-    const int row_block = tile.row_block + row_;
+    const int row_block = tile.row_block + row_, columns = p_.gated ? kBlockRows / 2 : kBlockRows;
     const Output& output = output_of(p_.outputs, row_block);
 #pragma unroll
     for (int i = thread_; i < C::kOutTokens * 8; i += kThreads) {
       const int token = tile.token + part + i / 8;
-      const int column = (row_block - output.first_block) * kBlockRows + i % 8 * 8;
-      if (token >= p_.m || column >= output.n) continue;
+      const int inside = i % 8 * 8, column = (row_block - output.first_block) * columns + inside;
+      if (token >= p_.m || column >= output.n || inside >= columns) continue;
       const uint4 eight = *reinterpret_cast<const uint4*>(staging + i / 8 * C::kOutPitch + i % 8 * 16);
       *reinterpret_cast<uint4*>(static_cast<uint16_t*>(output.y) + int64_t(token) * output.n + column) = eight;
     }

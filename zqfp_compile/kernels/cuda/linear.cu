@@ -33,7 +33,7 @@ void fill_outputs(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, Linear
   int row = 0;
   for (int i = 0; i < kMaxOutputs; ++i) {
     const int64_t n = i == 0 && desc.outputs[0] == 0 ? desc.n : desc.outputs[i];
-    p->outputs[i] = {args.y[i], n == 0 ? p->row_blocks : row / kBlockRows, int(n)};
+    p->outputs[i] = {args.y[i], n == 0 ? p->row_blocks : row / kBlockRows, int(desc.gated ? n / 2 : n)};
     row += int(n);
   }
 }
@@ -49,6 +49,7 @@ void fill_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t
   p->row_blocks = int(divide_up(desc.n, kBlockRows));
   p->k_blocks = int(divide_up(desc.k, kBlockColumns));
   p->per_token = desc.per_token != 0;
+  p->gated = desc.gated != 0;
   p->bfloat = desc.dtype == ZQFP_BFLOAT16;
   fill_outputs(desc, args, p);
 }

@@ -5,6 +5,7 @@
 // bank conflicts on either side.
 #pragma once
 
+#include "gated.cuh"
 #include "producer.cuh"
 
 namespace zqfp {
@@ -36,7 +37,13 @@ class Storer {
       const volatile SlotContent* content = slot_content<C>(shared_, row_, ring_.stage);
       const int row_block = content->row_block, token = content->token;
       if (token < 0) return;
-      copy(row_block, token);
+      if (!p_.gated) {
+        copy(row_block, token);
+      } else if (p_.bfloat) {
+        gate<__nv_bfloat16>(row_block, token);
+      } else {
+        gate<__half>(row_block, token);
+      }
       __syncwarp();
       if (lane_ == 0) ptx::barrier_arrive(shared_.out_empty(row_, ring_.stage));
     }
@@ -67,6 +74,23 @@ class Storer {
         const int row = first + 4 * i;
         if (row < left) *reinterpret_cast<uint4*>(y + int64_t(row) * output.n) = eight[i];
       }
+    }
+  }
+
+  // Of the 128 bytes each two pieces are eight of gate and eight of up. Four lanes write a token; the consumers, whose tensor
+  // core would wait, need not compute SiLU.
+  template <typename T>
+  __device__ __forceinline__ void gate(int row_block, int token) const {
+    const int piece = lane_ % 4, column = row_block * (kBlockRows / 2) + piece * 8, n = p_.outputs[0].n;
+    const int left = column < n ? p_.m - token : 0;
+    const char* slot = ptx::shared_pointer<char>(shared_.out(row_, ring_.stage));
+    T* y = static_cast<T*>(p_.outputs[0].y) + int64_t(token) * n + column;
+#pragma unroll 2
+    for (int row = lane_ / 4; row < C::kOutTokens; row += 8) {
+      const auto gate = load_eight(reinterpret_cast<const T*>(slot + slot_piece(row, 2 * piece)), true);
+      const auto up = load_eight(reinterpret_cast<const T*>(slot + slot_piece(row, 2 * piece + 1)), true);
+      const Eight<T> h = silu_mul(gate, up);
+      if (row < left) store_eight(h, y + int64_t(row) * n);
     }
   }
 };

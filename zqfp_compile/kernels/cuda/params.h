@@ -38,6 +38,7 @@ struct LinearParams {
   int row_blocks;  // of 64 rows
   int k_blocks;    // of 128 columns
   bool per_token;
+  bool gated;   // y = silu(gate) * up: of 16 rows eight columns
   bool bfloat;  // type of y, bias, xv and u: bfloat16, else float16
 };
 

@@ -2,7 +2,7 @@
 // are two steps, so that a thread can have many loads under way.
 #pragma once
 
-#include "quantize_value.cuh"
+#include "gated.cuh"
 
 namespace zqfp {
 
@@ -57,25 +57,12 @@ class SiluMul : public NothingInCommon {
   }
 
   __device__ __forceinline__ static Eight<T> compute(const Raw& raw, Column = {}, Row = {}) {
-    Eight<T> h;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 gate = raw.gate.pair(i), up = raw.up.pair(i);
-      h.set_pair(i, {silu(gate.x) * up.x, silu(gate.y) * up.y});
-    }
-    return h;
+    return silu_mul(raw.gate, raw.up);
   }
   __device__ __forceinline__ static void keep(const Eight<T>& h, Raw& raw) { raw.gate = h; }
   __device__ __forceinline__ static const Eight<T>& kept(const Raw& raw) { return raw.gate; }
 
  private:
-  // Of 16-bit numbers the product that takes the place of exp is exact enough: within 2^-16 where h is not next to 0.
-  __device__ __forceinline__ static float silu(float x) {
-    constexpr float kLog2E = 1.44269504f;
-    const float power = sizeof(T) == 4 ? expf(-x) : ptx::power_of_2(x * -kLog2E);
-    return x * ptx::reciprocal(1.f + power);
-  }
-
   const T *gate_, *up_;
 };
 

@@ -13,6 +13,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "gated.cuh"
 #include "multiply.cuh"
 #include "params.h"
 #include "ptx.cuh"
@@ -394,6 +395,7 @@ class StripFinisher {
   }
 
   __device__ __forceinline__ void store(int strip) const {
+    if (p_.gated) return store_gated(strip);
     const Output& output = output_of(p_.outputs, strip / 4);
     const int column = (strip - output.first_block * 4) * kStripRows + q_;
     T* y = static_cast<T*>(output.y) + column;
@@ -403,6 +405,21 @@ class StripFinisher {
       for (int i = 0; i < 4; ++i) {
         const int token = tile_.token + 8 * octet + 2 * c_ + i % 2, row = i / 2 * 8;
         if (token < p_.m && column + row < output.n) y[int64_t(token) * output.n + row] = T(sums_[octet][i]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_gated(int strip) const {
+    const int column = strip * (kStripRows / 2) + q_, n = p_.outputs[0].n;
+    uint16_t* y = static_cast<uint16_t*>(p_.outputs[0].y) + column;
+#pragma unroll
+    for (int octet = 0; octet < C::kOctets; ++octet) {
+      const float* d = sums_[octet];
+      const uint32_t pair = gate_pair<T>({d[0], d[1]}, {d[2], d[3]});
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = tile_.token + 8 * octet + 2 * c_ + i;
+        if (token < p_.m && column < n) y[int64_t(token) * n] = uint16_t(pair >> 16 * i);
       }
     }
   }

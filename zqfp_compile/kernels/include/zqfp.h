@@ -3,6 +3,9 @@
  *   w8[n,k] = E4M3( e2m1(codes[n,k]) * s[n, k / group_size] )        exact FP8 numbers
  *   y[m,n]  = a[m] * row_scales[n] * sum_k x8[m,k] * w8[n,k]  +  sum_r xv[m,r] * u[r,n]  +  bias[n]
  *
+ * A gated layer has two of these, gate and up, and writes h = dtype( silu(dtype(gate)) * dtype(up) ), where silu(g) =
+ * g / (1 + exp(-g)): the h that zqfpQuantizeSiluMul computes of their y.
+ *
  * Conventions: pointers are device pointers unless a comment says host. Matrices are row-major and dense; every
  * device pointer is aligned to 16 bytes. Nothing is allocated and nothing waits inside a call: launches go to the
  * given stream and can be captured in a CUDA graph. A call that fails launches nothing, returns a code other than
@@ -20,7 +23,7 @@
 #define ZQFP_API
 #endif
 
-#define ZQFP_ABI_VERSION 4
+#define ZQFP_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -46,7 +49,9 @@ typedef struct zqfpLinearDesc {
   int32_t lorc_rank;   /* 0 (no LoRC) or a multiple of 8, at most 64 */
   int32_t dtype;       /* zqfpDataType of y, bias, xv and u: FLOAT16 or BFLOAT16 */
   int32_t per_token;   /* 1: a is [m]; 0: a is one number */
-  int64_t outputs[ZQFP_MAX_OUTPUTS]; /* n of each layer, all but the last multiples of 64, then 0; all 0: one, of n */
+  int32_t gated;       /* 1: rows are eight of gate, eight of up, and so on, n a multiple of 16, and y is h; else 0 */
+  int64_t outputs[ZQFP_MAX_OUTPUTS]; /* n of each layer, all but the last multiples of 64, then 0; all 0: one, of n, as
+                                      it is where gated */
 } zqfpLinearDesc;
 
 /* The activations and outputs of one call. */
@@ -59,7 +64,7 @@ typedef struct zqfpLinearArgs {
   const void* bias;          /* [n] or null */
   const void* xv;            /* x @ V [m, lorc_rank] or null */
   const void* u;             /* [lorc_rank, n] or null */
-  void* y[ZQFP_MAX_OUTPUTS]; /* [m, n], or [m, outputs[i]] for each output */
+  void* y[ZQFP_MAX_OUTPUTS]; /* [m, n], or [m, outputs[i]] for each output; gated: [m, n / 2] */
 } zqfpLinearArgs;
 
 /* The ABI version of the library; compare with ZQFP_ABI_VERSION. */
