@@ -17,7 +17,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from fused_quantizers import Fused, variants, with_constants
-from quantized_layers import LAYERS, joined
+from quantized_layers import GATED_LAYERS, LAYERS, joined
+from quantized_layers import model as two_nodes
 from rewrite_models import HOST_CASES, Case, artifact
 
 from passes.lower_weights_plugin import LowerWeightsPlugin
@@ -132,6 +133,17 @@ def test_arguments_of_layers_that_quantize_arrive(layer, fakes, make, tmp_path):
     got = run(fakes / "ops.so", model, layer.quantizer.k, tmp_path, LD_LIBRARY_PATH=str(fakes))
     assert "error" not in got, got
     same(got, run(cpu, model, layer.quantizer.k, tmp_path), 2**-10)
+
+
+@pytest.mark.parametrize("form", [two_nodes, joined], ids=["PackedW4A8Linear", "QuantizedW4A8Linear"])
+@pytest.mark.parametrize("layer", GATED_LAYERS[::5], ids=str)
+def test_gated_layers_arrive_as_such(layer, form, fakes, make, tmp_path):
+    """gate and up are rounded in between, to half: three roundings instead of one."""
+    model, cpu = form(layer), make("onnxruntime-ops") / "libzqfp_onnxruntime.so"
+    got = run(fakes / "ops.so", model, layer.quantizer.k, tmp_path, LD_LIBRARY_PATH=str(fakes))
+    assert "error" not in got, got
+    assert {len(y[0][0]) for y in got["y"] if y[0]} == {*layer.sizes}
+    same(got, run(cpu, model, layer.quantizer.k, tmp_path), 3 * 2**-10)
 
 
 def refused(says: str, *arguments: Any, **environment: str) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from fused_quantizers import Fused, check, inputs, model, reference, run, variants
-
-from zqfp_compile.backends.ort import create_session
+from fused_quantizers import Fused, check, inputs, model, reference, run, session_of, variants
 
 pytest.importorskip("onnxruntime")
 
@@ -20,10 +17,6 @@ F32, F16, BF16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 @pytest.fixture(scope="module")
 def library(make) -> Path:
     return make("onnxruntime-ops") / "libzqfp_onnxruntime.so"
-
-
-def session_of(graph: ir.Model, library: Path, **options: Any) -> Any:
-    return create_session(ir.to_proto(graph).SerializeToString(), custom_ops=library, **options)
 
 
 CASES = [case for dtype in (F32, F16, BF16) for case in variants(dtype=dtype)]

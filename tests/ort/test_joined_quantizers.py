@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from fused_quantizers import Fused, run
-from quantized_layers import LAYERS, Layer, activations, joined, layers, model
-
-from zqfp_compile.backends.ort import create_session
+from fused_quantizers import Fused, run, session_of
+from quantized_layers import LAYERS, Layer, activations, joined, layers, model, set_attributes
 
 pytest.importorskip("onnxruntime")
 
@@ -23,10 +20,6 @@ NORM = Layer(Fused(norm=True, skip=True, rank=16, k=80), (64, 72), bias=True)
 @pytest.fixture(scope="module")
 def library(make) -> Path:
     return make("onnxruntime-ops") / "libzqfp_onnxruntime.so"
-
-
-def session_of(graph: ir.Model, library: Path, **options: Any) -> Any:
-    return create_session(ir.to_proto(graph).SerializeToString(), custom_ops=library, **options)
 
 
 @pytest.mark.parametrize("layer", CASES, ids=str)
@@ -69,9 +62,7 @@ def damaged(layer: Layer, **attributes: int | list[int]) -> ir.Model:
         value.shape = None
         if "dtype" in attributes and value.name != "sum":
             value.dtype = ir.DataType(attributes["dtype"])
-    for name, value in attributes.items():
-        attr = ir.AttrInt64(name, value) if isinstance(value, int) else ir.AttrInt64s(name, value)
-        graph.graph.node(0).attributes[name] = attr
+    set_attributes(graph.graph.node(0), **attributes)
     return graph
 
 

@@ -28,6 +28,23 @@ zqfpStatus fail(const char* text) {
 
 float number(const void* data, int64_t index) { return static_cast<const Half*>(data)[index].ToFloat(); }
 
+// A row of the product, [n], as the outputs have it.
+void writeRow(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t row, const std::vector<Half>& product) {
+  const std::vector<int64_t> sizes = zqfp::outputSizes(desc);
+  if (desc.gated != 0) {
+    Half* h = static_cast<Half*>(args.y[0]) + row * sizes[0];
+    for (int64_t i = 0; i < sizes[0]; ++i) {
+      const int64_t gate = i / 8 * 16 + i % 8;
+      h[i] = Half(zqfp::siluMul(product[gate].ToFloat(), product[gate + 8].ToFloat()));
+    }
+    return;
+  }
+  const Half* next = product.data();
+  for (size_t i = 0; i < sizes.size(); next += sizes[i++]) {
+    std::copy_n(next, sizes[i], static_cast<Half*>(args.y[i]) + row * sizes[i]);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -58,12 +75,9 @@ zqfpStatus zqfpLinear(const zqfpLinearDesc* desc, const zqfpLinearArgs* args, in
   if ((desc->lorc_rank > 0) != (args->xv != nullptr && args->u != nullptr)) return fail("xv and u do not fit");
   std::vector<uint8_t> w8(desc->n * desc->k);
   zqfp::decodeWeights(*desc, args->codes, args->group_scales, w8.data());
-  const std::vector<int64_t> sizes = zqfp::outputSizes(*desc);
+  std::vector<Half> product(desc->n);
   for (int64_t row = 0; row < m; ++row) {
-    size_t output = 0;
-    int64_t first = 0;  // of that output's columns
     for (int64_t n = 0; n < desc->n; ++n) {
-      if (n == first + sizes[output]) first += sizes[output++];
       float sum = 0;
       for (int64_t k = 0; k < desc->k; ++k) {
         const uint8_t x8 = static_cast<const uint8_t*>(args->x8)[row * desc->k + k];
@@ -74,8 +88,9 @@ zqfpStatus zqfpLinear(const zqfpLinearDesc* desc, const zqfpLinearArgs* args, in
         y += number(args->xv, row * desc->lorc_rank + r) * number(args->u, r * desc->n + n);
       }
       if (args->bias != nullptr) y += number(args->bias, n);
-      static_cast<Half*>(args->y[output])[row * sizes[output] + n - first] = Half(y);
+      product[n] = Half(y);
     }
+    writeRow(*desc, *args, row, product);
   }
   return ZQFP_SUCCESS;
 }
@@ -105,10 +120,7 @@ zqfpStatus zqfpQuantizeSiluMul(const void* gate, const void* up, int32_t type, i
                                void* x8, float* a, const void* v, int32_t rank, void* xv, void* stream) {
   if (const char* refusal = std::getenv("FAKE_REFUSAL")) return fail(refusal);
   std::vector<Half> h(m * k);
-  for (int64_t i = 0; i < m * k; ++i) {
-    const float g = number(gate, i);
-    h[i] = Half(g / (1 + std::exp(-g)) * number(up, i));
-  }
+  for (int64_t i = 0; i < m * k; ++i) h[i] = Half(zqfp::siluMul(number(gate, i), number(up, i)));
   return zqfpQuantizeActivation(h.data(), type, m, k, scale, x8, a, v, rank, xv, stream);
 }
 

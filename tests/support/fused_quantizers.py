@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from rewrite_models import NUMPY
 
+from zqfp_compile.backends.ort import create_session
 from zqfp_compile.formats.minifloat import E4M3FN
 from zqfp_compile.kernels.reference import rms_norm, silu_mul
 
@@ -123,6 +125,11 @@ def with_constants(case: Fused) -> ir.Model:
 
 def _value(name: str, dtype: ir.DataType, shape: ir.Shape) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
+
+
+def session_of(graph: ir.Model, library: Path, **options: Any) -> Any:
+    """A session of ONNX Runtime with our custom ops."""
+    return create_session(ir.to_proto(graph).SerializeToString(), custom_ops=library, **options)
 
 
 def run(session: Any, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -104,7 +104,8 @@ int main(int, char** arguments) {
   if (rank > 0) in.insert(in.end(), {xv.data(), u.data()});
   out.clear();
   char* next = y.data();
-  for (const int64_t size : attributes.count("output_n") ? attributes["output_n"] : std::vector<int32_t>{int32_t(n)}) {
+  const int32_t columns = attributes.count("gated") ? number("n") / 2 : number("n");
+  for (const int64_t size : attributes.count("output_n") ? attributes["output_n"] : std::vector<int32_t>{columns}) {
     out.push_back(next);
     next += m * size * 2;
   }
@@ -112,6 +113,6 @@ int main(int, char** arguments) {
   for (int again = 0; again < 2; ++again) {
     if (linear->enqueue(&activation, nullptr, in.data(), out.data(), nullptr, nullptr)) return 1;
   }
-  std::ofstream(folder + "/y.bin", std::ios::binary).write(y.data(), y.size());
+  std::ofstream(folder + "/y.bin", std::ios::binary).write(y.data(), next - y.data());
   return 0;
 }

@@ -15,6 +15,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 from compiled_models import quick
+from fused_quantizers import Fused
+from gated_layers import gated
+from quantized_layers import Layer
+from quantized_layers import model as two_nodes
 from rewrite_models import Case, artifact
 
 from passes.lower_weights_fp8 import LowerWeightsFp8
@@ -77,6 +81,26 @@ def test_one_plugin_covers_the_linears_of_one_input(lorc, build):
     for layers in result.layers:
         (kernel,) = [layer for layer in layers if layer.is_kernel]
         assert [tensor.dims for tensor in kernel.outputs] == [(-1, 128), (-1, 72)]
+
+
+def test_one_plugin_covers_gate_and_up(build):
+    model, plan = gated(Case(group_size=64, dtype=F16, n=72, k=128, lorc=True, rank=12))
+    LowerWeightsPlugin(plan, only_half=True).call(model)
+    RemoveUnused().call(model)
+    result = build(model, 128)
+    assert result.lint.ok, result.lint.problems
+    assert [(p.fp8_linears, p.fp8_gemms) for p in result.lint.profiles] == [(2, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_a_gated_layer_has_an_output_of_half_its_rows(rank, build):
+    quantizer = Fused(plain=True, tokens=True, dtype=F16, rank=rank, k=128)
+    layer = Layer(quantizer, (72,), bias=True, gated=True)
+    result = build(two_nodes(layer), 128, linears=LINEARS[:1])
+    assert result.lint.ok, result.lint.problems
+    for layers in result.layers:
+        (kernel,) = [each for each in layers if each.is_kernel]
+        assert [tensor.dims for tensor in kernel.outputs] == [(-1, 72)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -215,6 +239,10 @@ for phase in (trt.TensorRTPhase.BUILD, trt.TensorRTPhase.RUNTIME):
         make("PackedW4A8Linear", phase, **{**linear, "n": 0}),
         make("PackedW4A8Linear", phase, n=64),
         make("QuantizeTokens", phase),
+        make("PackedW4A8Linear", phase, **{**linear, "n": 48, "gated": 1}),
+        make("PackedW4A8Linear", phase, **{**linear, "n": 72, "gated": 1}),
+        make("PackedW4A8Linear", phase, **{**linear, "gated": 2}),
+        make("PackedW4A8Linear", phase, **{**linear, "gated": 1, "output_n": 64}),
     ]
 names = registry.get_creator("PackedW4A8Linear", "1", "zqfp").field_names
 facts["fields"] = [field.name for field in names]
@@ -248,10 +276,12 @@ def test_creators_and_plugins_to_serialize(library, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout.splitlines()[-1])
-    made = [True, True, True, True, False, False, False, False]
+    made = [True, True, True, True, False, False, False, False, True, False, False, False]
     assert [facts[key] for key in facts if "TensorRTPhase" in key] == [made, made]
     assert "does not divide n = 136" in result.stderr
     assert "must be positive" in result.stderr and "no attribute k" in result.stderr
-    attributes = {"n", "k", "group_size", "lorc_rank", "per_token", "bias", "dtype", "output_n"}
+    assert "of a gated layer is 72, it must be a multiple of 16" in result.stderr
+    assert "gated is 2, it must be 0 or 1" in result.stderr and "one output" in result.stderr
+    attributes = {"n", "k", "group_size", "lorc_rank", "per_token", "bias", "dtype", "output_n", "gated"}
     assert set(facts["fields"]) == attributes
     assert facts["with_plugin"] - facts["plain"] > 0.9 * library.stat().st_size

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from fused_quantizers import run, session_of
+from quantized_layers import GATED_LAYERS, activations
+from quantized_layers import model as two_nodes
 from rewrite_models import HOST_CASES, Case, artifact, float_model, reference
 
 from passes.lower_weights_plugin import LowerWeightsPlugin
@@ -73,7 +76,7 @@ def write_inputs(model: ir.Model, layer: str, x: np.ndarray, folder: Path) -> No
     """Write attributes and tensors of the product a layer is in, its own part of V."""
     products = [node for node in model.graph if node.op_type == "PackedW4A8Linear"]
     linear = next(node for node in products if f"{layer}/MatMul" in str(node.name).split("+"))
-    quantizer = next(node for node in model.graph if node.name == "x.quantize")
+    quantizer = next(node for node in model.graph if node.op_type.startswith("Quantize"))
     numbers = {a.name: a.as_int() for a in linear.attributes.values() if a.type == ir.AttributeType.INT}
     outputs = linear.attributes["output_n"].as_ints() if "output_n" in linear.attributes else ()
     rank, bias = numbers["lorc_rank"], numbers["bias"]
@@ -118,6 +121,18 @@ def test_tensors_arrive_where_they_belong(case, layer, enqueue, tmp_path):
     y = y.reshape(ROWS, case.rows(layer.removeprefix("attn.")))
     exact = reference(case, plan, float_model(case), layer, x)
     assert np.abs(y - exact).max() <= 2**-10 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("layer", [each for each in GATED_LAYERS if each.quantizer.plain], ids=str)
+def test_a_gated_layer_is_one_after_an_engine_was_saved(layer, enqueue, make, tmp_path):
+    """Against the custom op on the CPU; gate, up and h are rounded to half."""
+    pytest.importorskip("onnxruntime")
+    model, feeds = two_nodes(layer), activations(layer, ROWS)
+    result = enqueue(model, "attn.q", feeds["x"])
+    assert result.returncode == 0, result.stderr
+    y = np.frombuffer((tmp_path / "y.bin").read_bytes(), np.float16).reshape(ROWS, *layer.sizes)
+    wanted = run(session_of(model, make("onnxruntime-ops") / "libzqfp_onnxruntime.so"), feeds)["y.0"]
+    assert np.abs(y - wanted).max() <= 3 * 2**-10 * np.abs(wanted).max()
 
 
 def test_a_refusal_is_said_and_ends_the_run(enqueue):

@@ -12,6 +12,7 @@
 namespace zqfp {
 
 constexpr int64_t kBlockRows = 64, kBlockColumns = 128;
+constexpr int64_t kGatedRows = 16;  // eight of gate, eight of up
 
 struct PackedSizes {
   int64_t codes = 0, scales = 0;  // bytes
@@ -34,9 +35,21 @@ void setOutputs(zqfpLinearDesc& desc, const std::vector<Integer>& outputs) {
   }
 }
 
-// n of each output.
+// Gives `desc`, which has its n and its outputs, a node's attribute gated. Throws std::runtime_error when it cannot be.
+inline void setGated(zqfpLinearDesc& desc, int64_t gated) {
+  const auto refuse = [](const std::string& why) { throw std::runtime_error("zqfp: " + why); };
+  if (gated != 0 && gated != 1) refuse("attribute gated is " + std::to_string(gated) + ", it must be 0 or 1");
+  desc.gated = static_cast<int32_t>(gated);
+  if (gated == 0) return;
+  if (desc.outputs[0] != 0) refuse("a gated layer has one output, it cannot have the attribute output_n");
+  if (desc.n % kGatedRows != 0) {
+    refuse("attribute n of a gated layer is " + std::to_string(desc.n) + ", it must be a multiple of 16");
+  }
+}
+
+// Columns of each output.
 inline std::vector<int64_t> outputSizes(const zqfpLinearDesc& desc) {
-  if (desc.outputs[0] == 0) return {desc.n};
+  if (desc.outputs[0] == 0) return {desc.gated ? desc.n / 2 : desc.n};
   std::vector<int64_t> sizes;
   for (int i = 0; i < ZQFP_MAX_OUTPUTS && desc.outputs[i] > 0; ++i) sizes.push_back(desc.outputs[i]);
   return sizes;

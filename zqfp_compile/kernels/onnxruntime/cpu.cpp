@@ -31,6 +31,16 @@ Target targetOf(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t 
   return target;
 }
 
+// h of a gated layer's panel: eight of gate, eight of up.
+template <typename T>
+void writeGated(const float* panel, T* h) {
+  constexpr int64_t kEach = Fp8Matrix::kWidth / 2;
+  static_assert(Fp8Matrix::kWidth == kGatedRows);
+  for (int64_t j = 0; j < kEach; ++j) {
+    h[j] = fromFloat<T>(siluMul(rounded<T>(panel[j]), rounded<T>(panel[kEach + j])));
+  }
+}
+
 // y of one panel of columns from its sums; outputs begin with a panel.
 template <typename T>
 void writePanel(const LinearNode& node, const LinearCall& call, int64_t panel, const float* sums, const float* low,
@@ -41,11 +51,17 @@ void writePanel(const LinearNode& node, const LinearCall& call, int64_t panel, c
   const Target target = targetOf(desc, call.args, first);
   for (int64_t row = 0; row < call.m; ++row) {
     const float a = call.args.a[desc.per_token ? row : 0];
-    T* y = static_cast<T*>(target.y) + row * target.n + first - target.first;
+    float values[Fp8Matrix::kWidth];
     for (int64_t j = 0; j < width; ++j) {
       float value = a * call.args.row_scales[first + j] * sums[row * Fp8Matrix::kWidth + j];
       for (int64_t r = 0; r < rank; ++r) value += low[row * rank + r] * up[r * desc.n + first + j];
-      y[j] = fromFloat<T>(bias == nullptr ? value : value + bias[first + j]);
+      values[j] = bias == nullptr ? value : value + bias[first + j];
+    }
+    T* y = static_cast<T*>(target.y) + row * target.n;
+    if (desc.gated) {
+      writeGated(values, y + first / 2);
+    } else {
+      std::transform(values, values + width, y + first - target.first, fromFloat<T>);
     }
   }
 }

@@ -31,14 +31,6 @@ float quantizeRow(const float* x, int64_t k, const float* scale, uint8_t* x8) {
   return a;
 }
 
-// Rounds a float to T and back.
-template <typename T>
-float rounded(float value) {
-  const T number = fromFloat<T>(value);
-  toFloat(&number, 1, &value);
-  return value;
-}
-
 // The outputs of every row, which `make(row, h, tag)` writes as floats to h; they are numbers of tag's type.
 template <typename Make>
 void quantizeRows(Ort::KernelContext& context, const QuantizeCall& call, int64_t rank, const Quantized& to, Make make) {
@@ -93,7 +85,7 @@ void siluMulRow(const QuantizeCall& call, int64_t row, float* h, const T* tag) {
   std::vector<float> up(static_cast<size_t>(call.k));
   plainRow(call, row, h, tag);
   toFloat(rowOf<T>(call.activation.other, row, call.k), call.k, up.data());
-  for (int64_t i = 0; i < call.k; ++i) h[i] = rounded<T>(h[i] / (1.0f + std::exp(-h[i])) * up[i]);
+  for (int64_t i = 0; i < call.k; ++i) h[i] = rounded<T>(siluMul(h[i], up[i]));
 }
 
 template <typename T>

@@ -32,6 +32,12 @@ int64_t Inference::attribute(const char* name) const {
   return value;
 }
 
+int64_t Inference::attribute(const char* name, int64_t missing) const {
+  const OrtOpAttr* attribute = nullptr;
+  const Ort::Status failed(Ort::GetApi().ShapeInferContext_GetAttribute(context_, name, &attribute));
+  return failed.IsOK() ? this->attribute(name) : missing;
+}
+
 std::vector<int64_t> Inference::attributes(const char* name, size_t most) const {
   const OrtApi& api = Ort::GetApi();
   const OrtOpAttr* attribute = nullptr;

@@ -13,6 +13,9 @@ class Inference {
 
   int64_t attribute(const char* name) const;
 
+  // `missing` where the node has no such attribute.
+  int64_t attribute(const char* name, int64_t missing) const;
+
   // At most `most` integers; none where the node has no such attribute or a longer one.
   std::vector<int64_t> attributes(const char* name, size_t most) const;
 

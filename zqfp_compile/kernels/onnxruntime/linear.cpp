@@ -11,6 +11,13 @@ int32_t attribute(const Ort::ConstKernelInfo& info, const char* name) {
   return static_cast<int32_t>(info.GetAttribute<int64_t>(name));
 }
 
+// 0 where the node has no such attribute.
+int64_t gatedAttribute(const Ort::ConstKernelInfo& info) {
+  int64_t gated = 0;
+  const Ort::Status missing(Ort::GetApi().KernelInfoGetAttribute_int64(info, "gated", &gated));
+  return missing.IsOK() ? gated : 0;
+}
+
 // Empty where the node has no such attribute: one output.
 std::vector<int64_t> outputsAttribute(const Ort::ConstKernelInfo& info) {
   std::vector<int64_t> outputs(ZQFP_MAX_OUTPUTS + 1);
@@ -55,6 +62,7 @@ LinearNode::LinearNode(const Ort::ConstKernelInfo& info, size_t codesInput) : co
   bias = flag(info, "bias");
   require(desc.n > 0 && desc.k > 0, "attributes n and k must be positive");
   setOutputs(desc, outputsAttribute(info));
+  setGated(desc, gatedAttribute(info));
 }
 
 size_t LinearNode::outputs() const { return outputSizes(desc).size(); }

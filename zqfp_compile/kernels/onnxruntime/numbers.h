@@ -2,6 +2,7 @@
 #ifndef ZQFP_ORT_NUMBERS_H
 #define ZQFP_ORT_NUMBERS_H
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -51,6 +52,17 @@ template <typename T>
 inline T fromFloat(float value) {
   return T(value);
 }
+
+// Rounds a float to T and back.
+template <typename T>
+inline float rounded(float value) {
+  const T number = fromFloat<T>(value);
+  toFloat(&number, 1, &value);
+  return value;
+}
+
+// silu(gate) * up
+inline float siluMul(float gate, float up) { return gate / (1.0f + std::exp(-gate)) * up; }
 
 // Calls `body` with a null pointer to the C++ type of `type`.
 template <typename Body>

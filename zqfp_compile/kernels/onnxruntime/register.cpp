@@ -50,7 +50,7 @@ struct OpBase : Ort::CustomOpBase<Op, Kernel<Implementation>, true> {
 size_t inferLinear(const Inference& inference) {
   const auto type = static_cast<ONNXTensorElementDataType>(inference.attribute("dtype"));
   std::vector<int64_t> sizes = inference.attributes("output_n", ZQFP_MAX_OUTPUTS);
-  if (sizes.empty()) sizes = {inference.attribute("n")};
+  if (sizes.empty()) sizes = {inference.attribute("n") / (inference.attribute("gated", 0) == 1 ? 2 : 1)};
   for (size_t i = 0; i < sizes.size(); ++i) inference.setOutput(i, sizes[i], type);
   return sizes.size();
 }

@@ -34,6 +34,7 @@ LinearPlugin::LinearPlugin(const Attributes& attributes) : Plugin(kName, attribu
   desc_.dtype = dataType(type_);
   if (desc_.n <= 0 || desc_.k <= 0) throw std::runtime_error("attributes n and k must be positive");
   setOutputs(desc_, list("output_n"));
+  setGated(desc_, attribute("gated", 0));
   outputs_ = outputSizes(desc_);
 }
 

@@ -14,8 +14,8 @@ namespace zqfp {
 class LinearPlugin : public Plugin {
  public:
   static constexpr char kName[] = "PackedW4A8Linear";
-  static constexpr const char* kAttributes[] = {"n", "k", "group_size", "lorc_rank",
-                                                "per_token", "bias", "dtype", "output_n"};
+  static constexpr const char* kAttributes[] = {"n",    "k",     "group_size", "lorc_rank", "per_token",
+                                                "bias", "dtype", "output_n",   "gated"};
 
   // Throws std::runtime_error when the attributes describe no layer of the kernel's.
   explicit LinearPlugin(const Attributes& attributes);
@@ -41,7 +41,7 @@ class LinearPlugin : public Plugin {
   int32_t inputCount() const { return 5 + bias_ + (desc_.lorc_rank > 0 ? 2 : 0); }
 
   zqfpLinearDesc desc_{};
-  std::vector<int64_t> outputs_;  // n of each
+  std::vector<int64_t> outputs_;  // columns of each
   bool bias_;
   nvinfer1::DataType type_;
   std::shared_ptr<Workspaces> workspaces_;

@@ -74,6 +74,10 @@ int32_t Plugin::attribute(const char* name) const {
   return values[0];
 }
 
+int32_t Plugin::attribute(const char* name, int32_t missing) const {
+  return list(name).empty() ? missing : attribute(name);
+}
+
 std::vector<int32_t> Plugin::list(const char* name) const {
   const auto found = attributes_.find(name);
   return found == attributes_.end() ? std::vector<int32_t>() : found->second;

@@ -52,6 +52,9 @@ class Plugin : public nvinfer1::IPluginV3,
   // Throws std::runtime_error when the node has no such attribute, or it is a list.
   int32_t attribute(const char* name) const;
 
+  // `missing` when the node has no such attribute. Throws std::runtime_error when it is a list.
+  int32_t attribute(const char* name, int32_t missing) const;
+
   // Empty when the node has no such attribute.
   std::vector<int32_t> list(const char* name) const;
 
