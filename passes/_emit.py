@@ -173,14 +173,18 @@ def insert_after(graph: ir.Graph, value: ir.Value, nodes: Sequence[ir.Node]) -> 
 
 def replace_node(graph: ir.Graph, old: ir.Node, new: Sequence[ir.Node], output: ir.Value) -> None:
     """Put ``new`` in the place of ``old``; ``output`` takes over the name and type of its only output."""
-    replace_nodes(graph, [old], new, [output])
+    replace_nodes(graph, old, [old], new, [old.outputs[0]], [output])
 
 
 def replace_nodes(
-    graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node], outputs: Sequence[ir.Value]
+    graph: ir.Graph,
+    place: ir.Node,
+    old: Sequence[ir.Node],
+    new: Sequence[ir.Node],
+    replaced: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
 ) -> None:
-    """Put ``new`` in the place of the first of ``old``; ``outputs`` take over theirs, one of each."""
-    replaced = [node.outputs[0] for node in old]
+    """Put ``new``, behind ``place``, for ``old``; ``outputs`` take over all that ``replaced`` have."""
     for before, after in zip(replaced, outputs, strict=True):
         after.metadata_props.update(before.metadata_props)
-    ir.convenience.replace_nodes_and_values(graph, old[0], old, new, replaced, outputs)
+    ir.convenience.replace_nodes_and_values(graph, place, old, new, replaced, outputs)

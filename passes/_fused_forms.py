@@ -1,8 +1,8 @@
-"""Recognises what usually comes before a quantiser: SiLU times up, and a root mean square norm."""
+"""Recognises SiLU times up, and a root mean square norm: what usually comes before a quantiser."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +52,11 @@ class Form:
         return found
 
     @property
+    def inner(self) -> list[ir.Value]:
+        """What the nodes make, h among it, but for the sum."""
+        return [value for node in self.nodes for value in node.outputs if value is not self.total]
+
+    @property
     def shape_readers(self) -> list[ir.Node]:
         """The nodes that read the shape of h, which is that of the first operand."""
         return [node for node, _ in self.h.uses() if (node.domain, node.op_type) == ("", "Shape")]
@@ -62,11 +67,26 @@ def find_form(h: ir.Value) -> Form | None:
     form = _silu_mul(h) or _rms_norm(h)
     if form is None or not _fits(form):
         return None
-    nodes = form.nodes
-    inner = [value for node in nodes for value in node.outputs if value is not form.total]
-    readers = {user for value in inner for user, _ in value.uses()}.difference(nodes, form.shape_readers)
-    private = len(readers) == 1 and not any(value.is_graph_output() for value in inner)
+    readers = _readers(form.inner).difference(form.nodes, form.shape_readers)
+    private = len(readers) == 1 and not any(value.is_graph_output() for value in form.inner)
     return form if private else None
+
+
+def find_gated(h: ir.Value) -> Form | None:
+    """Return the SiLU times up that computes ``h``, when gate, up and what lies between are read for h only.
+
+    What reads h does not matter.
+    """
+    form = _silu_mul(h)
+    if form is None:
+        return None
+    hidden = [*form.operands, *(value for value in form.inner if value is not h)]
+    private = _readers(hidden) <= set(form.nodes) and not any(value.is_graph_output() for value in hidden)
+    return form if private else None
+
+
+def _readers(values: Iterable[ir.Value]) -> set[ir.Node]:
+    return {user for value in values for user, _ in value.uses()}
 
 
 def _fits(form: Form) -> bool:

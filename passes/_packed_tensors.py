@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from passes._emit import Names, initializer_value
-from passes._plugin_ops import Linears, lorc_rank, padded_rank, total_rank
+from passes._plugin_ops import Linears, Product, lorc_rank, padded_rank
 from passes._tensors import decoded_factor, w4a8_tensors
 from passes._w4a8_function import (
     BIAS,
@@ -22,7 +22,13 @@ from passes._w4a8_function import (
     LORC_V_SCALE,
     ROW_SCALES,
 )
-from zqfp_compile.kernels.packing import pack_codes, pack_group_scales, packed_sizes, padded_shape
+from zqfp_compile.kernels.packing import (
+    gated_order,
+    pack_codes,
+    pack_group_scales,
+    packed_sizes,
+    padded_shape,
+)
 from zqfp_compile.pass_base import PassError
 from zqfp_compile.plan import LinearSite, LinearTensors, QuantPlan
 from zqfp_compile.weights import release
@@ -39,42 +45,41 @@ class PackedTensors:
         self._names = names
         self._known: dict[tuple[object, ...], ir.Value] = {}
 
-    def weight(self, linears: Linears) -> tuple[ir.Value, ir.Value]:
+    def weight(self, product: Product) -> tuple[ir.Value, ir.Value]:
         """Return codes and group scales of a product, packed: INT4 [Np, Kp] and E4M3 [bytes]."""
-        group, k, n = self._plan.group_size, linears[0][0].k, _total_n(linears)
+        linears, group = product.linears, self._plan.group_size
+        n, k = product.n, linears[0][0].k
         tensors = [w4a8_tensors(node) for _, node in linears]
         shape, scale_bytes = padded_shape(n, k), packed_sizes(n, k, group)[1]
 
-        # An output begins with a block of rows, so the packed layers follow each other.
         def codes() -> ir.TensorProtocol:
-            packed = [pack_codes(_stored_codes(part)[:, :k]) for part in tensors]
-            return ir.PackedTensor(np.concatenate(packed), _INT4, shape=ir.Shape(shape))
+            packed = pack_codes(_rows(product, [_stored_codes(part)[:, :k] for part in tensors]))
+            return ir.PackedTensor(packed, _INT4, shape=ir.Shape(shape))
 
         def scales() -> ir.TensorProtocol:
-            packed = [
-                pack_group_scales(_stored_scales(part, site), group)
-                for part, (site, _) in zip(tensors, linears, strict=True)
-            ]
-            return ir.Tensor(np.concatenate(packed).view(_E4M3.numpy()), dtype=_E4M3)
+            stored = [_stored_scales(part, site) for part, (site, _) in zip(tensors, linears, strict=True)]
+            packed = pack_group_scales(_rows(product, stored), group)
+            return ir.Tensor(packed.view(_E4M3.numpy()), dtype=_E4M3)
 
         ids = [(id(node.inputs[CODES]), id(node.inputs[GROUP_SCALES])) for _, node in linears]
-        name = product_name(linears)
+        key = (product.gated is not None, *ids)
         return (
-            self._lazy(("codes", *ids), f"{name}/packed_codes", _INT4, shape, codes),
-            self._lazy(("scales", *ids), f"{name}/packed_scales", _E4M3, [scale_bytes], scales),
+            self._lazy(("codes", *key), f"{product.name}/packed_codes", _INT4, shape, codes),
+            self._lazy(("scales", *key), f"{product.name}/packed_scales", _E4M3, [scale_bytes], scales),
         )
 
-    def row_scales(self, linears: Linears) -> ir.Value | None:
+    def row_scales(self, product: Product) -> ir.Value | None:
         """Return the row scales of a product, FLOAT [N]."""
-        return self._below_each_other(linears, ROW_SCALES, ir.DataType.FLOAT)
+        return self._by_row(product, ROW_SCALES, ir.DataType.FLOAT)
 
-    def bias(self, linears: Linears) -> ir.Value | None:
+    def bias(self, product: Product) -> ir.Value | None:
         """Return the bias of a product in y's type, [N], zeros for layers without; or ``None``."""
-        if all(node.inputs[BIAS] is None for _, node in linears):
+        if all(node.inputs[BIAS] is None for _, node in product.linears):
             return None
-        return self._below_each_other(linears, BIAS, linears[0][0].dtype)
+        return self._by_row(product, BIAS, product.linears[0][0].dtype)
 
-    def _below_each_other(self, linears: Linears, index: int, dtype: ir.DataType) -> ir.Value | None:
+    def _by_row(self, product: Product, index: int, dtype: ir.DataType) -> ir.Value | None:
+        linears = product.linears
         values = [node.inputs[index] for _, node in linears]
         if len(linears) == 1:
             return values[0]
@@ -88,31 +93,33 @@ class PackedTensors:
                 np.zeros(site.n, dtype.numpy()) if factor is None else _read(factor)
                 for factor, (site, _) in zip(factors, linears, strict=True)
             ]
-            return ir.Tensor(np.concatenate(parts), dtype=dtype)
+            return ir.Tensor(_rows(product, parts), dtype=dtype)
 
         ids = [(id(value), site.n) for value, (site, _) in zip(values, linears, strict=True)]
-        name = f"{product_name(linears)}/{INPUTS[index]}"
-        return self._lazy((INPUTS[index], *ids), name, dtype, [_total_n(linears)], compute)
+        key = (INPUTS[index], product.gated is not None, *ids)
+        return self._lazy(key, f"{product.name}/{INPUTS[index]}", dtype, [product.n], compute)
 
-    def u(self, linears: Linears) -> ir.Value:
+    def u(self, product: Product) -> ir.Value:
         """Return U [rank, N] of a product in y's type: block-diagonal, ranks padded with rows of zeros."""
+        linears = product.linears
         (site, node), stored = linears[0], linears[0][1].inputs[LORC_U]
         dtype, padded = site.dtype, padded_rank(lorc_rank(node)) != lorc_rank(node)
         if len(linears) == 1 and stored is not None and stored.dtype == dtype and not padded:
             return stored
         factors = [_factor(other, LORC_U, dtype) for _, other in linears]
-        ranks = [lorc_rank(other) for _, other in linears]
-        shape = (total_rank(linears), _total_n(linears))
+        ranks, shape = [lorc_rank(other) for _, other in linears], (product.rank, product.n)
 
         def compute() -> ir.TensorProtocol:
-            u, row, column = np.zeros(shape, dtype.numpy()), 0, 0
+            parts, row = [], 0
             for factor, rank, (part, _) in zip(factors, ranks, linears, strict=True):
-                u[row : row + rank, column : column + part.n] = _read(factor)
-                row, column = row + padded_rank(rank), column + part.n
-            return ir.Tensor(u, dtype=dtype)
+                block = np.zeros((part.n, shape[0]), dtype.numpy())
+                block[:, row : row + rank] = _read(factor).T
+                parts.append(block)
+                row += padded_rank(rank)
+            return ir.Tensor(np.ascontiguousarray(_rows(product, parts).T), dtype=dtype)
 
-        key = ("u", *(id(other.inputs[LORC_U]) for _, other in linears))
-        return self._lazy(key, f"{product_name(linears)}/{INPUTS[LORC_U]}", dtype, shape, compute)
+        key = ("u", product.gated is not None, *(id(other.inputs[LORC_U]) for _, other in linears))
+        return self._lazy(key, f"{product.name}/{INPUTS[LORC_U]}", dtype, shape, compute)
 
     def v(self, linears: Linears) -> ir.Value:
         """Return the V of ``linears``, which share x, side by side in y's type, ranks padded with zeros."""
@@ -129,7 +136,7 @@ class PackedTensors:
             return ir.Tensor(np.concatenate(parts, axis=1), dtype=site.dtype)
 
         key = ("v", *(id(other.inputs[LORC_V]) for _, other in linears))
-        shape = [site.k, total_rank(linears)]
+        shape = [site.k, Product(linears).rank]
         return self._lazy(key, f"{site.name}/{INPUTS[LORC_V]}", site.dtype, shape, compute)
 
     def _lazy(
@@ -147,13 +154,10 @@ class PackedTensors:
         return self._known[key]
 
 
-def product_name(linears: Linears) -> str:
-    """Return the names of the layers of a product, joined."""
-    return "+".join(site.name for site, _ in linears)
-
-
-def _total_n(linears: Linears) -> int:
-    return sum(site.n for site, _ in linears)
+def _rows(product: Product, parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """What the layers have for each row, in the order of the product's rows."""
+    below = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return below[gated_order(product.n // 2)] if product.gated else below
 
 
 def _stored_codes(tensors: LinearTensors) -> npt.NDArray[np.int8]:

@@ -7,7 +7,8 @@
 ``zqfp::QuantizeRmsNorm(x, gamma, skip?, a?, v?) -> x8, a?, xv?, sum?``
 ``zqfp::QuantizedW4A8Linear(operands, a?, v?, codes, group_scales, row_scales, bias?, u?) -> y, ..., sum?``
 
-The last is a quantiser, whose operands it has, and the only linear that reads it.
+The last is a quantiser, whose operands it has, and the only linear that reads it. Either linear with
+``gated`` = 1 has one output, ``silu(gate) * up`` of half its rows each (``packing.gated_order``).
 
 The linear is no ``W4A8Linear``: a custom op beats a model-local function of its name, so a session that has
 the library could not run the artifact, whose codes are in another order. Optional inputs are left out, never
@@ -17,10 +18,12 @@ empty: their number tells which are there (TensorRT counts the inputs of a plugi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from passes._emit import int_attribute
+from passes._fused_forms import Form, find_gated
 from passes._w4a8_function import BIAS, DOMAIN, LORC_V, X8
 from zqfp_compile.kernels.packing import BLOCK_ROWS, GROUP_SIZES
 from zqfp_compile.plan import LinearSite, QuantPlan
@@ -36,8 +39,46 @@ PLUGIN_NAMESPACE, PLUGIN_VERSION = "zqfp", "1"
 
 K_MULTIPLE, N_MULTIPLE, RANK_MULTIPLE, LARGEST_RANK, MOST_OUTPUTS = 16, 8, 8, 64, 4
 
-# Layers with their nodes; those of one x8, or of one product.
+# Layers of one x8, with their nodes.
 Linears = list[tuple[LinearSite, ir.Node]]
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """Layers that the kernel multiplies at once.
+
+    Attributes:
+        linears: They, in the order of their rows.
+        gated: What makes h of gate and up, which ``linears`` are then; the kernel makes h only.
+    """
+
+    linears: Linears
+    gated: Form | None = None
+
+    @property
+    def name(self) -> str:
+        """The names of the layers, joined."""
+        return "+".join(site.name for site, _ in self.linears)
+
+    @property
+    def n(self) -> int:
+        """Rows of all layers."""
+        return sum(site.n for site, _ in self.linears)
+
+    @property
+    def rank(self) -> int:
+        """The padded ranks of all layers, added up."""
+        return sum(padded_rank(lorc_rank(node)) for _, node in self.linears)
+
+    @property
+    def nodes(self) -> list[ir.Node]:
+        """What it takes the place of, the layers first."""
+        return [*(node for _, node in self.linears), *(self.gated.nodes if self.gated else ())]
+
+    @property
+    def outputs(self) -> list[ir.Value]:
+        """What it makes."""
+        return [self.gated.h] if self.gated else [node.outputs[0] for _, node in self.linears]
 
 
 def padded_rank(rank: int) -> int:
@@ -115,51 +156,73 @@ def plugin_node(
     return ir.Node(DOMAIN, op_type, inputs, attrs, num_outputs=outputs, metadata_props=metadata)
 
 
-def linear_attributes(linears: Linears, plan: QuantPlan) -> dict[str, int | list[int]]:
-    """Return what a host needs to know of a product of ``linears`` besides its inputs."""
-    sizes = [site.n for site, _ in linears]
+def linear_attributes(product: Product, plan: QuantPlan) -> dict[str, int | list[int]]:
+    """Return what a host needs to know of ``product`` besides its inputs."""
+    sizes = [site.n for site, _ in product.linears]
     attributes: dict[str, int | list[int]] = {
-        "n": sum(sizes),
-        "k": linears[0][0].k,
+        "n": product.n,
+        "k": product.linears[0][0].k,
         "group_size": plan.group_size,
-        "lorc_rank": total_rank(linears),
+        "lorc_rank": product.rank,
         "per_token": int(plan.per_token),
-        "bias": int(any(node.inputs[BIAS] is not None for _, node in linears)),
-        "dtype": int(linears[0][0].dtype),
+        "bias": int(any(node.inputs[BIAS] is not None for _, node in product.linears)),
+        "dtype": int(product.linears[0][0].dtype),
     }
+    if product.gated:
+        return {**attributes, "gated": 1}
     return attributes if len(sizes) == 1 else {**attributes, "output_n": sizes}
 
 
-def total_rank(linears: Linears) -> int:
-    """Return the padded ranks of ``linears``, added up."""
-    return sum(padded_rank(lorc_rank(node)) for _, node in linears)
-
-
-def products(linears: Linears) -> list[Linears]:
+def products(linears: Linears) -> list[Product]:
     """Divide the linears of one x8 into those that the kernel multiplies at once.
 
-    Their rows are put below each other, each output beginning with a block of 64 rows, so at most one, the
-    last, may have an N that blocks do not divide. Layers with LoRC go together while their ranks fit: U is
-    block-diagonal then, [sum of ranks, sum of N]. The kernel reads it in steps of 32 ranks, each as many
-    bytes as 128 columns of the weight: three of rank 16 take two steps instead of one, 3% more bytes at K =
-    4096, less than a launch costs. Layers without LoRC would pay for nothing and stay by themselves.
+    These are gate and up of a SiLU product, whose rows take turns, and the others, whose rows are put below
+    each other. Each output begins with a block of 64 rows there, so at most one, the last, may have an N
+    that blocks do not divide. Layers with LoRC go together while their ranks fit: U is block-diagonal then,
+    [sum of ranks, sum of N]. The kernel reads it in steps of 32 ranks, each as many bytes as 128 columns of
+    the weight: three of rank 16 take two steps instead of one, 3% more bytes at K = 4096, less than a launch
+    costs. Layers without LoRC would pay for nothing and stay by themselves.
     """
+    gated = _gated_pairs(linears)
+    taken = {node for product in gated for _, node in product.linears}
     kinds: dict[tuple[ir.DataType, bool], Linears] = {}
     for site, node in linears:
-        kinds.setdefault((site.dtype, lorc_rank(node) > 0), []).append((site, node))
-    return [product for kind in kinds.values() for product in _products(kind)]
+        if node not in taken:
+            kinds.setdefault(_kind(site, node), []).append((site, node))
+    return [*gated, *(product for kind in kinds.values() for product in _products(kind))]
 
 
-def _products(kind: Linears) -> list[Linears]:
-    made: list[Linears] = []
+def _kind(site: LinearSite, node: ir.Node) -> tuple[ir.DataType, bool]:
+    return site.dtype, lorc_rank(node) > 0
+
+
+def _gated_pairs(linears: Linears) -> list[Product]:
+    """Two of ``linears`` each that are gate and up of one h, in the graph that they are in."""
+    made = {node.outputs[0]: (site, node) for site, node in linears}
+    found = []
+    for up, (_, node) in made.items():
+        readers = up.consumers()
+        form = find_gated(readers[0].outputs[0]) if len(readers) == 1 else None
+        if form is None or not all(inner.graph is node.graph for inner in form.nodes):
+            continue
+        pair = [made[value] for value in form.operands if value in made]
+        product = Product(pair, form)
+        if len(pair) == 2 and _kind(*pair[0]) == _kind(*pair[1]) and product.rank <= LARGEST_RANK:
+            found.append(product)
+    return found
+
+
+def _products(kind: Linears) -> list[Product]:
+    made: list[Product] = []
     for item in sorted(kind, key=lambda item: item[0].n % BLOCK_ROWS > 0):
-        if made and _join([*made[-1], item]):
-            made[-1].append(item)
+        joined = Product([*made[-1].linears, item]) if made else None
+        if joined is not None and _fits(joined):
+            made[-1] = joined
         else:
-            made.append([item])
+            made.append(Product([item]))
     return made
 
 
-def _join(linears: Linears) -> bool:
-    blocks = all(site.n % BLOCK_ROWS == 0 for site, _ in linears[:-1])
-    return blocks and len(linears) <= MOST_OUTPUTS and total_rank(linears) <= LARGEST_RANK
+def _fits(product: Product) -> bool:
+    blocks = all(site.n % BLOCK_ROWS == 0 for site, _ in product.linears[:-1])
+    return blocks and len(product.linears) <= MOST_OUTPUTS and product.rank <= LARGEST_RANK

@@ -47,6 +47,9 @@ class FuseQuantizers(Pass):
 
     For ONNX Runtime only: TensorRT fuses such chains itself, and its plugin has no such op. Runs behind
     ``lower-weights-plugin`` and ``remove-unused``: nodes that no output depends on are readers as well.
+
+    Where ``lower-weights-plugin`` makes gate and up one gated layer, h comes here as any activation does.
+    SiLU times up is left to this pass where it does not gate them, as where their ranks do not fit together.
     """
 
     name: ClassVar[str] = "fuse-quantizers"

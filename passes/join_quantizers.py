@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from passes._emit import int_attribute
+from passes._emit import int_attribute, replace_nodes
 from passes._plugin_ops import (
     LINEAR,
     QUANTIZE_NORM,
@@ -127,6 +127,4 @@ def _join(graph: ir.Graph, quantizer: ir.Node, linear: ir.Node) -> None:
         name=linear.name,
         metadata_props=dict(linear.metadata_props),
     )
-    for before, after in zip(old, new.outputs, strict=True):
-        after.metadata_props.update(before.metadata_props)
-    ir.convenience.replace_nodes_and_values(graph, quantizer, [quantizer, linear], [new], old, new.outputs)
+    replace_nodes(graph, quantizer, [quantizer, linear], [new], old, new.outputs)

@@ -10,19 +10,19 @@ import onnx_ir as ir
 
 from passes._emit import Emitter, Names, insert_after, replace_node, replace_nodes
 from passes._lowering import lower_linears
-from passes._packed_tensors import PackedTensors, product_name
+from passes._packed_tensors import PackedTensors
 from passes._plugin_ops import (
     LARGEST_RANK,
     LINEAR,
     QUANTIZE_STATIC,
     QUANTIZE_TOKENS,
     Linears,
+    Product,
     activation_source,
     linear_attributes,
     plugin_node,
     products,
     refusal,
-    total_rank,
 )
 from passes._sites import is_w4a8, w4a8_nodes
 from passes._w4a8_function import X8, A
@@ -57,6 +57,23 @@ class LowerWeightsPlugin(Pass):
     so that few tokens cost one launch that fills the GPU, and no Split copies outputs. Every number is that
     of the layers apart. Missing biases are zeros, U is block-diagonal. N must be a multiple of 64 in all but
     one of them, and the ranks 64 in all at most (``_plugin_ops.products``).
+
+    Before, gate and up of one x8, operands in any order, also ``QuickGelu`` (com.microsoft) and ``Swish``
+    with alpha 1::
+
+        W4A8Linear(x8, ...) -> gate -> Sigmoid -> Mul(gate) -> Mul(up) -> h
+        W4A8Linear(x8, ...) -> up
+
+    After, N the rows of both, eight of gate and eight of up in turns, h [..., N / 2]::
+
+        PackedW4A8Linear(x8, a, codes, group_scales, row_scales, bias, xv, U; gated=1) -> h
+
+    which is half the bytes to write and to read again. gate and up are rounded to their type as before, h
+    once, from float32: it differs from that of the nodes by their roundings. N need not be a multiple of 64,
+    and h may be read by anything and be an output of the graph. Not gated are gate and up of which one, or a
+    value between them and h, is an output of the graph or has another reader, a ``Shape`` node included; of
+    which one alone has LoRC, or the ranks exceed 64 in all; of which the kernel does not take one; whose
+    product is in a branch of an If. They stay apart then, or become one product with two outputs.
 
     V of several layers is their factors side by side, and a Split hands each product its xv. The quantiser
     takes rank 64; products beyond that get ``MatMul(x, V)`` instead. Ranks are padded with zeros to multiples
@@ -107,22 +124,24 @@ class _Lowering:
         self._tensors = PackedTensors(graph, plan, self._names)
 
     def lower(self, x8: ir.Value, linears: Linears) -> None:
-        """Replace the quantiser of ``x8`` and the linears that read it."""
+        """Replace the quantiser of ``x8`` and the linears that read it, given in the order of the graph."""
         x = activation_source(self._plan, *linears[0])
         if x is None:
             raise PassError(f"layer {linears[0][0].name!r}: its activation was replaced before it; a bug")
         scale, parts = linears[0][1].inputs[A], products(linears)
-        fused: list[Linears] = []
+        fused: list[Product] = []
         for part in parts:
-            if 0 < total_rank(part) <= LARGEST_RANK - sum(map(total_rank, fused)):
+            if 0 < part.rank <= LARGEST_RANK - sum(other.rank for other in fused):
                 fused.append(part)
-        v = self._tensors.v([item for part in fused for item in part]) if fused else None
+        v = self._tensors.v([item for part in fused for item in part.linears]) if fused else None
         quantized, xv = self._quantize(x, x8, scale, v)
         columns = {} if xv is None else self._split(xv, fused)
         for part in parts:
-            if total_rank(part) > 0 and part not in fused:
-                columns[product_name(part)] = self._project(x, part)
-            self._linear(part, quantized, columns.get(product_name(part)))
+            # Behind the first of its layers: the readers of any come later.
+            place = next(node for _, node in linears if node in part.nodes)
+            if part.rank > 0 and part not in fused:
+                columns[part.name] = self._project(x, part, place)
+            self._linear(part, place, quantized, columns.get(part.name))
 
     def _quantize(
         self, x: ir.Value, x8: ir.Value, scale: ir.Value | None, v: ir.Value | None
@@ -166,43 +185,42 @@ class _Lowering:
             value.shape = ir.Shape([*x.shape[:-1], width])
         return value
 
-    def _split(self, xv: ir.Value, parts: list[Linears]) -> dict[str, ir.Value]:
+    def _split(self, xv: ir.Value, parts: list[Product]) -> dict[str, ir.Value]:
         """Hand each product its columns of ``xv``."""
         if len(parts) == 1:
-            return {product_name(parts[0]): xv}
-        ranks = [total_rank(part) for part in parts]
+            return {parts[0].name: xv}
+        ranks = [part.rank for part in parts]
         emit = Emitter(self._graph, self._names)
         sizes = emit.constant("split_" + "_".join(map(str, ranks)), np.array(ranks))
         node = ir.Node("", "Split", [xv, sizes], [ir.AttrInt64("axis", -1)], num_outputs=len(ranks))
         self._names.name_node(node, f"{xv.name}.split")
         columns = {}
-        for part, value, rank in zip(parts, node.outputs, ranks, strict=True):
-            name = product_name(part)
-            columns[name] = self._name(value, f"{name}/xv", xv, rank)
+        for part, value in zip(parts, node.outputs, strict=True):
+            columns[part.name] = self._name(value, f"{part.name}/xv", xv, part.rank)
         insert_after(self._graph, xv, [node])
         return columns
 
-    def _project(self, x: ir.Value, linears: Linears) -> ir.Value:
+    def _project(self, x: ir.Value, product: Product, place: ir.Node) -> ir.Value:
         """Emit x @ V in front of the product."""
-        site, node = linears[0]
-        emit = Emitter(self._graph, self._names, f"{product_name(linears)}/", node.metadata_props)
-        xv = emit.op("MatMul", [x, self._tensors.v(linears)], "lorc_down", site.dtype)
-        self._graph.insert_before(node, emit.nodes)
+        site, node = product.linears[0]
+        emit = Emitter(self._graph, self._names, f"{product.name}/", node.metadata_props)
+        xv = emit.op("MatMul", [x, self._tensors.v(product.linears)], "lorc_down", site.dtype)
+        self._graph.insert_before(place, emit.nodes)
         return xv
 
-    def _linear(self, linears: Linears, x8: ir.Value, xv: ir.Value | None) -> None:
+    def _linear(self, product: Product, place: ir.Node, x8: ir.Value, xv: ir.Value | None) -> None:
         """Replace a product by a node ``<layer>/MatMul`` as in every lowering; of several, joined by +."""
-        nodes, tensors = [node for _, node in linears], self._tensors
-        inputs = [x8, nodes[0].inputs[A], *tensors.weight(linears)]
-        inputs += [tensors.row_scales(linears), tensors.bias(linears)]
+        node, tensors = product.linears[0][1], self._tensors
+        inputs = [x8, node.inputs[A], *tensors.weight(product)]
+        inputs += [tensors.row_scales(product), tensors.bias(product)]
         if xv is not None:
-            inputs += [xv, tensors.u(linears)]
+            inputs += [xv, tensors.u(product)]
         new = plugin_node(
             LINEAR,
             [value for value in inputs if value is not None],
-            linear_attributes(linears, self._plan),
-            len(linears),
-            dict(nodes[0].metadata_props),
+            linear_attributes(product, self._plan),
+            len(product.outputs),
+            dict(node.metadata_props),
         )
-        replace_nodes(self._graph, nodes, [new], new.outputs)
-        self._names.claim_node(new, "+".join(f"{site.name}/MatMul" for site, _ in linears))
+        replace_nodes(self._graph, place, product.nodes, [new], product.outputs, new.outputs)
+        self._names.claim_node(new, "+".join(f"{site.name}/MatMul" for site, _ in product.linears))

@@ -6,6 +6,7 @@ On a GPU, after ``make kernels hosts`` (and with onnxruntime-gpu installed):
     python tools/bench_decode.py --publish docs/results/decode.json
     python tools/bench_decode.py --preset qwen2.5-1.5b --publish docs/results/decode.json
     python tools/bench_decode.py --contenders fp16 zqfp zqfp_two_launches    # what join-quantizers saves
+    python tools/bench_decode.py --contenders fp16 zqfp zqfp_ungated    # what a gated layer saves
     python tools/bench_decode.py --contenders zqfp ort_int4 --batches 1 --prefill 0 --turns 5
 
 Without one, to see that it works:
@@ -54,9 +55,10 @@ CONTENDERS: dict[str, Linears] = {
         W4A8Linears(16),
         W4A8Linears(16, per_token=True),
         W4A8Linears(two_launches=True),
+        W4A8Linears(ungated=True),
     )
 }
-PUBLISHED = [name for name in CONTENDERS if not name.endswith("_two_launches")]
+PUBLISHED = [name for name in CONTENDERS if not name.endswith(("_two_launches", "_ungated"))]
 KEY = ("model", "contender", "phase", "batch", "context", "hardware")
 CHECK_SHAPE = Shape(layers=2, hidden=256, intermediate=640, heads=2, kv_heads=2, vocab=1000)
 CHECK_SQNR_DB = 20.0

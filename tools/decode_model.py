@@ -161,22 +161,36 @@ class W4A8Linears:
         per_token: Whether every token has a scale.
         group_size: Weights to a scale.
         two_launches: Whether quantisers stay nodes of their own: what join-quantizers saves.
+        ungated: Whether gate and up have outputs of their own, which down's quantiser multiplies: what gated
+            layers save.
     """
 
     lorc_rank: int = 0
     per_token: bool = False
     group_size: int = 64
     two_launches: bool = False
+    ungated: bool = False
 
     @property
     def name(self) -> str:
         """The contender's name in the results."""
         rank = f"_lorc{self.lorc_rank}" if self.lorc_rank else ""
-        return f"zqfp{rank}" + "_token" * self.per_token + "_two_launches" * self.two_launches
+        kind = "_two_launches" * self.two_launches + "_ungated" * self.ungated
+        return f"zqfp{rank}" + "_token" * self.per_token + kind
 
     def emit(self, writer: Writer, x: str, k: int, outputs: dict[str, int]) -> None:
         """Add the linears ``outputs`` (name -> N) of one input, as one product."""
-        n, rank, name = sum(outputs.values()), self.lorc_rank * len(outputs), "+".join(outputs)
+        several = {"output_n": list(outputs.values())} if len(outputs) > 1 else {}
+        self._emit(writer, x, k, outputs, list(outputs), several)
+
+    def emit_gated(self, writer: Writer, x: str, k: int, rows: dict[str, int], h: str) -> None:
+        """Add gate and up (``rows``: name -> N) of one input as the one layer that makes ``h``."""
+        self._emit(writer, x, k, rows, [h], {"gated": 1})
+
+    def _emit(
+        self, writer: Writer, x: str, k: int, rows: dict[str, int], outputs: list[str], kind: dict[str, Any]
+    ) -> None:
+        n, rank, name = sum(rows.values()), self.lorc_rank * len(rows), "+".join(rows)
         codes, scales = packed_sizes(n, k, self.group_size)
         inputs = [
             *self._quantize(writer, x, k, rank),
@@ -190,10 +204,8 @@ class W4A8Linears:
             inputs += [f"{x}.xv", writer.half(f"{name}.u", rank, n, scale=0.01)]
             writer.linear_bytes += 2 * rank * (n + k)
         attributes: dict[str, Any] = {"n": n, "k": k, "group_size": self.group_size, "lorc_rank": rank}
-        attributes |= {"per_token": int(self.per_token), "bias": 0, "dtype": F16}
-        if len(outputs) > 1:
-            attributes["output_n"] = list(outputs.values())
-        writer.op("PackedW4A8Linear", inputs, list(outputs), "zqfp", **attributes)
+        attributes |= {"per_token": int(self.per_token), "bias": 0, "dtype": F16, **kind}
+        writer.op("PackedW4A8Linear", inputs, outputs, "zqfp", **attributes)
 
     def _quantize(self, writer: Writer, x: str, k: int, rank: int) -> list[str]:
         """Add the quantiser of ``x``, and x @ V where there is a rank; return x8 and a."""
@@ -307,11 +319,14 @@ def _attention(writer: Writer, linears: Linears, i: int) -> None:
 
 def _feed_forward(writer: Writer, linears: Linears, i: int) -> None:
     shape = writer.shape
-    hidden = dict.fromkeys((f"l{i}.gate", f"l{i}.up"), shape.intermediate)
-    _linears(writer, linears, f"l{i}.norm2", shape.hidden, hidden)
-    writer.op("Sigmoid", [f"l{i}.gate"], [f"l{i}.sigmoid"])
-    writer.op("Mul", [f"l{i}.gate", f"l{i}.sigmoid"], [f"l{i}.silu"])
-    writer.op("Mul", [f"l{i}.silu", f"l{i}.up"], [f"l{i}.hidden"])
+    rows = dict.fromkeys((f"l{i}.gate", f"l{i}.up"), shape.intermediate)
+    if isinstance(linears, W4A8Linears) and not linears.ungated:
+        linears.emit_gated(writer, f"l{i}.norm2", shape.hidden, rows, f"l{i}.hidden")
+    else:
+        _linears(writer, linears, f"l{i}.norm2", shape.hidden, rows)
+        writer.op("Sigmoid", [f"l{i}.gate"], [f"l{i}.sigmoid"])
+        writer.op("Mul", [f"l{i}.gate", f"l{i}.sigmoid"], [f"l{i}.silu"])
+        writer.op("Mul", [f"l{i}.silu", f"l{i}.up"], [f"l{i}.hidden"])
     writer.widths[f"l{i}.hidden"] = shape.intermediate
     _linears(writer, linears, f"l{i}.hidden", shape.intermediate, {f"l{i}.down": shape.hidden})
 

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from fused_quantizers import EPSILON, Fused
-from quantized_layers import LAYERS, METADATA, NAME, Layer, layers, model
+from quantized_layers import GATED_LAYERS, LAYERS, METADATA, NAME, Layer, layers, model
 from rewrite_models import HOST_CASES, artifact
 
 from passes.join_quantizers import JoinQuantizers
@@ -15,6 +15,7 @@ from passes.lower_weights_plugin import LowerWeightsPlugin
 from passes.remove_unused import RemoveUnused
 from zqfp_compile.specs import check
 
+F32 = ir.DataType.FLOAT
 NORM = Layer(Fused(norm=True, skip=True, tokens=True, rank=16, k=80), (64, 72), bias=True)
 
 
@@ -34,7 +35,7 @@ def described(values: Sequence[ir.Value]) -> list[tuple[object, ...]]:
     return [(value.name, value.dtype, value.shape, dict(value.metadata_props)) for value in values]
 
 
-@pytest.mark.parametrize("layer", [*LAYERS, *layers(dtype=ir.DataType.FLOAT, k=80)], ids=str)
+@pytest.mark.parametrize("layer", [*LAYERS, *layers(dtype=F32, k=80), *GATED_LAYERS], ids=str)
 def test_every_quantiser_and_its_layer_become_one_node(layer, run_pass):
     case, wanted = layer.quantizer, model(layer).graph
     outputs = described(wanted.outputs)

@@ -5,15 +5,26 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 import pytest
+from gated_layers import GATE, UP, gated
+from quantizer_forms import SILUS
 from rewrite_models import BETA, Case, artifact, decoded, float_model, make_plan, mixed_plan, unreadable
 
 from passes._plugin_ops import products
+from passes.fuse_quantizers import FuseQuantizers
+from passes.join_quantizers import JoinQuantizers
 from passes.lower_weights_plugin import LowerWeightsPlugin
 from passes.remove_unused import RemoveUnused
 from zqfp_compile.formats.minifloat import E4M3FN
-from zqfp_compile.kernels.packing import packed_sizes, padded_shape, unpack_codes, unpack_group_scales
+from zqfp_compile.kernels.packing import (
+    gated_order,
+    packed_sizes,
+    padded_shape,
+    unpack_codes,
+    unpack_group_scales,
+)
 from zqfp_compile.pass_base import PassError
 from zqfp_compile.plan import SitePrecision
+from zqfp_compile.specs import check
 
 HOSTED = Case(group_size=32)
 
@@ -117,6 +128,21 @@ def test_an_output_that_does_not_end_a_block_goes_last():
     assert [item.name for item in model.graph[1].outputs] == ["v", "q"]
 
 
+@pytest.mark.parametrize("rank", [0, 60])
+def test_a_reader_between_two_layers_stays_behind_both(rank):
+    """Also where the layer in front is the last of the product, and where x @ V is a node of its own."""
+    case = dataclasses.replace(MERGED, n=72, v_n=128)
+    low = {key: SitePrecision("e2m1", rank // 2) for key in "qv"} if rank else {}
+    model, plan = artifact(case, mixed_plan(case, **low))
+    early = ir.Node("", "Neg", [model.graph.outputs[0]], name="early")
+    early.outputs[0].name = "early"
+    model.graph.insert_after(by_name(model)["attn.q"], early)
+    model.graph.outputs.append(early.outputs[0])
+    LowerWeightsPlugin(plan).call(model)
+    check(model, "engine")
+    assert [node.name for node in model.graph][-2:] == ["attn.v/MatMul+attn.q/MatMul", "early"]
+
+
 @pytest.mark.parametrize(
     ("changes", "precisions"),
     [
@@ -156,7 +182,7 @@ def layers(*sizes, rank=0):
     ],
 )
 def test_how_layers_are_divided_into_products(linears, wanted):
-    assert [[item.n for item, _ in product] for product in products(linears)] == wanted
+    assert [[item.n for item, _ in product.linears] for product in products(linears)] == wanted
 
 
 def site(plan, layer):
@@ -295,3 +321,178 @@ def test_group_scales_are_the_same_numbers_below_the_free_bit():
     stored = model.graph.initializers["attn.q/packed_scales"].const_value.tobytes()
     values = E4M3FN.decode(np.frombuffer(stored, np.uint8) & 0x7F)
     assert set(decoded(plan, "attn.q").group_scales.ravel()) <= set(values)
+
+
+GATED = hosted(n=72, lorc=True, rank=12, dtype=ir.DataType.FLOAT16)
+
+
+def test_gated_golden(run_pass, golden):
+    model, plan = gated(GATED)
+    assert run_pass(LowerWeightsPlugin(plan), model).modified
+    RemoveUnused().call(model)
+    golden("lower_weights_plugin_gated", model)
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": ir.DataType.FLOAT, "lorc": False}, {"per_token": True}])
+@pytest.mark.parametrize("form", SILUS)
+def test_gate_and_up_of_every_form_are_one_layer(form, changes):
+    """Whatever reads h, and without the shapes that an exporter may leave out."""
+    case = dataclasses.replace(GATED, **changes)
+    body = f"{SILUS[form]}\nother = Neg(h)\nsize = Neg(h)"
+    model, plan = gated(case, body, outputs=("h", "other", "size"))
+    for value in (value for node in model.graph for value in node.outputs if node.domain != "zqfp"):
+        value.shape = None
+    LowerWeightsPlugin(plan).call(model)
+    RemoveUnused().call(model)
+    check(model, "engine")
+    *_, linear, other, size = model.graph
+    assert (linear.op_type, linear.name) == ("PackedW4A8Linear", "attn.q/MatMul+attn.v/MatMul")
+    attributes = {name: attr.value for name, attr in linear.attributes.items() if name != "plugin_namespace"}
+    assert (attributes["gated"], attributes["n"], attributes["dtype"]) == (1, 144, int(case.dtype))
+    assert "output_n" not in attributes and len(linear.outputs) == 1
+    (h,) = linear.outputs
+    assert (h.name, h.dtype) == ("h", case.dtype) and h is model.graph.outputs[0]
+    assert other.inputs[0] is h and size.inputs[0] is h
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("swapped", [False, True], ids=["q is gate", "v is gate"])
+def test_rows_of_a_gated_layer_are_by_eights_of_gate_and_up(swapped, fp8):
+    """Of either order of the two in the graph; v has a bias."""
+    case = dataclasses.replace(GATED, n=40, lorc_fp8=fp8, constraint="m2")
+    body = "g = Sigmoid(up)\ns = Mul(up, g)\nh = Mul(s, gate)" if swapped else SILUS["sigmoid"]
+    model, plan = gated(case, body)
+    LowerWeightsPlugin(plan).call(model)
+    layers = ["attn.v", "attn.q"] if swapped else ["attn.q", "attn.v"]
+    linear = next(node for node in model.graph if node.op_type == "PackedW4A8Linear")
+    assert linear.name == "+".join(f"{layer}/MatMul" for layer in layers)
+    # Feature 8 i + j is row 16 i + j of gate, 16 i + 8 + j of up.
+    blocks = [[slice(16 * i + 8 * part, 16 * i + 8 * part + 8) for i in range(5)] for part in (0, 1)]
+
+    def apart(rows: np.ndarray) -> list[np.ndarray]:
+        """What gate and up have, of what there is for each row."""
+        return [np.concatenate([rows[block] for block in part]) for part in blocks]
+
+    codes, scales, row_scales, bias, xv, u = (value.const_value for value in linear.inputs[2:])
+    assert xv is None and (codes.shape, scales.nbytes) == (padded_shape(80, 64), packed_sizes(80, 64, 32)[1])
+    packed = [np.frombuffer(tensor.tobytes(), np.uint8) for tensor in (codes, scales)]
+    own = float_model(case).graph.initializers["c"].const_value.numpy()[0] * np.float16(BETA)
+    found = zip(
+        apart(unpack_codes(packed[0], 80, 64)),
+        apart(unpack_group_scales(packed[1], 80, 64, 32)),
+        apart(row_scales.numpy()),
+        apart(bias.numpy()),
+        apart(u.numpy().T),
+        strict=True,
+    )
+    for number, (layer, (code, scale, row, c, column)) in enumerate(zip(layers, found, strict=True)):
+        weight = decoded(plan, layer)
+        assert np.array_equal(code, weight.codes) and np.array_equal(scale, weight.group_scales)
+        assert np.array_equal(row, weight.row_scales)
+        assert np.array_equal(c, own if layer == "attn.v" else np.zeros(40, np.float16))
+        wanted = np.zeros((32, 40), np.float16)
+        wanted[16 * number : 16 * number + 12] = plan.low_rank(site(plan, layer))[1].astype(np.float16)
+        assert np.array_equal(column.T, wanted)
+    v = by_name(model)["x.quantize"].inputs[2].const_value.numpy()
+    for number, layer in enumerate(layers):
+        assert np.array_equal(
+            v[:, 16 * number : 16 * number + 12], plan.low_rank(site(plan, layer))[0].astype(np.float16)
+        )
+
+
+SIGMOID = SILUS["sigmoid"]
+UNGATED: dict[str, tuple[str, tuple[str, ...], dict[str, SitePrecision]]] = {
+    "gate is read": (f"{SIGMOID}\nother = Neg(gate)", ("h", "other"), {}),
+    "up is read": (f"{SIGMOID}\nother = Neg(up)", ("h", "other"), {}),
+    "the shape of up is read": (f"{SIGMOID}\nother = Shape(up)", ("h", "other"), {}),
+    "the sigmoid is read": (f"{SIGMOID}\nother = Neg(g)", ("h", "other"), {}),
+    "the silu is read": (f"{SILUS['Swish']}\nother = Neg(s)", ("h", "other"), {}),
+    "gate is an output": (SIGMOID, ("h", "gate"), {}),
+    "up is an output": (SIGMOID, ("h", "up"), {}),
+    "the silu is an output": (SIGMOID, ("h", "s"), {}),
+    "GELU": (SILUS["QuickGelu"].replace("1.0", "1.702"), ("h",), {}),
+    "the sigmoid is of up": (SIGMOID.replace("Sigmoid(gate)", "Sigmoid(up)"), ("h",), {}),
+    "gate is up": ("s = Swish(gate)\nh = Mul(s, gate)\nother = Neg(up)", ("h", "other"), {}),
+    "up is computed": (f"w = Neg(up)\n{SIGMOID.replace('up)', 'w)')}", ("h",), {}),
+    "gate is computed": (f"w = Neg(gate)\n{SIGMOID.replace('gate', 'w')}", ("h",), {}),
+    "LoRC on one": (SIGMOID, ("h",), {"v": SitePrecision("e2m1", 5)}),
+    "rank 72": (SIGMOID, ("h",), {"q": SitePrecision("e2m1", 60), "v": SitePrecision("e2m1", 5)}),
+    "up of FP8": (SIGMOID, ("h",), {"v": SitePrecision("fp8", 0)}),
+    "gate of FP8": (SIGMOID, ("h",), {"q": SitePrecision("fp8", 0)}),
+}
+
+
+@pytest.mark.parametrize("name", UNGATED)
+def test_what_is_not_gated(name):
+    body, outputs, precisions = UNGATED[name]
+    case = dataclasses.replace(GATED, lorc=False)
+    model, plan = gated(case, body, outputs=outputs, plan=mixed_plan(case, **precisions))
+    LowerWeightsPlugin(plan).call(model)
+    check(model, "engine")
+    assert "gated" not in {name for node in model.graph for name in node.attributes}
+    assert {"q", "v"} <= {str(value.name) for node in model.graph for value in node.outputs}
+
+
+def test_a_silu_product_in_a_branch_is_not_gated():
+    """Its nodes read gate and up from the graph around it."""
+    model, plan = gated(GATED)
+    graph = model.graph
+    nodes = list(graph)[-3:]
+    graph.outputs.clear()
+    graph.remove(nodes)
+    branches = [
+        ir.Graph([], [nodes[-1].outputs[0]], nodes=nodes, name="then"),
+        ir.Graph([], [], nodes=[], name="else"),
+    ]
+    condition = ir.Value(name="condition", const_value=ir.tensor(np.array(True)))
+    graph.register_initializer(condition)
+    attributes = [ir.AttrGraph(f"{branch.name}_branch", branch) for branch in branches]
+    graph.append(ir.Node("", "If", [condition], attributes, name="if"))
+    LowerWeightsPlugin(plan).call(model)
+    assert "gated" not in {name for node in graph for name in node.attributes}
+    assert len(branches[0]) == 3
+
+
+def test_other_layers_of_the_input_are_products_of_their_own():
+    """Here q and v a second time, and what they make is an output: one product with two outputs."""
+    case = dataclasses.replace(GATED, n=64)
+    model, plan = gated(case)
+    sites, tensors = list(plan.linears), dict(plan.tensors)
+    for key in (GATE, UP):
+        old = by_name(model)[f"attn.{key}"]
+        new = ir.Node(old.domain, old.op_type, old.inputs, overload=old.overload, name=f"other.{key}")
+        new.outputs[0].name, new.outputs[0].dtype = f"other_{key}", case.dtype
+        model.graph.insert_before(old, new)
+        model.graph.outputs.append(new.outputs[0])
+        sites.append(dataclasses.replace(site(plan, f"attn.{key}"), name=f"other.{key}"))
+        tensors[f"other.{key}"] = plan.tensors[f"attn.{key}"]
+    LowerWeightsPlugin(plan.replace(linears=tuple(sites), tensors=tensors)).call(model)
+    RemoveUnused().call(model)
+    check(model, "engine")
+    nodes = [node for node in model.graph if node.op_type == "PackedW4A8Linear"]
+    assert [[value.name for value in node.outputs] for node in nodes] == [["other_q", "other_v"], ["h"]]
+    apart, together = ([value.const_value for value in node.inputs[2:]] for node in nodes)
+    assert len(apart) == len(together) == 6
+    order = gated_order(64)  # the same numbers in another order: none is taken for the other's
+    assert np.array_equal(apart[2].numpy()[order], together[2].numpy())
+    assert np.array_equal(apart[3].numpy()[order], together[3].numpy())
+    assert np.array_equal(apart[5].numpy()[:, order], together[5].numpy())
+    assert apart[0].tobytes() != together[0].tobytes() and apart[1].tobytes() != together[1].tobytes()
+
+
+def test_no_tensor_of_a_gated_layer_is_read():
+    model, plan = gated(GATED)
+    assert LowerWeightsPlugin(unreadable(model, plan)).call(model).modified
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_gated_layer_quantises_its_own_input(per_token):
+    """join-quantizers behind this pass; there is nothing left to fuse."""
+    model, plan = gated(dataclasses.replace(GATED, per_token=per_token))
+    LowerWeightsPlugin(plan).call(model)
+    RemoveUnused().call(model)
+    assert not FuseQuantizers().call(model).modified
+    assert JoinQuantizers().call(model).modified
+    (node,) = model.graph
+    assert node.op_type == "QuantizedW4A8Linear" and [value.name for value in node.outputs] == ["h"]
+    assert (node.attributes["gated"].as_int(), node.attributes["source"].as_int()) == (1, 1)

@@ -16,17 +16,31 @@ SHAPE = "--layers 2 --hidden 128 --intermediate 192 --heads 2 --kv-heads 1 --voc
 STEPS = "--batches 1 3 --prefill 8 --context 16 --repeats 1"
 
 
-def test_only_ours_have_fused_and_joined_quantizers(repo_root: Path, tmp_path: Path, monkeypatch) -> None:
+def test_only_ours_have_gated_layers_and_fused_and_joined_quantizers(
+    repo_root: Path, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.syspath_prepend(repo_root / "tools")
     from decode_model import Float16Linears, Shape, W4A8Linears, write_model
 
     shape = Shape(layers=2, hidden=128, intermediate=192, heads=2, kv_heads=1, vocab=200)
-    wanted = {"zqfp_lorc16": [8, 0, 0, 0], "zqfp_two_launches": [0, 4, 2, 2], "fp16": [0, 0, 0, 0]}
-    for linears in (W4A8Linears(16), W4A8Linears(two_launches=True), Float16Linears()):
+    wanted = {
+        "zqfp_lorc16": [8, 0, 0, 0, 2],
+        "zqfp_two_launches": [0, 4, 0, 4, 2],
+        "zqfp_ungated": [8, 0, 0, 0, 0],
+        "zqfp_two_launches_ungated": [0, 4, 2, 2, 0],
+        "fp16": [0, 0, 0, 0, 0],
+    }
+    contenders = [W4A8Linears(16), Float16Linears(), W4A8Linears(two_launches=True)]
+    contenders += [W4A8Linears(ungated=True), W4A8Linears(two_launches=True, ungated=True)]
+    for linears in contenders:
         path, _ = write_model(tmp_path, shape, linears, 64)
-        kinds = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+        nodes = onnx.load(path, load_external_data=False).graph.node
+        kinds, attributes = (
+            [node.op_type for node in nodes],
+            [a.name for node in nodes for a in node.attribute],
+        )
         ours = ("QuantizedW4A8Linear", "QuantizeRmsNorm", "QuantizeSiluMul", "QuantizeActivation")
-        assert [kinds.count(kind) for kind in ours] == wanted[linears.name]
+        assert [*(kinds.count(kind) for kind in ours), attributes.count("gated")] == wanted[linears.name]
 
 
 def test_every_contender_has_a_row_per_step(make, repo_root: Path, tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from gated_layers import gated
 from rewrite_models import NUMPY, Case, artifact, float_model, quantized_activation, reference
 
+from passes._plugin_ops import Product
 from passes.lower_weights_fp8 import LowerWeightsFp8
 from passes.lower_weights_plugin import LowerWeightsPlugin
 from passes.remove_unused import RemoveUnused
@@ -120,7 +122,8 @@ def bytes_of(value: Any) -> bytes:
 def test_one_product_of_several_layers_gives_the_bits_of_each(n, v_n, number, dtype, library, monkeypatch):
     case = hosted_case(n, 208, number, v_n=v_n, dtype=dtype)
     merged, _, _ = lower(case)
-    monkeypatch.setattr("passes.lower_weights_plugin.products", lambda linears: [[item] for item in linears])
+    alone = "passes.lower_weights_plugin.products"
+    monkeypatch.setattr(alone, lambda linears: [Product([item]) for item in linears])
     apart, _, _ = lower(case)
     assert [sum(node.op_type == "PackedW4A8Linear" for node in model.graph) for model in (merged, apart)] == [
         1,
@@ -131,6 +134,28 @@ def test_one_product_of_several_layers_gives_the_bits_of_each(n, v_n, number, dt
         got, wanted = (open_session(model, library).run(None, {"x": x}) for model in (merged, apart))
         for y, exact, width in zip(got, wanted, (n, v_n), strict=True):
             assert y.shape == (rows, width) and y.tobytes() == exact.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("number", range(3))
+def test_a_gated_layer_gives_the_silu_product_of_gate_and_up(number, dtype, library):
+    """Of those that are apart, as they are outputs, in float64: h is computed in float32 and rounded once.
+
+    Half a unit in the last place and the roundings of float32 before it, with FLOAT those alone: 2^-22.
+    """
+    case = hosted_case(72, 208, number, dtype=dtype)
+    x, results = inputs(case, 33), []
+    for outputs in (("h",), ("gate", "up")):
+        model, plan = gated(case, outputs=outputs)
+        LowerWeightsPlugin(plan).call(model)
+        RemoveUnused().call(model)
+        assert sum(node.op_type == "PackedW4A8Linear" for node in model.graph) == len(outputs)
+        results += [y.astype(np.float64) for y in open_session(model, library).run(None, {"x": x})]
+    h, gate, up = results
+    exact = gate / (1 + np.exp(-gate)) * up
+    assert h.shape == (33, 72) and np.abs(exact).max() > 1
+    unit, smallest = {F32: (2**-22, 1e-37), F16: (1.001 * 2**-11, 2**-25)}[dtype]
+    assert (np.abs(h - exact) <= unit * np.abs(exact) + smallest).all()
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])

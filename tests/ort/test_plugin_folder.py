@@ -54,11 +54,15 @@ def logits(path: Path, **options: Any) -> np.ndarray:
 
 
 def sources(path: Path) -> list[int]:
-    """How many of our linears quantise what they are given, a SiLU product, a norm; no other node is ours."""
+    """How many of our linears quantise what they are given, a SiLU product, a norm, and how many are gated.
+
+    No other node is ours.
+    """
     nodes = [n for n in onnx.load(path, load_external_data=False).graph.node if n.domain == "zqfp"]
     assert {node.op_type for node in nodes} == {"QuantizedW4A8Linear"}
-    found = [attr.i for node in nodes for attr in node.attribute if attr.name == "source"]
-    return [found.count(source) for source in (1, 2, 3)]
+    attributes = [{attr.name: attr.i for attr in node.attribute} for node in nodes]
+    found = [attribute["source"] for attribute in attributes]
+    return [*(found.count(source) for source in (1, 2, 3)), sum(a.get("gated", 0) for a in attributes)]
 
 
 def test_an_export_without_shapes_is_fused_as_well(wide_model, library, tmp_path):
@@ -68,7 +72,7 @@ def test_an_export_without_shapes_is_fused_as_well(wide_model, library, tmp_path
     del model.graph.value_info[:]
     onnx.save(model, source)
     compiled(source, tmp_path / "plugin", weight_lowering="plugin")
-    assert sources(tmp_path / "plugin" / "onnxruntime.onnx") == [2, 2, 4]
+    assert sources(tmp_path / "plugin" / "onnxruntime.onnx") == [4, 0, 4, 2]
 
 
 @pytest.mark.parametrize("scale", ["tensor", "token"])
@@ -80,8 +84,8 @@ def test_logits_agree_with_the_fp8_lowering(dtype, scale, lorc_rank, wide_model,
     report = compiled(source, tmp_path / "plugin", weight_lowering="plugin", **options)
     compiled(source, tmp_path / "fp8", **options)
     path = tmp_path / "plugin" / "onnxruntime.onnx"
-    # q/k/v and gate/up are one each. Both norms and the SiLU of a layer are in theirs.
-    assert sources(path) == [2, 2, 4]
+    # q/k/v and gate/up are one each, both with the norm in front of them; gate/up make their SiLU product.
+    assert sources(path) == [4, 0, 4, 2]
     assert not [text for text in report["warnings"] if "not computed by the kernel" in text]
     copied = tmp_path / "plugin" / library.name
     assert copied.read_bytes() == library.read_bytes()
@@ -115,7 +119,7 @@ def test_layers_the_kernel_does_not_take_are_named_in_the_report(dtype, tiny_mod
     report = compile_model(tiny_model("llama", dtype=dtype), recipe, output=tmp_path / "out").report
     (text,) = [text for text in report.warnings if "not computed by the kernel" in text]
     assert text.startswith("12 of 14 layers") and "multiple of 16, not 72" in text
-    assert sources(tmp_path / "out" / "onnxruntime.onnx") == [0, 2, 0]
+    assert sources(tmp_path / "out" / "onnxruntime.onnx") == [0, 2, 0, 0]
     assert report.perplexity is not None
 
 
