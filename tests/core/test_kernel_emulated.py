@@ -28,11 +28,12 @@ INTEGERS = ("m", "n", "k", "rank", "per_token", "bfloat", "gated", "workers", "c
 ZEROED_BYTES = 16384
 
 # emulate.cpp's kernels by number: tokens, rows, slices, cluster, promotion; and their group size.
-T8, T32, T64, T128_PAIR, T256_PAIR, T256, T128_NARROW, S8, S16, S8_G32 = range(10)
+T8, T32, T64, T128_PAIR, T256_PAIR, T256, T128_NARROW, S8, S16, S8_G32, T16_HALVES, T64_HALVES, T128_HALVES = range(13)
 # Those that quantize their tokens are numbered apart.
 QUANTIZED = 100
 Q2, Q2_G32, Q2_G128 = range(QUANTIZED, QUANTIZED + 3)
 GROUP_SIZE = {T8: 64, T32: 32, T64: 128, T128_PAIR: 64, T256_PAIR: 64, T256: 32, T128_NARROW: 128}
+GROUP_SIZE |= {T16_HALVES: 64, T64_HALVES: 32, T128_HALVES: 128}
 GROUP_SIZE |= {S8: 64, S16: 128, S8_G32: 32, Q2: 64, Q2_G32: 32, Q2_G128: 128}
 
 
@@ -92,6 +93,14 @@ CASES = [
     Case(T32, m=33, n=456, k=272, workers=4, outputs=(64, 64, 320, 8)),
     Case(T128_PAIR, m=150, n=328, k=400, bfloat=True, outputs=(64, 264)),
     Case(T256_PAIR, m=40, n=192, k=272, cut=False, outputs=(64, 128)),
+    # Two blocks with half of K each: units that two do not divide, one of which is LoRC's alone; several tiles of
+    # a pair, so that the room for sums is used again.
+    Case(T16_HALVES, m=5, n=72, k=1040, rank=40),
+    Case(T16_HALVES, m=16, n=200, k=2000, rank=64, workers=1, bfloat=True),
+    Case(T64_HALVES, m=70, n=328, k=528, rank=24, workers=2),
+    Case(T64_HALVES, m=130, n=200, k=400, workers=1, outputs=(64, 64, 72)),
+    Case(T128_HALVES, m=150, n=136, k=1040, rank=40, workers=1),
+    Case(T128_HALVES, m=100, n=72, k=272, bias=False, per_token=False),
     # Strips: quarters of fewer blocks of K than warpgroups, of one, as many, more; a last quarter that is
     # short; rows of a strip that do not exist; chunks of x8.
     Case(S8, m=5, n=72, k=1040, rank=40),
@@ -583,6 +592,7 @@ GATED = [
     Case(T64, m=70, n=208, k=1040, rank=40, workers=4, bias=False),
     Case(T128_PAIR, m=150, n=336, k=528, rank=40, bfloat=True),
     Case(T256, m=257, n=80, k=272, rank=16, workers=2, per_token=False),
+    Case(T128_HALVES, m=150, n=80, k=528, rank=16, workers=1),
     Case(S8, m=5, n=80, k=1040, rank=40),
     Case(S16, m=15, n=208, k=400, rank=48, workers=4, bfloat=True),
     Joined(Q2, m=1, n=80, k=1040, rank=16, bfloat=True, source=RMS_NORM, order=1),

@@ -177,11 +177,12 @@ void run(const Problem& problem) {
   s.units = divide_up(p.k_blocks, C::kSlices);
   s.token_group = 8;
   s.workers = problem.workers;
-  s.whole_tiles = problem.cut ? 0 : s.tiles();
-  s.cut_workers = problem.cut ? std::min(s.workers, s.cut_units()) : 1;
+  const bool cut = problem.cut && C::kSplit == 1;
+  s.whole_tiles = cut ? 0 : s.tiles();
+  s.cut_workers = cut ? std::min(s.workers, s.cut_units()) : 1;
   s.prepare();
   run_workers(s.workers, problem.order, [&](int worker) {
-    run_cluster(worker, C::kCluster, C::kBlockThreads, C::kSharedBytes, [&](char* raw) { run_block<C>(p, raw); });
+    run_cluster(worker, C::kGang, C::kBlockThreads, C::kSharedBytes, [&](char* raw) { run_block<C>(p, raw); });
   });
 }
 
@@ -240,6 +241,9 @@ extern "C" int emulate(int config, const Problem* problem) {
     case 7: run_given_strips<StripConfig<8, 64, 2>>(*problem); return 64;
     case 8: run_given_strips<StripConfig<16, 128, 3>>(*problem); return 128;
     case 9: run_given_strips<StripConfig<8, 32, 3>>(*problem); return 32;
+    case 10: run<Config<16, 1, 4, 64, 1, 4, 2>>(*problem); return 64;
+    case 11: run<Config<64, 2, 2, 32, 1, 0, 2>>(*problem); return 32;
+    case 12: run<Config<128, 1, 2, 128, 1, 0, 2>>(*problem); return 128;
     default: return -1;
   }
 }

@@ -33,12 +33,14 @@ constexpr int kMaxStages = 8;
 
 // A block has kRows * kSlices consumer warpgroups. Warpgroup (row, slice) multiplies 64 weight rows by kTokens tokens
 // over every kSlices-th block of K; the slices are added up in shared memory. kCluster blocks with different weight
-// rows share the activations. kPromote: blocks of K after which the tensor core's accumulator is added to one in
-// float32; 0: never.
-template <int Tokens, int Rows, int Slices, int Group, int Cluster, int Promote>
+// rows share the activations; or kSplit, two, have the same rows and half of K each, and send each other sums. kPromote:
+// blocks of K after which the tensor core's accumulator is added to one in float32; 0: never.
+template <int Tokens, int Rows, int Slices, int Group, int Cluster, int Promote, int Split = 1>
 struct Config {
   static constexpr int kTokens = Tokens, kRows = Rows, kSlices = Slices, kGroup = Group, kCluster = Cluster,
-                       kPromote = Promote;
+                       kPromote = Promote, kSplit = Split;
+  static constexpr int kGang = Cluster * Split;  // blocks of a cluster
+  static_assert(Split == 1 || (Split == 2 && Cluster == 1), "clusters are of rows or of halves of K");
   static constexpr int kWarpgroups = Rows * Slices;
   static constexpr int kAccumulators = Tokens / 2;  // of a thread
 
@@ -67,8 +69,11 @@ struct Config {
   static constexpr int kOutSlotBytes = kOutTokens * kOutPitch;
   static constexpr int kOutBytes = Rows * kOutSlots * kOutSlotBytes;
   static constexpr int kTokenScaleBytes = kWarpgroups * Tokens * 4;
+  // What the other block sends: kOutTokens of every row. Of more tokens each finishes a half.
+  static constexpr int kHalfBytes = kBlockRows * kOutTokens * 4, kPeerBytes = Split == 1 ? 0 : Rows * kHalfBytes;
+  static_assert(Split == 1 || (Tokens <= 2 * kOutTokens && !kStoreApart), "two halves, and each is stored at once");
   static constexpr int kBarrierBytes = 1024, kAlignment = 1024;
-  static constexpr int kFixedBytes = kReduceBytes + kOutBytes + kTokenScaleBytes + kBarrierBytes + kAlignment;
+  static constexpr int kFixedBytes = kReduceBytes + kOutBytes + kPeerBytes + kTokenScaleBytes + kBarrierBytes + kAlignment;
 
   static constexpr int kFittingStages = (kMaxSharedBytes - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFittingStages < kMaxStages ? kFittingStages : kMaxStages;
@@ -83,14 +88,15 @@ struct Config {
   static constexpr int kScaleOffset = kCodeOffset + kStages * kCodeBytes;
   static constexpr int kReduceOffset = kScaleOffset + kStages * kScaleBytes;
   static constexpr int kOutOffset = kReduceOffset + kReduceBytes;
-  static constexpr int kTokenScaleOffset = kOutOffset + kOutBytes;
+  static constexpr int kPeerOffset = kOutOffset + kOutBytes;
+  static constexpr int kTokenScaleOffset = kPeerOffset + kPeerBytes;
   static constexpr int kBarrierOffset = kTokenScaleOffset + kTokenScaleBytes;
   static constexpr int kContentOffset = kBarrierOffset + kBarrierBytes / 2;
-  static_assert((kStages + Rows * kOutSlots) * 2 * 8 <= kBarrierBytes / 2, "room for the barriers");
+  static_assert((kStages + Rows * (kOutSlots + 1)) * 2 * 8 <= kBarrierBytes / 2, "room for the barriers");
   static_assert(!kStoreApart || Rows <= 2, "a warp of the producer's warpgroup stores each row");
 
   // A worker's partial sums in the workspace, in floats; it can hold two.
-  static constexpr int kPartialFloats = Rows * kAccumulators * kThreads;
+  static constexpr int kPartialFloats = Split > 1 ? 0 : Rows * kAccumulators * kThreads;
 };
 
 }  // namespace zqfp

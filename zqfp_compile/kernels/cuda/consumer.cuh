@@ -37,6 +37,7 @@ class Consumer {
     Walk walk(p_.schedule, this_worker<C>());
     Segment segment;
     while (walk.next(p_.schedule, this_worker<C>(), segment)) {
+      segment = part_of<C>(segment, rank_);
       const Tile tile = locate<C>(p_, segment.tile, rank_);
       const bool last_units = segment.end == p_.schedule.units;
       if (row_ >= tile.row_blocks) {
@@ -55,6 +56,7 @@ class Consumer {
   Ring<C::kStages> ring_;
   Ring<C::kOutSlots> out_;
   bool reduced_before_ = false;
+  int exchanged_ = 0;  // tiles
   Trace trace_;
 
   // ---- the pipeline ------------------------------------------------------------------------------------------------
@@ -84,6 +86,7 @@ class Consumer {
 
   __device__ __forceinline__ void process(const Segment& segment, const Tile& tile, bool last_units) {
     trace_.stamp(Step::kTile);
+    if constexpr (C::kSplit > 1) make_room();
     const EdgeScales edge = load_edges(tile);
     // The last unit may have no block of K for this slice.
     const int units = segment.end - segment.begin;
@@ -100,7 +103,10 @@ class Consumer {
       if (!add_slices(sums)) return;
       trace_.stamp(Step::kSlices);
     }
-    if (segment.begin > 0 || !last_units) {
+    if constexpr (C::kSplit > 1) {
+      if (!(rank_ == 0 ? exchange<0>(sums) : exchange<1>(sums))) return;
+      trace_.stamp(Step::kShared);
+    } else if (segment.begin > 0 || !last_units) {
       if (!add_partials(segment, sums)) return;
       trace_.stamp(Step::kShared);
     }
@@ -365,6 +371,43 @@ class Consumer {
     return *shared_flag;
   }
 
+  // ---- tiles of which two blocks have half of K each ------------------------------------------------------------------
+
+  // Of two parts of kOutTokens the first block finishes the first, the second the second, and each sends the other its sums
+  // of that; where there is one part, the first block does. True for a block that goes on.
+  template <int kMine>
+  __device__ __forceinline__ bool exchange(Sums& sums) {
+    constexpr bool kBoth = C::kTokens > C::kOutTokens;
+    constexpr int kHalf = C::kOutTokens / 8;  // quads of a thread
+    float4* halves = shared_.template at<float4>(C::kPeerOffset) + row_ * kHalf * kThreads + thread_;
+    const int other = 1 - kMine;
+    if (exchanged_ == 0) ptx::cluster_wait();  // its barriers are open
+    if constexpr (kBoth || kMine == 1) {
+      if (exchanged_ > 0) ptx::barrier_wait(shared_.peer_empty(row_), (exchanged_ - 1) & 1);
+#pragma unroll
+      for (int i = 0; i < kHalf; ++i) {
+        const float* sum = sums + 4 * ((kBoth ? other * kHalf : 0) + i);
+        ptx::store_remote(reinterpret_cast<const float*>(halves + i * kThreads), {sum[0], sum[1], sum[2], sum[3]},
+                          shared_.peer_full(row_), other);
+      }
+    }
+    if constexpr (kBoth || kMine == 0) {
+      if (thread_ == 0) ptx::barrier_expect(shared_.peer_full(row_), C::kHalfBytes);
+      ptx::barrier_wait(shared_.peer_full(row_), exchanged_ & 1);
+#pragma unroll
+      for (int i = 0; i < kHalf; ++i) add_quad(sums, kMine * kHalf + i, halves[i * kThreads]);
+    }
+    ++exchanged_;
+    return kBoth || kMine == 0;
+  }
+
+  // Says that there is room for what the other block sends of this tile. Not after the one before, which may be its last.
+  __device__ __forceinline__ void make_room() const {
+    if (slice_ != 0 || exchanged_ == 0 || (C::kTokens == C::kOutTokens && rank_ == 1)) return;
+    __syncwarp();
+    if (thread_ % 32 == 0) ptx::barrier_arrive_remote(shared_.peer_empty(row_), 1 - rank_);
+  }
+
   // ---- output ------------------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void add_bias(const Bias& bias, Sums& sums) const {
@@ -378,6 +421,7 @@ class Consumer {
   __device__ __forceinline__ void store(const Tile& tile, const Sums& sums) {
 #pragma unroll
     for (int part = 0; part < C::kTokens; part += C::kOutTokens) {
+      if (C::kSplit > 1 && part / C::kOutTokens != rank_) continue;
       if constexpr (C::kStoreApart) {
         ptx::barrier_wait(shared_.out_empty(row_, out_.stage), out_.parity ^ 1);
         turn<T>(sums + part / 2, shared_.out(row_, out_.stage));

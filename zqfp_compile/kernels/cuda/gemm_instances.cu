@@ -6,9 +6,9 @@
 namespace zqfp {
 namespace {
 
-template <int kTokens, int kRows, int kSlices, int kCluster, int kPromote>
+template <int kTokens, int kRows, int kSlices, int kCluster, int kPromote, int kSplit = 1>
 Kernel instance(const char* name) {
-  using C = Config<kTokens, kRows, kSlices, ZQFP_GROUP, kCluster, kPromote>;
+  using C = Config<kTokens, kRows, kSlices, ZQFP_GROUP, kCluster, kPromote, kSplit>;
   static std::atomic<uint64_t> prepared{0};
   return {name,
           kTokens,
@@ -16,6 +16,7 @@ Kernel instance(const char* name) {
           kSlices,
           kCluster,
           kPromote,
+          kSplit,
           C::kStages,
           C::kBlockThreads,
           C::kSharedBytes,
@@ -35,6 +36,7 @@ Kernel strip_instance(const char* name) {
           C::kWarps,
           1,
           0,
+          1,
           C::kAhead,
           C::kThreads,
           C::kSharedBytes,
@@ -73,7 +75,8 @@ static_assert(share_processor(kAlone, kBesideAttention), "room behind the one th
 KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
   // Few tokens: all four warpgroups on 64 rows, each a quarter of K, so that a tile is small and cut rarely; or on 128,
   // half of K each, where that fills the GPU better. Up to 32 tokens the tensor core's sums are promoted, up to 128
-  // most are cut into slices. A pair shares the tokens. The order is KernelId's.
+  // most are cut into slices. A pair shares the tokens, or has half of K each where tiles are half as many as processors.
+  // The order is KernelId's.
   static const Kernel kernels[] = {
       instance<8, 1, 4, 1, 4>("t8r1s4p4"),
       instance<8, 2, 2, 1, 4>("t8r2s2p4"),
@@ -87,6 +90,11 @@ KernelTable ZQFP_TABLE(ZQFP_GROUP)() {
       instance<128, 2, 1, 1, 0>("t128r2s1"),
       instance<256, 2, 1, 1, 0>("t256r2s1"),
       instance<256, 2, 1, 2, 0>("t256r2s1c2"),
+      instance<8, 1, 4, 1, 4, 2>("t8r1s4p4k2"),
+      instance<16, 1, 4, 1, 4, 2>("t16r1s4p4k2"),
+      instance<32, 1, 4, 1, 4, 2>("t32r1s4p4k2"),
+      instance<64, 1, 4, 1, 0, 2>("t64r1s4k2"),
+      instance<128, 1, 2, 1, 0, 2>("t128r1s2k2"),
       strip_instance<Strips<8, 2>>("t8w2"),
       strip_instance<Strips<16, 3>>("t16w3"),
       strip_instance<Strips<8, 3>>("t8w3"),

@@ -19,6 +19,12 @@ __device__ __forceinline__ void init_barriers(Shared<C> shared) {
       }
     }
   }
+  if constexpr (C::kSplit > 1) {
+    for (int row = 0; row < C::kRows; ++row) {
+      ptx::barrier_init(shared.peer_full(row), 1);
+      ptx::barrier_init(shared.peer_empty(row), kThreads / 32);
+    }
+  }
   ptx::fence_barrier_init();
 }
 
@@ -28,6 +34,7 @@ __device__ __forceinline__ void sync_blocks() {
     ptx::cluster_sync();
   } else {
     __syncthreads();
+    if constexpr (C::kSplit > 1) ptx::cluster_arrive();  // who sends sums waits
   }
 }
 
@@ -62,7 +69,7 @@ template <class C>
 __device__ __forceinline__ void run_block(const GemmParams& p, char* raw) {
   // Every block aligns in the same way: what one block of a cluster writes lies at the same offset in the others.
   const Shared<C> shared{(ptx::shared_address(raw) + 1023u) & ~1023u};
-  const int rank = C::kCluster > 1 ? ptx::cluster_block() : 0;
+  const int rank = C::kGang > 1 ? ptx::cluster_block() : 0;
   const int warpgroup = threadIdx.x / kThreads;
 
   Trace trace;

@@ -7,10 +7,10 @@
 namespace zqfp {
 
 struct Kernel {
-  // t<tokens>r<rows>s<slices>, then c<cluster> and p<promotion> if any (config.h); t<tokens>w<pieces ahead>g<warpgroups>
+  // t<tokens>r<rows>s<slices>, then c<cluster>, p<promotion> and k<split> if any (config.h); t<tokens>w<pieces ahead>g<warpgroups>
   // (strip_kernel.cuh; without g: four), then q if it quantises its tokens
   const char* name;
-  int tokens, rows, slices, cluster, promote;
+  int tokens, rows, slices, cluster, promote, split;
   int stages;
   int threads;
   int shared_bytes;  // of kernels of strips: without layer_bytes (strips.h)
@@ -35,6 +35,11 @@ enum KernelId {
   kT128,
   kT256,
   kT256Pair,
+  kT8Halves,
+  kT16Halves,
+  kT32Halves,
+  kT64Halves,
+  kT128Halves,
   kT8Strips,
   kT16Strips,
   kT8LongStrips,

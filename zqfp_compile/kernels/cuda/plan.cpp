@@ -15,12 +15,13 @@ constexpr int kMaxRowsPerTile = 4;
 static_assert(2 * kMaxProcessors * kMaxRowsPerTile * sizeof(uint32_t) <= ZQFP_WORKSPACE_ZEROED_BYTES,
               "a counter for each row of warpgroups of each cut tile; workers are fewer where they are clusters");
 
-// What kernels cost on an H100, in cycles of a multiprocessor: a unit of K, the start and end of a tile, and the exchange
-// of sums where tiles are cut, in two or more. Fitted to what bench_gemm.py --variants measures (docs/performance.md); only
-// their ratios matter.
+// What kernels cost on an H100, in cycles of a multiprocessor: a unit of K, the start and end of a tile, and once the
+// exchange of sums where tiles are cut, in two or more. Fitted to what bench_gemm.py --variants measures (docs/performance.md);
+// only their ratios matter.
 struct Cost {
   int unit, tile, cut_in_two, cut;
 };
+constexpr int kTileStart = 3160;
 constexpr Cost kCosts[kT8Strips] = {
     {1052, 1200, 3000, 3000},   // kT8
     {1090, 900, 4000, 4000},    // kT8Wide
@@ -28,12 +29,17 @@ constexpr Cost kCosts[kT8Strips] = {
     {1100, 950, 4000, 4000},    // kT16Wide
     {1130, 1300, 3200, 3200},   // kT32
     {1212, 1000, 4500, 4500},   // kT32Wide
-    {1350, 1600, 3500, 3500},   // kT64
+    {1350, 1600, 5000, 5000},   // kT64
     {1348, 1500, 5000, 5000},   // kT64Wide
     {884, 2459, 4500, 5000},    // kT128Narrow
     {976, 3200, 6000, 14000},   // kT128
     {1003, 3602, 8000, 24000},  // kT256
     {985, 3602, 8000, 24000},   // kT256Pair
+    {1052, 480, 1500, 0},       // kT8Halves: always in two, of which all but the last exchange is hidden
+    {1025, 970, 1390, 0},       // kT16Halves
+    {1130, 1450, 1780, 0},      // kT32Halves
+    {1350, 2630, 2600, 0},      // kT64Halves
+    {884, 2600, 200, 0},        // kT128Halves
 };
 
 // Of a strip: a block of K, no less than the warp takes that finishes it, and what does not overlap; and of the launch:
@@ -42,9 +48,9 @@ struct StripCost {
   int block, least, end, token_block, launch;
 };
 constexpr StripCost kStripCosts[kT2QuantizedStrips - kT8Strips] = {
-    {100, 1900, 250, 4, 300},  // kT8Strips
-    {125, 2100, 250, 4, 300},  // kT16Strips
-    {65, 1900, 200, 0, 2600},  // kT8LongStrips
+    {77, 1900, 250, 1, 2900},  // kT8Strips
+    {97, 2100, 200, 2, 4000},  // kT16Strips
+    {74, 1900, 150, 0, 4100},  // kT8LongStrips
 };
 
 // Three pieces ahead, not two.
@@ -64,7 +70,8 @@ bool strips_fit(const Kernel& kernel, const zqfpLinearDesc& desc) {
 }
 
 bool can_compute(const Kernel& kernel, const zqfpLinearDesc& desc) {
-  return !kernel.quantizes && (!kernel.strips || strips_fit(kernel, desc));
+  if (kernel.quantizes || (kernel.strips && !strips_fit(kernel, desc))) return false;
+  return kernel.split == 1 || desc.k > int64_t(kBlockColumns) * kernel.slices;  // two units, one for each
 }
 
 Schedule tiles_of(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel) {
@@ -82,11 +89,13 @@ struct Deal {
   int64_t cycles;
 };
 
-Deal deal_whole(Schedule s, int processors, const Cost& cost) {
-  s.workers = std::min(s.tiles(), processors);
+// By workers of one processor, or of two, each with half of K.
+Deal deal_whole(Schedule s, int workers, int split, const Cost& cost) {
+  s.workers = std::min(s.tiles(), workers);
   s.whole_tiles = s.tiles();
   s.cut_workers = 1;
-  return {s, divide_up(s.tiles(), processors) * (int64_t(s.units) * cost.unit + cost.tile)};
+  const int64_t tile = divide_up(s.units, split) * cost.unit + cost.tile;
+  return {s, kTileStart + divide_up(s.tiles(), workers) * tile + (split > 1 ? cost.cut_in_two : 0)};
 }
 
 // The last `rest` tiles are cut. So many pieces each that all are cut at the same places, if that idles few.
@@ -100,7 +109,7 @@ Deal deal_cut(Schedule s, int processors, const Cost& cost, int rest) {
   if (s.whole_tiles == 0) s.workers = s.cut_workers;
   const int64_t whole = s.whole_tiles / processors * (int64_t(s.units) * cost.unit + cost.tile);
   const int64_t cut = divide_up(s.cut_units(), s.cut_workers) * cost.unit + divide_up(rest, processors) * cost.tile;
-  return {s, whole + cut + (s.cut_workers == 2 * rest ? cost.cut_in_two : cost.cut)};
+  return {s, kTileStart + whole + cut + (s.cut_workers == 2 * rest ? cost.cut_in_two : cost.cut)};
 }
 
 // Strips are never cut.
@@ -119,10 +128,11 @@ Deal deal_strips(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel, in
   return {s, (divide_up(s.row_tiles, s.workers) * strip + tokens + cost.launch) * s.token_tiles};
 }
 
-Deal deal_out(const Schedule& tiles, int processors, const Cost& cost, Cut cut) {
+Deal deal_out(const Schedule& tiles, const Kernel& kernel, int processors, const Cost& cost, Cut cut) {
+  processors /= kernel.cluster * kernel.split;
   const int rounds = tiles.tiles() / processors, rest = tiles.tiles() % processors;
-  Deal best = deal_whole(tiles, processors, cost);
-  if (rest == 0 || cut == Cut::kNever) return best;
+  Deal best = deal_whole(tiles, processors, kernel.split, cost);
+  if (rest == 0 || cut == Cut::kNever || kernel.split > 1) return best;
   if (cut == Cut::kAlways) best.cycles = INT64_MAX;
   // What is left after the last full round, alone or with that round, which cuts it into larger pieces.
   for (const int more : {0, rounds > 0 ? processors : 0}) {
@@ -137,7 +147,8 @@ const Cost& cost_of(const KernelTable& table, int id) {
   if (id < kT8Strips) return kCosts[id];
   int like = kT256;
   for (int i = 0; i < kT8Strips; ++i) {
-    if (table.kernels[i].tokens == table.kernels[id].tokens && table.kernels[i].rows == table.kernels[id].rows) like = i;
+    const Kernel &known = table.kernels[i], &other = table.kernels[id];
+    if (known.tokens == other.tokens && known.rows == other.rows && known.split == other.split) like = i;
   }
   return kCosts[like];
 }
@@ -166,8 +177,8 @@ Plan make_plan(const zqfpLinearDesc& desc, int64_t m, int processors, const Tuni
     const Kernel& kernel = table.kernels[id];
     if (!can_compute(kernel, desc) || (tuning.kernel < 0 && !is_candidate(kernel, desc, m))) continue;
     const Deal deal = kernel.strips ? deal_strips(desc, m, kernel, processors)
-                                    : deal_out(tiles_of(desc, m, kernel), processors / kernel.cluster,
-                                               cost_of(table, id), tuning.cut);
+                                    : deal_out(tiles_of(desc, m, kernel), kernel, processors, cost_of(table, id),
+                                               tuning.cut);
     if (deal.cycles >= fewest) continue;
     fewest = deal.cycles;
     plan = {&kernel, deal.schedule};

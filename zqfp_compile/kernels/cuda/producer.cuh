@@ -53,11 +53,21 @@ struct Shared {
   __device__ __forceinline__ uint32_t out_empty(int row, int slot) const {
     return out_full(row, slot + C::kRows * C::kOutSlots);
   }
+  // Of what the other of two blocks sends: it is there; there is room for it.
+  __device__ __forceinline__ uint32_t peer_full(int row) const { return out_full(2 * C::kRows, row); }
+  __device__ __forceinline__ uint32_t peer_empty(int row) const { return peer_full(row + C::kRows); }
 };
 
 template <class C>
 __device__ __forceinline__ int this_worker() {
-  return blockIdx.x / C::kCluster;
+  return blockIdx.x / C::kGang;
+}
+
+// What a block has of a worker's segment: of two that share K, whose tiles are whole, a half. The second's is never empty.
+template <class C>
+__device__ __forceinline__ Segment part_of(Segment segment, int rank) {
+  if constexpr (C::kSplit > 1) (rank == 0 ? segment.end : segment.begin) = segment.end / 2;
+  return segment;
 }
 
 // Where a block's tile lies in the matrices.
@@ -70,7 +80,7 @@ struct Tile {
 template <class C>
 __device__ __forceinline__ Tile locate(const GemmParams& p, int tile, int rank) {
   const TilePosition at = tile_position(p.schedule, tile);
-  const int row_block = (at.row_tile * C::kCluster + rank) * C::kRows;
+  const int row_block = (at.row_tile * C::kCluster + (C::kCluster > 1 ? rank : 0)) * C::kRows;
   const int left = p.row_blocks - row_block;
   return {row_block, left < 0 ? 0 : (left < C::kRows ? left : C::kRows), at.token_tile * C::kTokens};
 }
@@ -86,6 +96,7 @@ class Cursor {
     if (++unit < end_) return true;
     Segment segment;
     if (!walk_.next(p.schedule, this_worker<C>(), segment)) return false;
+    segment = part_of<C>(segment, rank_);
     tile = locate<C>(p, segment.tile, rank_);
     unit = segment.begin;
     end_ = segment.end + (segment.end == p.schedule.units ? p.lorc_steps : 0);
