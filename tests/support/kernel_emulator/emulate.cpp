@@ -164,7 +164,8 @@ template <class C>
 void run(const Problem& problem) {
   GemmParams p{};
   fill(problem, &p);
-  const int box = C::kTokens / C::kCluster;
+  const int box = C::kCluster > 1 ? C::kTokens / C::kCluster : std::min(problem.m, C::kTokens);
+  p.box_tokens = box;
   p.x8 = emulator::make_map(problem.x8, problem.m, problem.k, 1, box);
   p.xv = emulator::make_map(problem.xv, problem.m, problem.rank, 2, box);
   p.u = emulator::make_map(problem.u, problem.rank, problem.n, 2, kLorcStep);
@@ -202,7 +203,8 @@ void run_strip_kernel(const Problem& problem, Params p) {
 template <class C>
 void run_given_strips(const Problem& problem) {
   StripParams p{};
-  p.x8 = emulator::make_map(problem.x8, problem.m, problem.k, 1, 8);
+  p.box_tokens = std::min(problem.m, 8);
+  p.x8 = emulator::make_map(problem.x8, problem.m, problem.k, 1, p.box_tokens);
   p.xv = problem.xv;
   p.u = problem.u;
   p.rank = problem.rank;

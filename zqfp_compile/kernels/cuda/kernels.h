@@ -7,8 +7,8 @@
 namespace zqfp {
 
 struct Kernel {
-  // t<tokens>r<rows>s<slices>, then c<cluster>, p<promotion> and k<split> if any (config.h); t<tokens>w<pieces ahead>g<warpgroups>
-  // (strip_kernel.cuh; without g: four), then q if it quantises its tokens
+  // t<tokens>r<rows>s<slices>, then c<cluster>, p<promotion> and k<split> if any (config.h); t<tokens>w<pieces ahead>
+  // g<warpgroups> (strip_kernel.cuh; without g: four), then q if it quantises its tokens
   const char* name;
   int tokens, rows, slices, cluster, promote, split;
   int stages;

@@ -18,12 +18,13 @@ Tuning tuning;
 
 zqfpStatus fill_maps(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Kernel& kernel,
                      GemmParams* p) {
-  const int box_tokens = kernel.tokens / kernel.cluster;
-  ZQFP_RETURN_IF_FAILED(make_map(&p->x8, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, args.x8, m, desc.k, box_tokens));
+  // Clearing tokens that there are not takes longer than copying them.
+  p->box_tokens = int(kernel.cluster > 1 ? kernel.tokens / kernel.cluster : std::min<int64_t>(m, kernel.tokens));
+  ZQFP_RETURN_IF_FAILED(make_map(&p->x8, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, args.x8, m, desc.k, p->box_tokens));
   if (desc.lorc_rank == 0) return ZQFP_SUCCESS;
   const CUtensorMapDataType type =
       desc.dtype == ZQFP_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  ZQFP_RETURN_IF_FAILED(make_map(&p->xv, type, 2, args.xv, m, desc.lorc_rank, box_tokens));
+  ZQFP_RETURN_IF_FAILED(make_map(&p->xv, type, 2, args.xv, m, desc.lorc_rank, p->box_tokens));
   return make_map(&p->u, type, 2, args.u, desc.lorc_rank, desc.n, kLorcStep);
 }
 
@@ -73,7 +74,8 @@ void fill_strip_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, i
 zqfpStatus launch_given_strips(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t m, const Plan& plan,
                                int device, void* stream) {
   StripParams p{};
-  ZQFP_RETURN_IF_FAILED(make_map(&p.x8, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, args.x8, m, desc.k, 8));
+  p.box_tokens = int(std::min<int64_t>(m, 8));
+  ZQFP_RETURN_IF_FAILED(make_map(&p.x8, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, args.x8, m, desc.k, p.box_tokens));
   fill_strip_params(desc, args, m, plan.schedule, &p);
   p.xv = args.xv;
   p.u = args.u;

@@ -35,6 +35,7 @@ struct LinearParams {
   const void* bias;  // or null
   Output outputs[kMaxOutputs];  // unused ones begin after the last block
   int m, n;
+  int box_tokens;  // that a copy of x8, or xv, brings; in place of those beyond them a tile holds anything
   int row_blocks;  // of 64 rows
   int k_blocks;    // of 128 columns
   bool per_token;

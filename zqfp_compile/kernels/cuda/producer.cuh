@@ -216,7 +216,7 @@ class Producer {
   __device__ __forceinline__ void load_tokens() {
     const int lorc_step = cursor_.unit - p_.schedule.units;
     const int count = lorc_step < 0 ? slices() : 1;
-    const uint32_t barrier = acquire(count * C::kTileBytes);
+    const uint32_t barrier = acquire(count * C::kCluster * p_.box_tokens * kBlockColumns);
     const CUtensorMap* map = lorc_step < 0 ? &p_.x8 : &p_.xv;
     const int column = lorc_step < 0 ? cursor_.unit * C::kSlices * kBlockColumns : lorc_step * kLorcStep;
 #pragma unroll 1

@@ -238,7 +238,7 @@ class StripFinisher {
     }
   }
 
-  // Chunk by chunk, a tile of eight tokens and a block of K by each lane. What lies beyond x8 arrives as zeros.
+  // Chunk by chunk, a tile of eight tokens and a block of K by each lane.
   __device__ __forceinline__ void bring_tokens() const {
     static_assert(C::kTokens >= 8 && C::kOctets * kStripSlices * kStripChunk <= 32, "a tile for each lane");
     const int part = lane_ / kStripChunk;  // kStripSlices * octet + slice
@@ -246,7 +246,7 @@ class StripFinisher {
       const int first = chunk * kStripChunk, left = p_.columns - first;
       const int columns = left < kStripChunk ? left : kStripChunk;
       const uint32_t barrier = shared_.chunk(chunk);
-      if (lane_ == 0) ptx::barrier_expect(barrier, C::kOctets * kStripSlices * columns * 1024);
+      if (lane_ == 0) ptx::barrier_expect(barrier, C::kOctets * kStripSlices * columns * p_.box_tokens * kBlockColumns);
       __syncwarp();
       const int column = first + lane_ % kStripChunk;
       if (part >= C::kOctets * kStripSlices || column >= p_.columns) continue;
