@@ -28,7 +28,21 @@ INTEGERS = ("m", "n", "k", "rank", "per_token", "bfloat", "gated", "workers", "c
 ZEROED_BYTES = 16384
 
 # emulate.cpp's kernels by number: tokens, rows, slices, cluster, promotion; and their group size.
-T8, T32, T64, T128_PAIR, T256_PAIR, T256, T128_NARROW, S8, S16, S8_G32, T16_HALVES, T64_HALVES, T128_HALVES = range(13)
+(
+    T8,
+    T32,
+    T64,
+    T128_PAIR,
+    T256_PAIR,
+    T256,
+    T128_NARROW,
+    S8,
+    S16,
+    S8_G32,
+    T16_HALVES,
+    T64_HALVES,
+    T128_HALVES,
+) = range(13)
 # Those that quantize their tokens are numbered apart.
 QUANTIZED = 100
 Q2, Q2_G32, Q2_G128 = range(QUANTIZED, QUANTIZED + 3)
@@ -93,8 +107,8 @@ CASES = [
     Case(T32, m=33, n=456, k=272, workers=4, outputs=(64, 64, 320, 8)),
     Case(T128_PAIR, m=150, n=328, k=400, bfloat=True, outputs=(64, 264)),
     Case(T256_PAIR, m=40, n=192, k=272, cut=False, outputs=(64, 128)),
-    # Two blocks with half of K each: units that two do not divide, one of which is LoRC's alone; several tiles of
-    # a pair, so that the room for sums is used again.
+    # Two blocks with half of K each: units that two do not divide; several tiles of a pair, so that the room for
+    # sums is used again.
     Case(T16_HALVES, m=5, n=72, k=1040, rank=40),
     Case(T16_HALVES, m=16, n=200, k=2000, rank=64, workers=1, bfloat=True),
     Case(T64_HALVES, m=70, n=328, k=528, rank=24, workers=2),

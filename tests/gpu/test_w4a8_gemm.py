@@ -171,7 +171,7 @@ def test_every_kernel(kernel_library, cut):
             continue  # it quantizes its tokens: test_quantized_linear.py
         kernel_library.tune(index, cut)
         try:
-            for n, k, m in ((1096, 1168, 70), (64, 4096, 5), (4096, 1024, 300)):
+            for n, k, m in ((1096, 1168, 70), (64, 4096, 5), (4096, 1024, 300), (8200, 1040, 3)):
                 layer = Layer(n, k, 64, lorc_rank=40)
                 Problem(kernel_library, layer, max_rows=m).check(m)
             check_gated(kernel_library, Layer(1104, 1168, 64, lorc_rank=40), 70)

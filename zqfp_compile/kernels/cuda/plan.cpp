@@ -15,52 +15,51 @@ constexpr int kMaxRowsPerTile = 4;
 static_assert(2 * kMaxProcessors * kMaxRowsPerTile * sizeof(uint32_t) <= ZQFP_WORKSPACE_ZEROED_BYTES,
               "a counter for each row of warpgroups of each cut tile; workers are fewer where they are clusters");
 
-// What kernels cost on an H100, in cycles of a multiprocessor: a unit of K, the start and end of a tile, and once the
-// exchange of sums where tiles are cut, in two or more. Fitted to what bench_gemm.py --variants measures (docs/performance.md);
-// only their ratios matter.
+// What kernels cost on an H100, in cycles of a multiprocessor beyond an empty launch: a unit of K, the start and end of a tile,
+// and once the exchange of sums where tiles are cut, all in two, all in more, or where the ranges end; all but the last
+// exchange of two blocks that share K is hidden. Fitted to 1832 measurements (docs/performance.md), within 3 to 6%.
 struct Cost {
-  int unit, tile, cut_in_two, cut;
+  int unit, tile, in_two, in_more, ragged;
 };
 constexpr int kTileStart = 3160;
+// Reading blocks of 64 x 128 from memory, by all multiprocessors together, and what of it comes during a tile's start.
+constexpr double kReadBlock = 2.33;
+constexpr int64_t kReadEarly = 1000;
 constexpr Cost kCosts[kT8Strips] = {
-    {1052, 1200, 3000, 3000},   // kT8
-    {1090, 900, 4000, 4000},    // kT8Wide
-    {1025, 1250, 3000, 3000},   // kT16
-    {1100, 950, 4000, 4000},    // kT16Wide
-    {1130, 1300, 3200, 3200},   // kT32
-    {1212, 1000, 4500, 4500},   // kT32Wide
-    {1350, 1600, 5000, 5000},   // kT64
-    {1348, 1500, 5000, 5000},   // kT64Wide
-    {884, 2459, 4500, 5000},    // kT128Narrow
-    {976, 3200, 6000, 14000},   // kT128
-    {1003, 3602, 8000, 24000},  // kT256
-    {985, 3602, 8000, 24000},   // kT256Pair
-    {1052, 480, 1500, 0},       // kT8Halves: always in two, of which all but the last exchange is hidden
-    {1025, 970, 1390, 0},       // kT16Halves
-    {1130, 1450, 1780, 0},      // kT32Halves
-    {1350, 2630, 2600, 0},      // kT64Halves
-    {884, 2600, 200, 0},        // kT128Halves
+    {1021, 749, 2364, 2364, 5257},     // kT8
+    {1105, 0, 2309, 3052, 5954},       // kT8Wide
+    {1047, 969, 2427, 2444, 5329},     // kT16
+    {1151, 53, 2523, 3552, 5974},      // kT16Wide
+    {1059, 1578, 2650, 2690, 6106},    // kT32
+    {1229, 428, 2718, 4268, 6255},     // kT32Wide
+    {1358, 2140, 3639, 3639, 8114},    // kT64
+    {1269, 1499, 4396, 6257, 8693},    // kT64Wide
+    {786, 3011, 4565, 4598, 10302},    // kT128Narrow
+    {915, 1677, 6792, 9767, 11798},    // kT128
+    {1118, 4065, 9529, 17769, 19935},  // kT256
+    {1098, 4065, 9529, 17769, 19935},  // kT256Pair
+    {1047, 784, 800, 0, 0},            // kT8Halves
+    {1080, 996, 850, 0, 0},            // kT16Halves
+    {1116, 1594, 347, 0, 0},           // kT32Halves
+    {1471, 2025, 1900, 0, 0},          // kT64Halves
+    {811, 3250, 0, 0, 0},              // kT128Halves
 };
 
-// Of a strip: a block of K, no less than the warp takes that finishes it, and what does not overlap; and of the launch:
-// a token's block of K, and the rest.
+// Of a strip: a block of K, in all but a processor's first strip no less than the warp takes that finishes it, and what does not
+// overlap; and once: each of the first blocks of K, which have to come, a token's block, and the rest.
 struct StripCost {
-  int block, least, end, token_block, launch;
+  double block, token_block;
+  int least, end, first_block, launch;
 };
+constexpr int kFirstBlocks = 32;
 constexpr StripCost kStripCosts[kT2QuantizedStrips - kT8Strips] = {
-    {77, 1900, 250, 1, 2900},  // kT8Strips
-    {97, 2100, 200, 2, 4000},  // kT16Strips
-    {74, 1900, 150, 0, 4100},  // kT8LongStrips
+    {72, 0.4, 1500, 370, 72, 1175},    // kT8Strips
+    {72, 1.2, 1800, 830, 162, 635},    // kT16Strips
+    {64.5, 1.3, 1500, 625, 120, 375},  // kT8LongStrips
 };
 
 // Three pieces ahead, not two.
 bool has_long_strips(const Kernel& kernel) { return kernel.strips && kernel.tokens == 8 && kernel.stages > 2; }
-
-// Whether strips are long, and several for each multiprocessor: then they are worth the start of the third piece.
-bool are_long_strips(const zqfpLinearDesc& desc) {
-  constexpr int64_t kLong = 8192;
-  return desc.k >= kLong && desc.n > int64_t(kStripRows) * kMaxProcessors;
-}
 
 // Strips whose x8 fits in shared memory, and its chunks among the barriers; of two blocks where a kernel quantises it.
 bool strips_fit(const Kernel& kernel, const zqfpLinearDesc& desc) {
@@ -90,16 +89,17 @@ struct Deal {
 };
 
 // By workers of one processor, or of two, each with half of K.
-Deal deal_whole(Schedule s, int workers, int split, const Cost& cost) {
+Deal deal_whole(Schedule s, int workers, int split, const Cost& cost, int64_t reading) {
   s.workers = std::min(s.tiles(), workers);
   s.whole_tiles = s.tiles();
   s.cut_workers = 1;
   const int64_t tile = divide_up(s.units, split) * cost.unit + cost.tile;
-  return {s, kTileStart + divide_up(s.tiles(), workers) * tile + (split > 1 ? cost.cut_in_two : 0)};
+  const int64_t all = std::max(divide_up(s.tiles(), workers) * tile, reading + cost.tile);
+  return {s, kTileStart + all + (split > 1 ? cost.in_two : 0)};
 }
 
 // The last `rest` tiles are cut. So many pieces each that all are cut at the same places, if that idles few.
-Deal deal_cut(Schedule s, int processors, const Cost& cost, int rest) {
+Deal deal_cut(Schedule s, int processors, const Cost& cost, int rest, int64_t reading) {
   constexpr double kFew = 0.05;
   const int pieces = rest < processors ? processors / rest : 0;
   const bool aligned = rest * pieces >= processors * (1 - kFew);
@@ -109,7 +109,9 @@ Deal deal_cut(Schedule s, int processors, const Cost& cost, int rest) {
   if (s.whole_tiles == 0) s.workers = s.cut_workers;
   const int64_t whole = s.whole_tiles / processors * (int64_t(s.units) * cost.unit + cost.tile);
   const int64_t cut = divide_up(s.cut_units(), s.cut_workers) * cost.unit + divide_up(rest, processors) * cost.tile;
-  return {s, kTileStart + whole + cut + (s.cut_workers == 2 * rest ? cost.cut_in_two : cost.cut)};
+  const bool ragged = s.cut_workers % rest != 0;
+  const int exchange = ragged ? cost.ragged : s.cut_workers == 2 * rest ? cost.in_two : cost.in_more;
+  return {s, kTileStart + std::max(whole + cut, reading + cost.tile) + exchange};
 }
 
 // Strips are never cut.
@@ -123,20 +125,24 @@ Deal deal_strips(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel, in
   s.whole_tiles = s.tiles();
   s.workers = std::min(s.row_tiles, processors);
   s.cut_workers = s.token_group = 1;
-  const int64_t strip = std::max(s.units * cost.block, cost.least) + cost.end;
-  const int64_t tokens = std::min<int64_t>(m, kernel.tokens) * s.units * cost.token_block;
-  return {s, (divide_up(s.row_tiles, s.workers) * strip + tokens + cost.launch) * s.token_tiles};
+  const int64_t strip = int64_t(s.units * cost.block), rounds = divide_up(s.row_tiles, s.workers);
+  const int64_t strips = strip + (rounds - 1) * std::max<int64_t>(strip, cost.least) + rounds * cost.end;
+  const int64_t tokens = int64_t(std::min<int64_t>(m, kernel.tokens) * s.units * cost.token_block);
+  const int64_t start = std::min(s.units, kFirstBlocks) * cost.first_block + cost.launch;
+  return {s, (strips + tokens + start) * s.token_tiles};
 }
 
 Deal deal_out(const Schedule& tiles, const Kernel& kernel, int processors, const Cost& cost, Cut cut) {
   processors /= kernel.cluster * kernel.split;
   const int rounds = tiles.tiles() / processors, rest = tiles.tiles() % processors;
-  Deal best = deal_whole(tiles, processors, kernel.split, cost);
+  const int64_t blocks = int64_t(tiles.row_tiles) * kernel.rows * kernel.cluster * tiles.units * kernel.slices;
+  const int64_t reading = int64_t(double(blocks) * kReadBlock) - kReadEarly;
+  Deal best = deal_whole(tiles, processors, kernel.split, cost, reading);
   if (rest == 0 || cut == Cut::kNever || kernel.split > 1) return best;
   if (cut == Cut::kAlways) best.cycles = INT64_MAX;
   // What is left after the last full round, alone or with that round, which cuts it into larger pieces.
   for (const int more : {0, rounds > 0 ? processors : 0}) {
-    const Deal deal = deal_cut(tiles, processors, cost, rest + more);
+    const Deal deal = deal_cut(tiles, processors, cost, rest + more, reading);
     if (deal.cycles < best.cycles) best = deal;
   }
   return best;
@@ -156,7 +162,7 @@ const Cost& cost_of(const KernelTable& table, int id) {
 // At most the next larger tile, which is what the workspace is made for. Pairs, which read the tokens from L2 half as
 // often, are faster only where a weight does not fit in L2 and is read again and again.
 bool is_candidate(const Kernel& kernel, const zqfpLinearDesc& desc, int64_t m) {
-  if (kernel.strips) return m <= kernel.tokens && (!has_long_strips(kernel) || are_long_strips(desc));
+  if (kernel.strips) return m <= kernel.tokens;
   constexpr int64_t kL2Bytes = 50 << 20, kManyTokens = 4096;
   return kernel.tokens < 2 * m + 8 && (kernel.cluster == 1 || (desc.n * desc.k / 2 > kL2Bytes && m >= kManyTokens));
 }
