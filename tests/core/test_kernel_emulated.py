@@ -107,8 +107,8 @@ CASES = [
     Case(T32, m=33, n=456, k=272, workers=4, outputs=(64, 64, 320, 8)),
     Case(T128_PAIR, m=150, n=328, k=400, bfloat=True, outputs=(64, 264)),
     Case(T256_PAIR, m=40, n=192, k=272, cut=False, outputs=(64, 128)),
-    # Two blocks with half of K each: units that two do not divide; several tiles of a pair, so that the room for
-    # sums is used again.
+    # Two blocks with half of K each: units that two do not divide; several tiles of a pair, so that the room
+    # for sums is used again.
     Case(T16_HALVES, m=5, n=72, k=1040, rank=40),
     Case(T16_HALVES, m=16, n=200, k=2000, rank=64, workers=1, bfloat=True),
     Case(T64_HALVES, m=70, n=328, k=528, rank=24, workers=2),
