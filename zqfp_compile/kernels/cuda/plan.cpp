@@ -17,7 +17,7 @@ static_assert(2 * kMaxProcessors * kMaxRowsPerTile * sizeof(uint32_t) <= ZQFP_WO
 
 // What kernels cost on an H100, in cycles of a multiprocessor beyond an empty launch: a unit of K, the start and end of a tile,
 // and once the exchange of sums where tiles are cut, all in two, all in more, or where the ranges end; all but the last
-// exchange of two blocks that share K is hidden. Fitted to 1832 measurements (docs/performance.md), within 3 to 6%.
+// exchange of two blocks that share K is hidden. Fitted to 1832 measurements (docs/kernel.md), within 3 to 6%.
 struct Cost {
   int unit, tile, in_two, in_more, ragged;
 };
