@@ -69,7 +69,8 @@ struct Config {
   static constexpr int kOutSlotBytes = kOutTokens * kOutPitch;
   static constexpr int kOutBytes = Rows * kOutSlots * kOutSlotBytes;
   static constexpr int kTokenScaleBytes = kWarpgroups * Tokens * 4;
-  // What the other block sends: kOutTokens of every row. Of more tokens each finishes a half.
+  // What the other block sends: kOutTokens of every row. Of more tokens both finish a half.
+  static constexpr bool kBothFinish = Split > 1 && Tokens > kOutTokens;
   static constexpr int kHalfBytes = kBlockRows * kOutTokens * 4, kPeerBytes = Split == 1 ? 0 : Rows * kHalfBytes;
   static_assert(Split == 1 || (Tokens <= 2 * kOutTokens && !kStoreApart), "two halves, and each is stored at once");
   static constexpr int kBarrierBytes = 1024, kAlignment = 1024;

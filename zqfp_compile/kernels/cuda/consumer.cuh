@@ -377,7 +377,7 @@ class Consumer {
   // of that; where there is one part, the first block does. True for a block that goes on.
   template <int kMine>
   __device__ __forceinline__ bool exchange(Sums& sums) {
-    constexpr bool kBoth = C::kTokens > C::kOutTokens;
+    constexpr bool kBoth = C::kBothFinish;
     constexpr int kHalf = C::kOutTokens / 8;  // quads of a thread
     float4* halves = shared_.template at<float4>(C::kPeerOffset) + row_ * kHalf * kThreads + thread_;
     const int other = 1 - kMine;
@@ -403,7 +403,7 @@ class Consumer {
 
   // Says that there is room for what the other block sends of this tile. Not after the one before, which may be its last.
   __device__ __forceinline__ void make_room() const {
-    if (slice_ != 0 || exchanged_ == 0 || (C::kTokens == C::kOutTokens && rank_ == 1)) return;
+    if (slice_ != 0 || exchanged_ == 0 || (!C::kBothFinish && rank_ == 1)) return;
     __syncwarp();
     if (thread_ % 32 == 0) ptx::barrier_arrive_remote(shared_.peer_empty(row_), 1 - rank_);
   }

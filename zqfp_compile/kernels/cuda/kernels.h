@@ -19,6 +19,8 @@ struct Kernel {
   std::atomic<uint64_t>* prepared;  // devices, one bit each, on which it may use its shared memory
   bool strips;     // strip_kernel.cuh
   bool quantizes;  // its tokens, for zqfpQuantizedLinear alone
+
+  int gang() const { return cluster * split; }  // blocks of a cluster
 };
 
 // The kernels that plans choose from, by number; those beyond are there to be tried (zqfpTune).

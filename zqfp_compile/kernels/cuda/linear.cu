@@ -58,7 +58,7 @@ void fill_params(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, int64_t
 zqfpStatus launch_gemm(const Kernel& kernel, int blocks, int shared_bytes, int device, void* params, void* stream) {
   ZQFP_RETURN_IF_FAILED(prepare_once(kernel.function, kernel.strips ? kMaxSharedBytes : kernel.shared_bytes, device,
                                      kernel.prepared));
-  const LaunchShape shape{blocks, kernel.threads, shared_bytes, kernel.cluster * kernel.split};
+  const LaunchShape shape{blocks, kernel.threads, shared_bytes, kernel.gang()};
   return launch_kernel(kernel.function, shape, params, stream, "launching the GEMM");
 }
 
@@ -93,8 +93,8 @@ zqfpStatus launch_tiles(const zqfpLinearDesc& desc, const zqfpLinearArgs& args, 
   p.partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + ZQFP_WORKSPACE_ZEROED_BYTES);
   p.schedule = plan.schedule;
   p.lorc_steps = int(divide_up(desc.lorc_rank, kLorcStep));
-  const int blocks = plan.schedule.workers * plan.kernel->cluster * plan.kernel->split;
-  return launch_gemm(*plan.kernel, blocks, plan.kernel->shared_bytes, device, &p, stream);
+  return launch_gemm(*plan.kernel, plan.schedule.workers * plan.kernel->gang(), plan.kernel->shared_bytes, device, &p,
+                     stream);
 }
 
 zqfpStatus no_kernel(const zqfpLinearDesc& desc) {

@@ -133,7 +133,7 @@ Deal deal_strips(const zqfpLinearDesc& desc, int64_t m, const Kernel& kernel, in
 }
 
 Deal deal_out(const Schedule& tiles, const Kernel& kernel, int processors, const Cost& cost, Cut cut) {
-  processors /= kernel.cluster * kernel.split;
+  processors /= kernel.gang();
   const int rounds = tiles.tiles() / processors, rest = tiles.tiles() % processors;
   const int64_t blocks = int64_t(tiles.row_tiles) * kernel.rows * kernel.cluster * tiles.units * kernel.slices;
   const int64_t reading = int64_t(double(blocks) * kReadBlock) - kReadEarly;
