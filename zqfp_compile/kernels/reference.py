@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from zqfp_compile.formats.codebook import E2M1
 from zqfp_compile.formats.minifloat import E4M3FN
+from zqfp_compile.kernels.packing import GATED_ROWS
 
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
@@ -66,7 +67,7 @@ def gated(y: npt.NDArray[Any]) -> DoubleArray:
     Args:
         y: [M, N], rounded to the layer's type: eight columns of gate, eight of up, and so on.
     """
-    turns = y.reshape(len(y), -1, 2, 8)
+    turns = y.reshape(len(y), -1, 2, GATED_ROWS)
     return silu_mul(turns[:, :, 0], turns[:, :, 1]).reshape(len(y), -1)
 
 
